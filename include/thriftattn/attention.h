@@ -1,0 +1,126 @@
+// Attention over a KvCache: describe the problem, plan it once, run the plan at every step.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "thriftattn/cache.h"
+#include "thriftattn/method.h"
+#include "thriftattn/status.h"
+#include "thriftattn/tensor.h"
+#include "thriftattn/threads.h"
+
+namespace thriftattn {
+
+enum class Phase : uint8_t {
+  prefill,  // query blocks of 64 rows at absolute positions; selection per query head
+  decode,   // s_q <= 16 rows form one block; selection per KV head. Verify steps are decode steps with s_q > 1
+};
+
+struct Problem {
+  Phase phase = Phase::prefill;
+  int b = 1;                 // sequences in one call, at most
+  int64_t max_s_q = 1;       // rows of one sequence, at most
+  int64_t max_s_kv = 1;      // tokens of one sequence, at most
+  int h_q = 1, h_kv = 1;     // query and KV heads; h_q is a multiple of h_kv
+  int d = 128, d_v = 128;    // 64 or 128
+  bool causal = true;        // row i of s_q sees keys up to s_kv - s_q + i
+  float sm_scale = 0;        // 0 = 1/sqrt(d)
+  Method method;
+  CacheConfig cache;         // of the cache that the plan will run over
+  bool stats = false;        // fill Stats
+};
+
+// What the planner knows of the machine; the same words force a choice in tests.
+struct Machine {
+  int threads = 1;
+  std::vector<std::string> targets;  // instruction sets of the CPU backend, best first, e.g. {"AVX3", "AVX2", "EMU128"}
+  static Machine here(int threads);
+};
+
+// A backend that will not serve a problem, and why.
+struct Refusal {
+  std::string backend, reason;
+};
+
+struct Plan {
+  Problem problem;               // with sm_scale, policy and arithmetic resolved
+  std::string backend;           // "cpu"
+  std::string kernel;            // "prefill_tiles", "decode_one_pass" or "decode_score_first"
+  std::string target;            // the instruction set, e.g. "AVX3"
+  int rows_per_tile = 0;         // query rows of one tile
+  int splits = 1;                // page ranges into which one (sequence, KV head) of a decode step is cut
+  int threads = 1;
+  int64_t workspace_bytes = 0;
+  std::vector<Refusal> refused;  // the backends passed over
+};
+
+// Chooses a kernel. Pure: looks at nothing but its arguments. An unsupported problem is an error that lists every
+// backend's reason.
+Result<Plan> plan(const Problem& problem, const Machine& machine);
+std::string to_string(const Plan& plan);
+
+// One promoted page of one query block.
+struct Promoted {
+  int32_t page = 0;
+  Tier tier = Tier::fp16;
+  bool operator==(const Promoted&) const = default;
+};
+
+// Pages promoted for every query block of a call. Block (s, h, i): sequence s, head h (query head in prefill, KV head
+// in decode), i-th query block of that sequence. Pages ascend within a block; all others are read in the method's rest.
+struct Selection {
+  std::vector<int64_t> first;     // [blocks + 1], offsets into `pages`, blocks in the order s, h, i
+  std::vector<Promoted> pages;
+};
+
+// What a call did. Pairs are (query block, full page, head) triples that a block can see.
+struct Stats {
+  int64_t pairs = 0, promoted = 0;
+  int64_t wanted_not_stored = 0;   // promotions that the policy asked for and the storage could not serve
+  // Only with Problem::stats:
+  double mass_above_fp4 = 0;       // softmax mass read in a tier above fp4, mean over rows and heads
+  double error_estimate = 0;       // docs/design.md section 2, Reports; mean over blocks and heads
+  std::vector<float> page_mass;    // [b, h_kv, max pages]: softmax mass per page, mean over rows and query heads
+  Selection selection;             // what was promoted
+};
+
+struct AttendArgs {
+  const KvCache* cache = nullptr;
+  int layer = 0;
+  std::span<const SeqId> seqs;          // [b]
+  std::span<const int64_t> s_q;         // [b], rows of each sequence; its last row is the sequence's last token
+  View q;                               // [sum s_q, h_q, d], sequences one after another
+  MutableView out;                      // [sum s_q, h_q, d_v]
+  float* lse = nullptr;                 // [sum s_q, h_q], natural log; may be null
+  const Selection* given = nullptr;     // promote exactly these pages instead of selecting
+  Stats* stats = nullptr;               // may be null; added to, except page_mass and selection, which are replaced
+};
+
+// Scratch memory of a plan: made once, used by one run at a time.
+class Workspace {
+ public:
+  static Result<Workspace> create(const Plan& plan);
+  Workspace(Workspace&&) noexcept;
+  Workspace& operator=(Workspace&&) noexcept;
+  ~Workspace();
+  struct Buffers;
+  Buffers& buffers() const { return *buffers_; }
+
+ private:
+  explicit Workspace(std::unique_ptr<Buffers> buffers);
+  std::unique_ptr<Buffers> buffers_;
+};
+
+// out = softmax(q k^T sm_scale) v over the cache's sequences, every page in the tier that the plan's method selects.
+// Rows without a visible key give out = 0, lse = -inf. NaN or Inf in q stay within their row.
+Status run(const Plan& plan, Workspace& workspace, ThreadPool& pool, const AttendArgs& args);
+
+// The selection alone, as `run` would make it.
+Result<Selection> select(const Plan& plan, Workspace& workspace, ThreadPool& pool, const AttendArgs& args);
+
+}  // namespace thriftattn

@@ -1,0 +1,29 @@
+// A fixed set of threads that runs independent tasks. Results never depend on how many threads there are.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+
+namespace thriftattn {
+
+class ThreadPool {
+ public:
+  // `threads` workers including the caller; 0 = the processors this process may use.
+  explicit ThreadPool(int threads = 0);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int size() const;
+
+  // Calls task(i, worker) for every i in [0, count), lower i first, on all workers; worker < size(). Returns when all
+  // are done. One parallel_for at a time per pool; not reentrant.
+  void parallel_for(int64_t count, const std::function<void(int64_t, int)>& task);
+
+ private:
+  struct Shared;
+  std::unique_ptr<Shared> shared_;
+};
+
+}  // namespace thriftattn
