@@ -1,0 +1,51 @@
+# The front door: every target installs the Debian packages it needs, when they are missing, and then does its work.
+#   make demo            what FP4 attention costs on a long text, and what ThriftAttention gives back
+#   make demo TEXT=FILE  the same on your text
+#   make test            build and run all tests
+#   make build           the program at build/release/thriftattn
+#   make asan            the fast tests under AddressSanitizer and UndefinedBehaviorSanitizer
+#   make format-check    clang-format over the tracked C++ files; `make format` rewrites them
+
+TEXT ?= build/bible.txt
+MODEL ?= models/pocket-8m
+CONTEXT ?= 16384
+JOBS ?= $(shell nproc)
+
+.PHONY: all build demo test asan format format-check clean
+
+all: build
+
+build:
+	@scripts/setup.sh build
+	cmake --preset release -DTHRIFTATTN_TESTS=OFF
+	cmake --build --preset release -j $(JOBS)
+
+build/bible.txt: scripts/demo_text.sh
+	@scripts/setup.sh demo
+	scripts/demo_text.sh $@
+
+demo: build $(TEXT)
+	build/release/thriftattn eval --model $(MODEL) --text $(TEXT) --context $(CONTEXT) --json build/demo.json
+
+test:
+	@scripts/setup.sh test
+	cmake --preset dev
+	cmake --build --preset dev -j $(JOBS)
+	ctest --preset dev -j $(JOBS)
+
+asan:
+	@scripts/setup.sh test
+	cmake --preset asan
+	cmake --build --preset asan -j $(JOBS)
+	ctest --preset asan -j $(JOBS) -LE slow
+
+format-check:
+	@scripts/setup.sh check
+	git ls-files '*.h' '*.cc' | xargs -r clang-format --dry-run -Werror
+
+format:
+	@scripts/setup.sh check
+	git ls-files '*.h' '*.cc' | xargs -r clang-format -i
+
+clean:
+	rm -rf build

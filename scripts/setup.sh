@@ -1,0 +1,30 @@
+#!/bin/bash
+# Installs the Debian packages that a task needs, and does nothing when they are there.
+#   scripts/setup.sh build | test | demo | check ...
+set -euo pipefail
+
+build="build-essential cmake ninja-build pkg-config libhwy-dev libdnnl-dev libcli11-dev nlohmann-json3-dev libfmt-dev libpcre2-dev"
+packages=""
+for task in "$@"; do
+  case "$task" in
+    build) packages+=" $build" ;;
+    test) packages+=" $build libgtest-dev python3" ;;
+    demo) packages+=" $build bible-kjv" ;;
+    check) packages+=" git clang-format" ;;
+    *) echo "setup.sh: unknown task '$task': build, test, demo and check are known" >&2; exit 2 ;;
+  esac
+done
+
+missing=""
+for package in $packages; do
+  dpkg -s "$package" 2>/dev/null | grep -q '^Status: install ok installed' || missing+=" $package"
+done
+[ -z "$missing" ] && exit 0
+
+echo "installing:$missing"
+sudo=""
+[ "$(id -u)" = 0 ] || sudo="sudo"
+export DEBIAN_FRONTEND=noninteractive
+$sudo apt-get update -q
+# shellcheck disable=SC2086  # a list of words
+$sudo apt-get install -q -y --no-install-recommends $missing
