@@ -23,16 +23,16 @@ enum class Phase : uint8_t {
 
 struct Problem {
   Phase phase = Phase::prefill;
-  int b = 1;                 // sequences in one call, at most
-  int64_t max_s_q = 1;       // rows of one sequence, at most
-  int64_t max_s_kv = 1;      // tokens of one sequence, at most
-  int h_q = 1, h_kv = 1;     // query and KV heads; h_q is a multiple of h_kv
-  int d = 128, d_v = 128;    // 64 or 128
-  bool causal = true;        // row i of s_q sees keys up to s_kv - s_q + i
-  float sm_scale = 0;        // 0 = 1/sqrt(d)
+  int b = 1;               // sequences in one call, at most
+  int64_t max_s_q = 1;     // rows of one sequence, at most
+  int64_t max_s_kv = 1;    // tokens of one sequence, at most
+  int h_q = 1, h_kv = 1;   // query and KV heads; h_q is a multiple of h_kv
+  int d = 128, d_v = 128;  // 64 or 128
+  bool causal = true;      // row i of s_q sees keys up to s_kv - s_q + i
+  float sm_scale = 0;      // 0 = 1/sqrt(d)
   Method method;
-  CacheConfig cache;         // of the cache that the plan will run over
-  bool stats = false;        // fill Stats
+  CacheConfig cache;   // of the cache that the plan will run over
+  bool stats = false;  // fill Stats
 };
 
 // What the planner knows of the machine; the same words force a choice in tests.
@@ -48,12 +48,12 @@ struct Refusal {
 };
 
 struct Plan {
-  Problem problem;               // with sm_scale, policy and arithmetic resolved
-  std::string backend;           // "cpu"
-  std::string kernel;            // "prefill_tiles", "decode_one_pass" or "decode_score_first"
-  std::string target;            // the instruction set, e.g. "AVX3"
-  int rows_per_tile = 0;         // query rows of one tile
-  int splits = 1;                // page ranges into which one (sequence, KV head) of a decode step is cut
+  Problem problem;        // with sm_scale, policy and arithmetic resolved
+  std::string backend;    // "cpu"
+  std::string kernel;     // "prefill_tiles", "decode_one_pass" or "decode_score_first"
+  std::string target;     // the instruction set, e.g. "AVX3"
+  int rows_per_tile = 0;  // query rows of one tile
+  int splits = 1;         // page ranges into which one (sequence, KV head) of a decode step is cut
   int threads = 1;
   int64_t workspace_bytes = 0;
   std::vector<Refusal> refused;  // the backends passed over
@@ -74,31 +74,31 @@ struct Promoted {
 // Pages promoted for every query block of a call. Block (s, h, i): sequence s, head h (query head in prefill, KV head
 // in decode), i-th query block of that sequence. Pages ascend within a block; all others are read in the method's rest.
 struct Selection {
-  std::vector<int64_t> first;     // [blocks + 1], offsets into `pages`, blocks in the order s, h, i
+  std::vector<int64_t> first;  // [blocks + 1], offsets into `pages`, blocks in the order s, h, i
   std::vector<Promoted> pages;
 };
 
 // What a call did. Pairs are (query block, full page, head) triples that a block can see.
 struct Stats {
   int64_t pairs = 0, promoted = 0;
-  int64_t wanted_not_stored = 0;   // promotions that the policy asked for and the storage could not serve
+  int64_t wanted_not_stored = 0;  // promotions that the policy asked for and the storage could not serve
   // Only with Problem::stats:
-  double mass_above_fp4 = 0;       // softmax mass read in a tier above fp4, mean over rows and heads
-  double error_estimate = 0;       // docs/design.md section 2, Reports; mean over blocks and heads
-  std::vector<float> page_mass;    // [b, h_kv, max pages]: softmax mass per page, mean over rows and query heads
-  Selection selection;             // what was promoted
+  double mass_above_fp4 = 0;     // softmax mass read in a tier above fp4, mean over rows and heads
+  double error_estimate = 0;     // docs/design.md section 2, Reports; mean over blocks and heads
+  std::vector<float> page_mass;  // [b, h_kv, max pages]: softmax mass per page, mean over rows and query heads
+  Selection selection;           // what was promoted
 };
 
 struct AttendArgs {
   const KvCache* cache = nullptr;
   int layer = 0;
-  std::span<const SeqId> seqs;          // [b]
-  std::span<const int64_t> s_q;         // [b], rows of each sequence; its last row is the sequence's last token
-  View q;                               // [sum s_q, h_q, d], sequences one after another
-  MutableView out;                      // [sum s_q, h_q, d_v]
-  float* lse = nullptr;                 // [sum s_q, h_q], natural log; may be null
-  const Selection* given = nullptr;     // promote exactly these pages instead of selecting
-  Stats* stats = nullptr;               // may be null; added to, except page_mass and selection, which are replaced
+  std::span<const SeqId> seqs;       // [b]
+  std::span<const int64_t> s_q;      // [b], rows of each sequence; its last row is the sequence's last token
+  View q;                            // [sum s_q, h_q, d], sequences one after another
+  MutableView out;                   // [sum s_q, h_q, d_v]
+  float* lse = nullptr;              // [sum s_q, h_q], natural log; may be null
+  const Selection* given = nullptr;  // promote exactly these pages instead of selecting
+  Stats* stats = nullptr;            // may be null; added to, except page_mass and selection, which are replaced
 };
 
 // Scratch memory of a plan: made once, used by one run at a time.

@@ -26,9 +26,9 @@ using SeqId = int32_t;
 struct CacheConfig {
   int layers = 1;
   int h_kv = 1;
-  int d = 128;                     // channels of a key head: 64 or 128
-  int d_v = 128;                   // channels of a value head: 64 or 128
-  DType high_dtype = DType::f16;   // the 16-bit form; f16 refuses values beyond 65504
+  int d = 128;                    // channels of a key head: 64 or 128
+  int d_v = 128;                  // channels of a value head: 64 or 128
+  DType high_dtype = DType::f16;  // the 16-bit form; f16 refuses values beyond 65504
   Storage storage = Storage::residual;
   Fp4Format format = Fp4Format::nvfp4;
   Scales scales = Scales::six;
@@ -90,9 +90,9 @@ class KvCache {
   // Copies tokens [first, first + k.tokens) of one layer out of the best form stored of each page.
   Status read(SeqId seq, int layer, int64_t first, const MutableView& k, const MutableView& v) const;
 
-  MemoryUse bytes() const;           // in use now
-  int64_t peak_bytes() const;        // the largest total so far
-  int64_t reserved_bytes() const;    // taken from the system, free records included
+  MemoryUse bytes() const;         // in use now
+  int64_t peak_bytes() const;      // the largest total so far
+  int64_t reserved_bytes() const;  // taken from the system, free records included
 
   const CacheState& state() const;
 

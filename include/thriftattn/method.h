@@ -13,8 +13,8 @@
 
 namespace thriftattn {
 
-inline constexpr int kPageTokens = 64;        // tokens of one page; also the rows of one prefill query block
-inline constexpr int kMaxDecodeRows = 16;     // rows of one decode or verify step
+inline constexpr int kPageTokens = 64;     // tokens of one page; also the rows of one prefill query block
+inline constexpr int kMaxDecodeRows = 16;  // rows of one decode or verify step
 
 // The form of a page that a computation reads, in ascending order of quality.
 enum class Tier : uint8_t { none, fp4, fp4x2, fp16 };

@@ -42,8 +42,8 @@ inline Status data_loss(std::string message) { return {Code::data_loss, std::mov
 template <class T>
 class [[nodiscard]] Result {
  public:
-  Result(T value) : value_(std::move(value)) {}           // NOLINT: implicit, so that `return value;` works
-  Result(Status status) : status_(std::move(status)) {}   // NOLINT: implicit, so that `return status;` works
+  Result(T value) : value_(std::move(value)) {}          // NOLINT: implicit, so that `return value;` works
+  Result(Status status) : status_(std::move(status)) {}  // NOLINT: implicit, so that `return status;` works
 
   bool ok() const { return value_.has_value(); }
   const Status& status() const { return status_; }
@@ -60,16 +60,16 @@ class [[nodiscard]] Result {
 };
 
 // Returns from the enclosing function when `expression`, a Status, is an error.
-#define THRIFTATTN_RETURN_IF_ERROR(expression)                          \
-  do {                                                                  \
-    ::thriftattn::Status thriftattn_status = (expression);              \
-    if (!thriftattn_status.ok()) return thriftattn_status;              \
+#define THRIFTATTN_RETURN_IF_ERROR(expression)             \
+  do {                                                     \
+    ::thriftattn::Status thriftattn_status = (expression); \
+    if (!thriftattn_status.ok()) return thriftattn_status; \
   } while (0)
 
 // Declares `variable` from `expression`, a Result, or returns its Status from the enclosing function.
-#define THRIFTATTN_ASSIGN_OR_RETURN(variable, expression)               \
-  auto variable##_result = (expression);                                \
-  if (!variable##_result.ok()) return variable##_result.status();       \
+#define THRIFTATTN_ASSIGN_OR_RETURN(variable, expression)         \
+  auto variable##_result = (expression);                          \
+  if (!variable##_result.ok()) return variable##_result.status(); \
   auto variable = std::move(variable##_result.value())
 
 }  // namespace thriftattn
