@@ -1,0 +1,153 @@
+// thriftattn: the command line. Exit codes: 0 good; 2 for what the user gave, with one line on stderr that names it;
+// 130 after Ctrl-C; 1 otherwise.
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <cstdio>
+#include <new>
+#include <string>
+
+#include "commands.h"
+#include "progress.h"
+
+namespace thriftattn::cli {
+namespace {
+
+int exit_code(Code code) {
+  switch (code) {
+    case Code::ok:
+      return 0;
+    case Code::invalid_argument:
+    case Code::unsupported:
+    case Code::not_found:
+    case Code::data_loss:
+      return 2;
+    case Code::cancelled:
+      return 130;
+    case Code::out_of_memory:
+    case Code::io:
+      return 1;
+  }
+  return 1;
+}
+
+int fail(int code, std::string message) {
+  std::replace(message.begin(), message.end(), '\n', ' ');
+  fmt::print(stderr, "thriftattn: {}\n", message);
+  return code;
+}
+
+void add_run_options(CLI::App* command, RunOptions* run) {
+  command->add_option("--model", run->model, "Hugging Face folder: config.json, *.safetensors, tokenizer.json")
+      ->required();
+  command
+      ->add_option("--compute", run->compute, "type of the model's products; default bf16 where the processor has it")
+      ->check(CLI::IsMember({"f32", "bf16"}));
+  command->add_option("--threads", run->threads, "0 = all processors")
+      ->check(CLI::Range(0, 1024))
+      ->capture_default_str();
+  command->add_option("--seed", run->seed, "of everything random")->capture_default_str();
+}
+
+int run(int argc, char** argv) {
+  CLI::App app("Long-context attention over a 4-bit cache: what it costs on your text, and what it gives back.",
+               "thriftattn");
+  app.set_version_flag("--version", "thriftattn " THRIFTATTN_VERSION);
+  app.require_subcommand(1);
+
+  EvalOptions eval;
+  eval.methods = {"fp16", "paper-fp4", "paper", "fp4", "thrift"};
+  eval.context = 4096;
+  eval.prefill = "fp16";
+  CLI::App* eval_command = app.add_subcommand("eval", "the loss of attention methods, side by side");
+  add_run_options(eval_command, &eval.run);
+  CLI::Option* text = eval_command->add_option("--text", eval.texts, "UTF-8 text files");
+  CLI::Option* questions =
+      eval_command
+          ->add_option("--questions", eval.questions,
+                       R"(lines of {"context": "", "questions": [{"ask": "", "answer": ""}]}, instead of --text)")
+          ->excludes(text);
+  CLI::Option* context =
+      eval_command->add_option("--context", eval.context, "predictions per text: BOS and the first N-1 tokens are read")
+          ->check(CLI::Range(int64_t{1}, int64_t{1} << 24))
+          ->capture_default_str();
+  eval_command->add_option("--method", eval.methods, "name[:key=value,...]; missing references are added")
+      ->capture_default_str();
+  CLI::Option* chunk =
+      eval_command
+          ->add_option("--decode-chunk", eval.decode_chunk,
+                       "read the text through the cache in steps of N tokens; up to 16 are decode steps")
+          ->check(CLI::Range(int64_t{1}, int64_t{1} << 24));
+  CLI::Option* prefill =
+      eval_command
+          ->add_option("--prefill", eval.prefill, "method that reads the contexts; 'method' = each method its own")
+          ->capture_default_str();
+  CLI::Option* limit = eval_command->add_option("--limit", eval.limit, "ask the first N questions only")
+                           ->check(CLI::Range(int64_t{1}, int64_t{1} << 32));
+  eval_command->add_option("--json", eval.json, "write all figures to this file");
+  questions->excludes(context)->excludes(chunk);
+  prefill->needs(questions);
+  limit->needs(questions);
+  eval_command->footer(
+      "Example: thriftattn eval --model models/pocket-8m --text book.txt --context 16384 \\\n"
+      "           --method thrift thrift:budget=0.02,storage=dual --json out.json");
+
+  GenerateOptions generation;
+  generation.method = "thrift";
+  generation.max_tokens = 128;
+  CLI::App* generate_command = app.add_subcommand("generate", "continue a prompt; the text alone goes to stdout");
+  add_run_options(generate_command, &generation.run);
+  CLI::Option* prompt = generate_command->add_option("--prompt", generation.prompt, "the prompt itself");
+  CLI::Option* prompt_file =
+      generate_command->add_option("--prompt-file", generation.prompt_file, "a UTF-8 file that holds it")
+          ->excludes(prompt);
+  generate_command->add_option("--method", generation.method, "name[:key=value,...]")->capture_default_str();
+  generate_command->add_option("--max-tokens", generation.max_tokens, "stop after so many tokens")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 24))
+      ->capture_default_str();
+  generate_command->add_option("--temperature", generation.temperature, "0 = greedy")
+      ->check(CLI::Range(0.0, 100.0))
+      ->capture_default_str();
+  generate_command
+      ->add_option("--top-p", generation.top_p, "sample from the likeliest tokens of this total probability")
+      ->check(CLI::Range(1e-6, 1.0))
+      ->capture_default_str();
+  generate_command->add_flag("--quiet", generation.quiet, "no summary on stderr");
+  generate_command->footer(
+      "Example: thriftattn generate --model models/pocket-8m --prompt-file prompt.txt --max-tokens 64 --method thrift");
+
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    if (error.get_exit_code() == 0) return app.exit(error);  // --help and --version
+    return fail(2, error.what());
+  }
+
+  Status status;
+  if (eval_command->parsed()) {
+    if (text->empty() && questions->empty()) return fail(2, "eval needs --text FILE... or --questions FILE.jsonl");
+    status = questions->empty() ? eval_texts(eval) : eval_questions(eval);
+  } else {
+    if (prompt->empty() && prompt_file->empty()) return fail(2, "generate needs --prompt TEXT or --prompt-file FILE");
+    status = generate(generation);
+  }
+  if (!status.ok()) return fail(exit_code(status.code()), status.message());
+  // A full disk behind stdout shows only when the last bytes leave.
+  if (std::fflush(stdout) != 0) return fail(1, "cannot write to stdout");
+  return 0;
+}
+
+}  // namespace
+}  // namespace thriftattn::cli
+
+int main(int argc, char** argv) {
+  thriftattn::cli::catch_interrupts();
+  try {
+    return thriftattn::cli::run(argc, argv);
+  } catch (const std::bad_alloc&) {
+    return thriftattn::cli::fail(1, "out of memory");
+  } catch (const std::exception& error) {
+    return thriftattn::cli::fail(1, error.what());
+  }
+}
