@@ -1,0 +1,30 @@
+// What the user hands in: texts and questions, checked before any work begins.
+#pragma once
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "thriftattn/status.h"
+
+namespace thriftattn::cli {
+
+// A whole file of UTF-8. Refused, with the path: no such file, a folder, empty, not UTF-8 (with the offset).
+Result<std::string> read_text(const std::string& path);
+
+// The length in bytes of the longest prefix of `bytes` that is whole, valid UTF-8.
+size_t valid_utf8(std::string_view bytes);
+
+struct Question {
+  std::string ask, answer;  // tokenised separately, exactly as they stand
+};
+struct Exam {
+  std::string context;
+  std::vector<Question> questions;
+};
+
+// Lines of {"context": "", "questions": [{"ask": "", "answer": ""}]}; other keys are let be, blank lines skipped. A
+// malformed line is refused with its number. No string may be empty, and no list.
+Result<std::vector<Exam>> read_exams(const std::string& path);
+
+}  // namespace thriftattn::cli

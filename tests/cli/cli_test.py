@@ -1,0 +1,332 @@
+"""The program from outside: exit codes, one-line messages, the JSON it writes, what it prints where.
+
+python3 cli_test.py PROGRAM SOURCE_DIR [unittest arguments]
+"""
+import json
+import os
+import pathlib
+import pty
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+
+PROGRAM, SOURCE = sys.argv[1], pathlib.Path(sys.argv[2])
+MODEL = str(SOURCE / "models" / "pocket-8m")
+
+
+def prose(words):
+    """Plain English of so many words that never repeats exactly: the design document, wrapped around with numbers."""
+    source = (SOURCE / "docs" / "design.md").read_text(encoding="utf-8").split()
+    return " ".join(f"{source[i % len(source)]}{'' if i < len(source) else i}" for i in range(words))
+
+
+class Case(unittest.TestCase):
+    def setUp(self):
+        self.folder = tempfile.TemporaryDirectory()
+        self.addCleanup(self.folder.cleanup)
+
+    def file(self, name, content):
+        path = os.path.join(self.folder.name, name)
+        with open(path, "wb") as f:
+            f.write(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    def path(self, name):
+        return os.path.join(self.folder.name, name)
+
+    def run_program(self, *arguments):
+        return subprocess.run([PROGRAM, *map(str, arguments)], stdin=subprocess.DEVNULL, capture_output=True,
+                              timeout=500)
+
+    def succeeds(self, *arguments):
+        done = self.run_program(*arguments)
+        self.assertEqual(done.returncode, 0, done.stderr.decode())
+        return done
+
+    def refused(self, words, *arguments):
+        """Exit code 2, nothing on stdout and one line on stderr that holds all `words`."""
+        done = self.run_program(*arguments)
+        message = done.stderr.decode()
+        self.assertEqual(done.returncode, 2, message)
+        self.assertEqual(done.stdout, b"")
+        self.assertEqual(message.count("\n"), 1, message)
+        self.assertTrue(message.startswith("thriftattn: ") and message.endswith("\n"), message)
+        for word in words:
+            self.assertIn(str(word), message)
+
+
+class Arguments(Case):
+    def test_help_and_version_succeed_on_stdout(self):
+        self.assertRegex(self.succeeds("--version").stdout.decode(), r"^thriftattn \d+\.\d+\.\d+\n$")
+        for command in ("eval", "generate"):
+            self.assertIn(b"Example: thriftattn " + command.encode(), self.succeeds(command, "--help").stdout)
+
+    def test_wrong_arguments_are_refused_in_one_line(self):
+        self.refused([], )
+        self.refused(["frobnicate"], "frobnicate")
+        self.refused(["--model"], "eval", "--text", "x")
+        self.refused(["--text", "--questions"], "eval", "--model", MODEL)
+        self.refused(["--prompt"], "generate", "--model", MODEL)
+        self.refused(["--nonsense"], "eval", "--model", MODEL, "--text", "x", "--nonsense")
+        self.refused(["--context", "banana"], "eval", "--model", MODEL, "--text", "x", "--context", "banana")
+        self.refused(["--context", "0"], "eval", "--model", MODEL, "--text", "x", "--context", "0")
+        self.refused(["--compute", "f8"], "eval", "--model", MODEL, "--text", "x", "--compute", "f8")
+        self.refused(["--threads", "-1"], "eval", "--model", MODEL, "--text", "x", "--threads", "-1")
+        self.refused(["--text"], "eval", "--model", MODEL, "--text", "x", "--questions", "y")
+
+
+class BadInput(Case):
+    def test_texts(self):
+        def evaluate(text, context=64):
+            return ("eval", "--model", MODEL, "--method", "fp16", "--context", context, "--text", text)
+
+        self.refused(["/no/such/file"], *evaluate("/no/such/file"))
+        self.refused([self.folder.name, "folder"], *evaluate(self.folder.name))
+        self.refused(["empty.txt", "empty"], *evaluate(self.file("empty.txt", "")))
+        self.refused(["UTF-8", "offset 3"], *evaluate(self.file("latin.txt", b"caf\xe9 au lait")))
+        self.refused(["short.txt", "64"], *evaluate(self.file("short.txt", "Too short.")))
+        self.refused(["32769", "32768"], *evaluate(self.file("long.txt", prose(20000)), 32769))
+
+    def test_methods_are_refused_before_any_work(self):
+        text = self.file("text.txt", prose(200))
+        for spec, word in (("magic", "thrift"), ("thrift:budget=2", "budget"), ("thrift:colour=red", "colour"),
+                           ("thrift:storage=attic", "residual")):
+            self.refused([word], "eval", "--model", MODEL, "--text", text, "--context", 64, "--method", spec)
+            self.refused([word], "generate", "--model", MODEL, "--prompt", "Once", "--method", spec)
+
+    def test_models(self):
+        text = self.file("text.txt", prose(200))
+        for arguments in (("eval", "--text", text, "--context", 64), ("generate", "--prompt", "Once")):
+            self.refused(["/no/such/model"], *arguments, "--model", "/no/such/model")
+            self.refused(["config.json"], *arguments, "--model", self.folder.name)
+        lying = self.path("lying")
+        os.mkdir(lying)
+        config = json.loads((SOURCE / "models/pocket-8m/config.json").read_text())
+        config["architectures"] = ["ParrotForCausalLM"]
+        pathlib.Path(lying, "config.json").write_text(json.dumps(config))
+        self.refused(["ParrotForCausalLM", "LlamaForCausalLM"], "generate", "--prompt", "Once", "--model", lying)
+
+    def test_an_output_that_cannot_be_written_is_refused_before_any_work(self):
+        text = self.file("text.txt", prose(200))
+        for path in ("/no/such/folder/out.json", self.folder.name):
+            self.refused([path], "eval", "--model", MODEL, "--text", text, "--context", 64, "--json", path)
+
+    def test_questions_name_the_malformed_line(self):
+        good = json.dumps({"context": "A book.", "questions": [{"ask": "What is it?", "answer": " A book."}]})
+        for bad in ("{", "[]", "7", '{"context": "x"}', '{"context": "x", "questions": []}',
+                    '{"context": 3, "questions": [{"ask": "x", "answer": "y"}]}',
+                    '{"context": "x", "questions": [{"ask": "x"}]}',
+                    '{"context": "x", "questions": [{"ask": "x", "answer": ""}]}'):
+            path = self.file("questions.jsonl", f"{good}\n\n{bad}\n")
+            self.refused([path, "line 3"], "eval", "--model", MODEL, "--questions", path)
+        self.refused(["empty"], "eval", "--model", MODEL, "--questions", self.file("none.jsonl", ""))
+
+
+class Eval(Case):
+    CONTEXT = 512
+
+    def evaluate(self, *arguments, texts=("one.txt",)):
+        self.texts = [self.file(name, prose(900 + 50 * i)[37 * i:]) for i, name in enumerate(texts)]
+        out = self.path("out.json")
+        self.printed = self.succeeds("eval", "--model", MODEL, "--context", self.CONTEXT, "--json", out, "--text",
+                                     *self.texts, *arguments)
+        with open(out, encoding="utf-8") as f:
+            return json.load(f)
+
+    def check(self, report):
+        """What every report must obey; returns its rows by (text, method)."""
+        self.assertEqual(report["schema"], "thriftattn.eval/1")
+        self.assertEqual(report["model"], MODEL)
+        for key in ("cpu", "cores", "threads", "target", "compute", "compiler"):
+            self.assertTrue(report["machine"][key], key)
+        rows = {(row["text"], row["method"]): row for row in report["rows"]}
+        self.assertEqual(len(rows), len(report["rows"]))
+        means = {row["method"]: row for row in report["mean"]}
+        for (text, method), row in rows.items():
+            self.assertEqual(row["tokens"], self.CONTEXT)
+            self.assertTrue(1 < row["nll"] < 15, row["nll"])
+            self.assertAlmostEqual(row["delta_nll"], row["nll"] - rows[text, "fp16"]["nll"], places=12)
+            self.assertTrue(0 <= row["share_promoted"] <= 1)
+            self.assertGreater(row["kv_bytes_per_token"], 0)
+            self.assertGreater(row["seconds"], 0)
+            buckets = row["nll_by_position"]
+            self.assertEqual([b["from"] for b in buckets], [0] + [b["to"] for b in buckets[:-1]])
+            self.assertEqual(buckets[-1]["to"], self.CONTEXT)
+            total = sum((b["to"] - b["from"]) * b["nll"] for b in buckets)
+            self.assertAlmostEqual(total / self.CONTEXT, row["nll"], places=6)
+            self.assertNotIn("auto", [value for value in row["options"].values()])
+            reads_fp4 = row["options"]["rest"] == "fp4"
+            lost = rows[text, "paper-fp4"]["delta_nll"] if (text, "paper-fp4") in rows else 0
+            if reads_fp4 and lost > 0:
+                self.assertAlmostEqual(row["recovery"], 1 - row["delta_nll"] / lost, places=9)
+            else:
+                self.assertIsNone(row["recovery"])
+        for method, mean in means.items():
+            same = [row for row in report["rows"] if row["method"] == method]
+            self.assertEqual(len(same), len(self.texts))
+            for key in ("nll", "delta_nll", "share_promoted", "kv_bytes_per_token", "seconds"):
+                self.assertAlmostEqual(mean[key], sum(row[key] for row in same) / len(same), places=9)
+            lost = means["paper-fp4"]["delta_nll"] if "paper-fp4" in means else 0
+            if mean["recovery"] is not None:
+                self.assertAlmostEqual(mean["recovery"], 1 - mean["delta_nll"] / lost, places=9)
+        return rows
+
+    def test_defaults_name_the_five_methods_and_add_the_references(self):
+        report = self.evaluate(texts=("one.txt", "two.txt"))
+        rows = self.check(report)
+        for text in self.texts:
+            asked = [row["method"] for row in report["rows"] if row["text"] == text and not row["reference"]]
+            self.assertEqual(asked, ["fp16", "paper-fp4", "paper", "fp4", "thrift"])
+            self.assertEqual(rows[text, "fp16"]["delta_nll"], 0)
+            self.assertEqual(rows[text, "fp16"]["share_promoted"], 1)
+            self.assertEqual(rows[text, "fp4"]["share_promoted"], 0)
+            self.assertIsNone(rows[text, "fp16"]["recovery"])
+            self.assertLess(abs(rows[text, "thrift"]["delta_nll"]), 0.05)
+            self.assertLess(rows[text, "fp4"]["kv_bytes_per_token"], rows[text, "thrift"]["kv_bytes_per_token"])
+            self.assertLess(rows[text, "thrift"]["kv_bytes_per_token"], rows[text, "fp16"]["kv_bytes_per_token"])
+        table = self.printed.stdout.decode()
+        self.assertIn("mean of 2 texts", table)
+        self.assertIn(f"{rows[self.texts[1], 'thrift']['nll']:.4f}", table)
+        self.assertEqual(self.printed.stderr, b"", "quiet in a pipe")
+
+    def test_references_that_are_missing_are_added_and_marked(self):
+        report = self.evaluate("--method", "thrift:arithmetic=kv4,centring=off", "thrift:arithmetic=kv4,centring=off")
+        self.check(report)
+        marks = {row["method"]: row["reference"] for row in report["mean"]}
+        self.assertEqual({m for m, reference in marks.items() if not reference},
+                         {"thrift:centring=off,arithmetic=kv4"})
+        references = {m for m, reference in marks.items() if reference}
+        self.assertLessEqual({"fp16", "paper-fp4", "fp4:centring=off,arithmetic=kv4"}, references)
+        self.assertIn(" *", self.printed.stdout.decode())
+        # Nothing recovers more or less than itself.
+        like = next(row for row in report["mean"] if row["method"] == "fp4:centring=off,arithmetic=kv4")
+        self.assertIn(like["recovery_like"], (0, None))
+
+    def test_no_reference_in_fp4_where_nothing_is_read_in_fp4(self):
+        report = self.evaluate("--method", "topk")
+        self.check(report)
+        self.assertEqual({row["method"] for row in report["mean"]}, {"topk", "fp16"})
+
+    def test_steps_through_the_cache_equal_one_shot_in_fp16(self):
+        one_shot = self.check(self.evaluate("--method", "fp16", "--compute", "f32"))
+        for steps in (16, 100):
+            chunked = self.evaluate("--method", "fp16", "--compute", "f32", "--decode-chunk", steps)
+            self.assertEqual(chunked["decode_chunk"], steps)
+            self.assertAlmostEqual(self.check(chunked)[self.texts[0], "fp16"]["nll"],
+                                   one_shot[self.texts[0], "fp16"]["nll"], places=4)
+
+    def test_threads_do_not_change_the_result(self):
+        results = [self.evaluate("--method", "thrift", "--compute", "f32", "--threads", n)["rows"][0] for n in (1, 2)]
+        self.assertAlmostEqual(results[0]["nll"], results[1]["nll"], places=5)
+
+    def test_an_interrupt_leaves_no_json_and_ends_cleanly(self):
+        text = self.file("long.txt", prose(20000))
+        out = self.path("never.json")
+        process = subprocess.Popen([PROGRAM, "eval", "--model", MODEL, "--text", text, "--context", "16384", "--json",
+                                    out], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        time.sleep(2)
+        process.send_signal(signal.SIGINT)
+        printed, message = process.communicate(timeout=120)
+        self.assertEqual(process.returncode, 130, message.decode())
+        self.assertEqual(printed, b"")
+        self.assertEqual(message.count(b"\n"), 1, message.decode())
+        self.assertEqual([name for name in os.listdir(self.folder.name) if "never" in name], [])
+
+    def test_progress_shows_on_a_terminal(self):
+        text = self.file("text.txt", prose(900))
+        ours, theirs = pty.openpty()
+        process = subprocess.Popen([PROGRAM, "eval", "--model", MODEL, "--text", text, "--context", "512", "--method",
+                                    "fp16"], stdout=subprocess.PIPE, stderr=theirs)
+        os.close(theirs)
+        shown = []
+
+        def listen():
+            try:
+                while chunk := os.read(ours, 4096):
+                    shown.append(chunk)
+            except OSError:
+                pass  # the other end is closed
+
+        listener = threading.Thread(target=listen)
+        listener.start()
+        printed, _ = process.communicate(timeout=300)
+        listener.join()
+        os.close(ours)
+        self.assertEqual(process.returncode, 0)
+        self.assertIn(b"%", b"".join(shown))
+        self.assertNotIn(b"\x1b", printed)
+
+
+class Questions(Case):
+    def setUp(self):
+        super().setUp()
+        needle = " One of the special magic numbers for quiet-river is: 4817263."
+        ask = ("\nWhat is the special magic number for quiet-river mentioned in the provided text? "
+               "The special magic number for quiet-river mentioned in the provided text is")
+        context = prose(400) + needle + prose(300)
+        self.questions = self.file("q.jsonl", json.dumps(
+            {"context": context, "questions": [{"ask": ask, "answer": " 4817263."}, {"ask": ask, "answer": " 12."}]}))
+
+    def ask(self, *arguments):
+        out = self.path("out.json")
+        printed = self.succeeds("eval", "--model", MODEL, "--questions", self.questions, "--json", out, *arguments)
+        self.assertEqual(printed.stderr, b"")
+        self.assertIn(b"answer NLL", printed.stdout)
+        with open(out, encoding="utf-8") as f:
+            return json.load(f)
+
+    def test_a_right_answer_costs_less_than_a_wrong_one(self):
+        both = self.ask("--method", "fp16", "thrift")
+        first = self.ask("--method", "fp16", "thrift", "--limit", 1)
+        for method in (0, 1):
+            self.assertLess(first["mean"][method]["answer_nll"], both["mean"][method]["answer_nll"])
+            self.assertGreater(both["rows"][method]["tokens"], first["rows"][method]["tokens"])
+            self.assertIn(both["mean"][method]["exact"], (0, 0.5))  # the wrong answer is never the greedy one
+            self.assertIn(first["mean"][method]["exact"], (0, 1))
+        self.assertEqual(both["rows"][1]["options"]["policy"], "fp4_mass")
+
+    def test_who_reads_the_context_is_reported(self):
+        self.assertEqual(self.ask("--method", "fp16", "--limit", 1)["prefill"], "fp16")
+        report = self.ask("--method", "thrift", "--limit", 1, "--prefill", "method")
+        self.assertEqual(report["prefill"], "method")
+        row = next(row for row in report["rows"] if row["method"] == "thrift")
+        self.assertEqual(row["options"]["policy"], {"prefill": "block_mean", "decode": "fp4_mass"})
+
+
+class Generate(Case):
+    def generate(self, *arguments):
+        return self.succeeds("generate", "--model", MODEL, *arguments)
+
+    def test_the_same_seed_gives_the_same_text_and_only_text(self):
+        greedy = [self.generate("--prompt", "It was a dark", "--max-tokens", 24).stdout for _ in range(2)]
+        self.assertEqual(*greedy)
+        self.assertGreater(len(greedy[0]), 24)
+        greedy[0].decode()  # whole characters
+        warm = ("--prompt", "It was a dark", "--max-tokens", 24, "--temperature", 1, "--top-p", 0.9)
+        self.assertEqual(self.generate(*warm, "--seed", 7).stdout, self.generate(*warm, "--seed", 7).stdout)
+        self.assertEqual(len({self.generate(*warm, "--seed", seed).stdout for seed in range(4)}), 4)
+
+    def test_one_line_of_summary_unless_quiet(self):
+        summary = self.generate("--prompt", "Once", "--max-tokens", 4).stderr.decode()
+        self.assertEqual(summary.count("\n"), 1)
+        self.assertIn("tokens/s", summary)
+        self.assertEqual(self.generate("--prompt", "Once", "--max-tokens", 4, "--quiet").stderr, b"")
+
+    def test_a_prompt_file_equals_the_prompt(self):
+        path = self.file("prompt.txt", "The ship lay at anchor")
+        self.assertEqual(self.generate("--prompt-file", path, "--max-tokens", 8).stdout,
+                         self.generate("--prompt", "The ship lay at anchor", "--max-tokens", 8).stdout)
+
+    def test_bad_prompts(self):
+        self.refused(["/no/such/prompt"], "generate", "--model", MODEL, "--prompt-file", "/no/such/prompt")
+        self.refused(["empty"], "generate", "--model", MODEL, "--prompt", "")
+        self.refused(["UTF-8"], "generate", "--model", MODEL, "--prompt-file", self.file("bad.txt", b"\xff"))
+        self.refused(["32768"], "generate", "--model", MODEL, "--prompt", "Once", "--max-tokens", 32768)
+
+
+if __name__ == "__main__":
+    unittest.main(argv=["cli_test.py", *sys.argv[3:]])
