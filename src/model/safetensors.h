@@ -1,0 +1,54 @@
+// Reads safetensors checkpoints by mmap: nothing is copied until a tensor is used.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "thriftattn/status.h"
+#include "thriftattn/tensor.h"
+
+namespace thriftattn::model {
+
+// A tensor inside a mapped file; valid as long as its Safetensors. `data` may be unaligned.
+struct Tensor {
+  std::string name, file;
+  std::string dtype_name;  // as the file spells it
+  DType dtype = DType::f32;
+  std::vector<int64_t> shape;
+  const unsigned char* data = nullptr;
+  int64_t bytes = 0;
+
+  int64_t elements() const;
+  // Copies elements [first, first + count) as floats; F16 and BF16 widen exactly.
+  void read(int64_t first, int64_t count, float* out) const;
+};
+
+// "[256, 64]"
+std::string shape_to_string(const std::vector<int64_t>& shape);
+
+class Safetensors {
+ public:
+  // Opens `dir`/model.safetensors, or the shards that `dir`/model.safetensors.index.json lists. Refused, naming file
+  // and tensor: a header that is cut short, too long or no JSON; offsets outside the file, overlapping or with gaps;
+  // bytes that differ from shape times dtype; a tensor that is not in the shard that the index names.
+  static Result<Safetensors> open(const std::string& dir);
+
+  // The tensor `name` of exactly this shape, in F32, F16 or BF16.
+  Result<Tensor> find(const std::string& name, const std::vector<int64_t>& shape) const;
+  bool contains(const std::string& name) const { return tensors_.contains(name); }
+  const std::map<std::string, Tensor>& tensors() const { return tensors_; }
+
+ private:
+  struct Mapping;
+  Safetensors() = default;
+  Status add_file(const std::string& path);
+
+  std::string dir_;
+  std::vector<std::shared_ptr<const Mapping>> mappings_;
+  std::map<std::string, Tensor> tensors_;
+};
+
+}  // namespace thriftattn::model

@@ -1,0 +1,82 @@
+// A model, a method and the cache it needs: feeds tokens through the model and hands out logits.
+//
+//   auto session = Session::create(model, *parse_method("thrift"), {.max_tokens = 16384}, pool);
+//   SeqId seq = session->new_sequence();
+//   session->forward(seq, prompt, Phase::prefill, LogitRows::last, sink);
+//   session->forward(seq, {&token, 1}, Phase::decode, LogitRows::last, sink);
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+
+#include "model/model.h"
+#include "thriftattn/attention.h"
+#include "thriftattn/cache.h"
+#include "thriftattn/method.h"
+#include "thriftattn/status.h"
+#include "thriftattn/threads.h"
+
+namespace thriftattn::model {
+
+struct SessionOptions {
+  int64_t max_tokens = 0;                // of one sequence; 0 = the model's positions
+  int64_t max_step = 0;                  // tokens of one forward; 0 = max_tokens
+  std::optional<Method> prefill_method;  // for Phase::prefill, over the cache that `method` needs; default: `method`
+  int64_t max_cache_bytes = 0;           // 0 = no limit
+  bool collect_stats = false;            // fill the costly part of Stats too (Problem::stats)
+};
+
+// The rows of a step whose logits are wanted.
+enum class LogitRows : uint8_t { none, last, all };
+
+// Receives logits [rows, vocab] of the step's rows [first_row, first_row + rows), in order, in chunks of whatever size
+// is convenient: 16k rows of logits are never in memory at once. The pointer is valid during the call.
+using LogitSink = std::function<void(int64_t first_row, int64_t rows, const float* logits)>;
+
+// Told the share of the step that is done, in (0, 1]; false stops the step.
+using Advance = std::function<bool(double fraction)>;
+
+class Session {
+ public:
+  // Keeps references to `model` and `pool`. A method that no backend serves in either phase is refused; one that only
+  // one phase can serve (fp4_mass does not prefill) is refused when the other phase is asked for.
+  static Result<Session> create(const Model& model, const Method& method, const SessionOptions& options,
+                                ThreadPool& pool);
+  Session(Session&&) noexcept;
+  Session& operator=(Session&&) noexcept;
+  ~Session();
+
+  SeqId new_sequence();
+  Result<SeqId> fork(SeqId seq);
+  Status free(SeqId seq);
+  int64_t length(SeqId seq) const;  // tokens; -1 for an unknown sequence
+
+  // Appends `tokens` to a sequence: 1 to max_step of them, at most kMaxDecodeRows in Phase::decode, each below vocab().
+  // Refused, with nothing appended, where they are not. After any later error, Code::cancelled included, the sequence
+  // can only be freed.
+  Status forward(SeqId seq, std::span<const int32_t> tokens, Phase phase, LogitRows rows, const LogitSink& sink,
+                 const Advance& advance = nullptr);
+
+  // A new sequence with the keys and values of a sequence of another session of the same model, whose method must store
+  // every page in 16 bit (storage high_only). Encoded here as `method` says.
+  Result<SeqId> copy_from(const Session& other, SeqId seq);
+
+  const Model& model() const;
+  const Method& method() const;
+  const KvCache& cache() const;
+  int64_t vocab() const;
+  // The plan of a phase, or why there is none.
+  const Result<Plan>& plan(Phase phase) const;
+  // Sums over all forwards and layers since the session was made.
+  const Stats& stats() const;
+
+ private:
+  struct State;
+  explicit Session(std::unique_ptr<State> state);
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace thriftattn::model
