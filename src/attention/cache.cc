@@ -1,0 +1,449 @@
+#include "thriftattn/cache.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+
+#include "attention/cache_state.h"
+#include "format/page_codec.h"
+#include "format/rows.h"
+#include "thriftattn/threads.h"
+
+namespace thriftattn {
+namespace {
+
+constexpr int64_t pages_for(int64_t tokens) { return (tokens + kPageTokens - 1) / kPageTokens; }
+
+MemoryUse memory_use(const CacheState& s) {
+  MemoryUse use;
+  use.codes = s.fp4.used_bytes();
+  use.residual = s.residual.used_bytes();
+  use.high = s.high.used_bytes();
+  use.summaries = s.summary.used_bytes();
+  const int64_t live_pages = static_cast<int64_t>(s.page_users.size() - s.free_pages.size());
+  const int64_t per_page = s.config.layers * (s.config.h_kv * int64_t{sizeof(PageForms)} + int64_t{sizeof(int32_t)});
+  use.tables = live_pages * (per_page + int64_t{sizeof(int32_t)});
+  for (const Sequence& q : s.sequences)
+    if (q.live) use.tables += static_cast<int64_t>(q.pages.size() * sizeof(int32_t));
+  return use;
+}
+
+Status unknown_sequence(SeqId seq) { return not_found(fmt::format("sequence {} does not exist", seq)); }
+
+// A page id whose records are all empty, held by one sequence.
+int32_t take_page(CacheState& s) {
+  if (s.free_pages.empty()) {
+    s.free_pages.push_back(static_cast<int32_t>(s.page_users.size()));
+    s.page_users.push_back(0);
+    s.high_users.resize(s.high_users.size() + s.config.layers, 0);
+    s.forms.resize(s.forms.size() + static_cast<size_t>(s.config.layers) * s.config.h_kv);
+  }
+  const int32_t page = s.free_pages.back();
+  s.free_pages.pop_back();
+  s.page_users[page] = 1;
+  return page;
+}
+
+int32_t& high_users(CacheState& s, int32_t page, int layer) {
+  return s.high_users[static_cast<int64_t>(page) * s.config.layers + layer];
+}
+
+// One sequence gives up the 16-bit form of a page; the last one to do so frees it.
+void release_high(CacheState& s, int32_t page, int layer) {
+  int32_t& users = high_users(s, page, layer);
+  if (users == 0 || --users > 0) return;
+  PageForms* forms = s.forms_of(page, layer);
+  for (int h = 0; h < s.config.h_kv; ++h) s.high.give_back(forms[h].high);
+}
+
+void drop_encoded(CacheState& s, PageForms& forms) {
+  s.fp4.give_back(forms.fp4);
+  s.residual.give_back(forms.residual);
+  s.summary.give_back(forms.summary);
+}
+
+// One sequence drops page `index` of its table; the last one to do so frees it.
+void drop_page(CacheState& s, Sequence& q, int64_t index) {
+  const int32_t page = q.pages[index];
+  for (int l = 0; l < s.config.layers; ++l)
+    if (index < s.config.sink || index >= q.released[l]) release_high(s, page, l);
+  if (--s.page_users[page] > 0) return;
+  for (int l = 0; l < s.config.layers; ++l) {
+    high_users(s, page, l) = 0;
+    for (int h = 0; h < s.config.h_kv; ++h) {
+      PageForms& forms = s.forms_of(page, l)[h];
+      drop_encoded(s, forms);
+      s.high.give_back(forms.high);
+    }
+  }
+  s.free_pages.push_back(page);
+}
+
+Status check_shape(const CacheConfig& c, const View& k, const View& v) {
+  if (k.tokens != v.tokens || k.heads != c.h_kv || v.heads != c.h_kv || k.channels != c.d || v.channels != c.d_v)
+    return invalid_argument(
+        fmt::format("k [{}, {}, {}] and v [{}, {}, {}] do not fit the cache: [n, {}, {}] and [n, {}, {}]", k.tokens,
+                    k.heads, k.channels, v.tokens, v.heads, v.channels, c.h_kv, c.d, c.h_kv, c.d_v));
+  return {};
+}
+
+// The first (token, head) of x that its 16-bit form cannot hold, or an ok status.
+Status check_values(const CacheConfig& c, int layer, const char* name, const View& x, ThreadPool& pool) {
+  const float limit = c.high_dtype == DType::f16 ? 65519.996f : 3.3961775e38f;  // what rounds to infinity lies beyond
+  std::atomic<int64_t> first_bad{INT64_MAX};
+  const int64_t span = 256;
+  pool.parallel_for((x.tokens + span - 1) / span, [&](int64_t task, int) {
+    std::vector<float> row(x.channels);
+    for (int64_t t = task * span; t < std::min(x.tokens, (task + 1) * span); ++t)
+      for (int64_t h = 0; h < x.heads; ++h) {
+        load_row(x.dtype, x.at(t, h), x.channels, row.data());
+        bool good = true;
+        for (const float e : row) good &= std::abs(e) <= limit;
+        if (good) continue;
+        int64_t seen = first_bad.load();
+        while (t * x.heads + h < seen && !first_bad.compare_exchange_weak(seen, t * x.heads + h)) {
+        }
+      }
+  });
+  const int64_t bad = first_bad.load();
+  if (bad == INT64_MAX) return {};
+  std::vector<float> row(x.channels);
+  load_row(x.dtype, x.at(bad / x.heads, bad % x.heads), x.channels, row.data());
+  const auto channel = std::find_if(row.begin(), row.end(), [&](float e) { return !(std::abs(e) <= limit); });
+  return invalid_argument(
+      fmt::format("{} of layer {}, token {}, head {}, channel {} is {}: {} holds finite values up to {}", name, layer,
+                  bad / x.heads, bad % x.heads, channel - row.begin(), *channel,
+                  c.high_dtype == DType::f16 ? "f16" : "bf16", c.high_dtype == DType::f16 ? "65504" : "3.39e38"));
+}
+
+}  // namespace
+
+CacheConfig CacheConfig::for_method(const Method& m, int layers, int h_kv, int d, int d_v) {
+  CacheConfig c;
+  c.layers = layers;
+  c.h_kv = h_kv;
+  c.d = d;
+  c.d_v = d_v;
+  c.storage = m.storage;
+  c.format = m.format;
+  c.scales = m.scales;
+  const bool has_fp4 = m.storage != Storage::high_only;
+  c.centring = m.centring && has_fp4;
+  c.page_scale = m.page_scale;
+  // `auto` ranks by block means in prefill.
+  c.mean = c.centring || m.policy == Policy::block_mean || m.policy == Policy::automatic ||
+           m.policy == Policy::second_moment;
+  c.min_max = m.policy == Policy::quest;
+  c.variance = m.policy == Policy::second_moment;
+  c.sink = std::max(1, m.force.sink);
+  c.recent = std::max({2, m.recent, m.force.previous + 1});
+  return c;
+}
+
+Result<KvCache> KvCache::create(const CacheConfig& c) {
+  const auto refuse = [](const char* name, int64_t value, const char* supported) {
+    return invalid_argument(fmt::format("{} {} is not supported: {}", name, value, supported));
+  };
+  if (c.layers < 1) return refuse("layers", c.layers, "1 or more");
+  if (c.h_kv < 1) return refuse("h_kv", c.h_kv, "1 or more");
+  if (c.d != 64 && c.d != 128) return refuse("head_dim", c.d, "64 and 128 are");
+  if (c.d_v != 64 && c.d_v != 128) return refuse("value head_dim", c.d_v, "64 and 128 are");
+  if (c.high_dtype == DType::f32) return invalid_argument("the cache's 16-bit form is f16 or bf16, not f32");
+  if (c.storage == Storage::compact || c.storage == Storage::offload)
+    return unsupported(
+        fmt::format("storage {} is not supported: high_only, dual, residual and fp4_only are", to_string(c.storage)));
+  if (c.centring && !c.mean) return invalid_argument("centring needs the page means");
+  if (c.sink < 0) return refuse("sink", c.sink, "0 or more pages");
+  if (c.recent < 2) return refuse("recent", c.recent, "2 or more pages");
+  if (c.max_bytes < 0) return refuse("max_bytes", c.max_bytes, "0 (no limit) or more");
+  auto s = std::make_unique<CacheState>();
+  s->config = c;
+  s->layout = page_layout(c.d, c.d_v, c.format, c.mean, c.min_max, c.variance);
+  s->fp4 = RecordPool(s->layout.fp4_bytes);
+  s->residual = RecordPool(s->layout.fp4_bytes);
+  s->high = RecordPool(s->layout.high_bytes);
+  s->summary = RecordPool(s->layout.summary_bytes);
+  return KvCache(std::move(s));
+}
+
+KvCache::KvCache(std::unique_ptr<CacheState> state) : state_(std::move(state)) {}
+KvCache::KvCache(KvCache&&) noexcept = default;
+KvCache& KvCache::operator=(KvCache&&) noexcept = default;
+KvCache::~KvCache() = default;
+const CacheConfig& KvCache::config() const { return state_->config; }
+const CacheState& KvCache::state() const { return *state_; }
+
+SeqId KvCache::new_sequence() {
+  auto& all = state_->sequences;
+  size_t id = 0;
+  while (id < all.size() && all[id].live) ++id;
+  if (id == all.size()) all.emplace_back();
+  all[id] = {};
+  all[id].live = true;
+  all[id].layer_length.assign(state_->config.layers, 0);
+  all[id].released.assign(state_->config.layers, state_->config.sink);
+  return static_cast<SeqId>(id);
+}
+
+Status KvCache::append(SeqId seq, int layer, const View& k, const View& v, ThreadPool& pool) {
+  CacheState& s = *state_;
+  const CacheConfig& c = s.config;
+  if (!s.find(seq)) return unknown_sequence(seq);
+  if (layer < 0 || layer >= c.layers)
+    return invalid_argument(fmt::format("layer {} does not exist: the cache has {}", layer, c.layers));
+  THRIFTATTN_RETURN_IF_ERROR(check_shape(c, k, v));
+  THRIFTATTN_RETURN_IF_ERROR(check_values(c, layer, "k", k, pool));
+  THRIFTATTN_RETURN_IF_ERROR(check_values(c, layer, "v", v, pool));
+
+  Sequence& q = s.sequences[seq];
+  const int64_t from = q.layer_length[layer], to = from + k.tokens;
+  const int64_t first_page = from / kPageTokens, end_page = pages_for(to);
+  const int64_t filled = to / kPageTokens - first_page;  // pages that become full
+
+  // Reserve everything first, so that nothing is appended where something is missing.
+  const int64_t new_pages = std::max<int64_t>(0, end_page - static_cast<int64_t>(q.pages.size()));
+  const int64_t new_high = (end_page - first_page - (from % kPageTokens != 0 ? 1 : 0)) * c.h_kv;
+  const bool has_fp4 = c.storage != Storage::high_only, has_residual = c.storage == Storage::residual;
+  const bool has_summary = has_fp4 || s.layout.summary_bytes > int64_t{sizeof(PageSummary)};
+  const int64_t new_encoded = filled * c.h_kv;
+  const int64_t need = new_high * s.layout.high_bytes + new_encoded * ((has_fp4 + has_residual) * s.layout.fp4_bytes +
+                                                                       (has_summary ? s.layout.summary_bytes : 0));
+  if (c.max_bytes > 0 && memory_use(s).total() + need > c.max_bytes)
+    return Status(Code::out_of_memory, fmt::format("{} more tokens need {} bytes, the cache holds {} of at most {}",
+                                                   k.tokens, need, memory_use(s).total(), c.max_bytes));
+  if (!s.high.reserve(new_high) || (has_fp4 && !s.fp4.reserve(new_encoded)) ||
+      (has_residual && !s.residual.reserve(new_encoded)) || (has_summary && !s.summary.reserve(new_encoded)))
+    return Status(Code::out_of_memory,
+                  fmt::format("{} more tokens need {} bytes, which the system refused", k.tokens, need));
+
+  for (int64_t i = 0; i < new_pages; ++i) q.pages.push_back(take_page(s));
+  for (int64_t p = first_page; p < end_page; ++p) {
+    PageForms* forms = s.forms_of(q.pages[p], layer);
+    const bool fills = p < to / kPageTokens;
+    if (forms[0].high < 0) high_users(s, q.pages[p], layer) = 1;
+    for (int h = 0; h < c.h_kv; ++h) {
+      if (forms[h].high < 0) forms[h].high = s.high.take();
+      if (fills && has_fp4) forms[h].fp4 = s.fp4.take();
+      if (fills && has_residual) forms[h].residual = s.residual.take();
+      if (fills && has_summary) forms[h].summary = s.summary.take();
+    }
+  }
+
+  pool.parallel_for((end_page - first_page) * c.h_kv, [&](int64_t task, int) {
+    const int64_t p = first_page + task / c.h_kv;
+    const int h = static_cast<int>(task % c.h_kv);
+    const PageForms& forms = s.forms_of(q.pages[p], layer)[h];
+    auto* high = reinterpret_cast<uint16_t*>(s.high.at(forms.high));
+    float row[256];
+    for (int64_t t = std::max(from, p * kPageTokens); t < std::min(to, (p + 1) * kPageTokens); ++t) {
+      const int slot = static_cast<int>(t % kPageTokens);
+      load_row(k.dtype, k.at(t - from, h), c.d, row);
+      for (int e = 0; e < c.d; ++e) high[s.layout.high_k_at(slot, e)] = high_encode(c.high_dtype, row[e]);
+      load_row(v.dtype, v.at(t - from, h), c.d_v, row);
+      for (int e = 0; e < c.d_v; ++e) high[s.layout.high_v_at(slot, e)] = high_encode(c.high_dtype, row[e]);
+    }
+    if (p < to / kPageTokens)
+      encode_page(c, s.layout, high, s.fp4.at(forms.fp4), s.residual.at(forms.residual), s.summary.at(forms.summary));
+  });
+  q.layer_length[layer] = to;
+  s.peak_bytes = std::max(s.peak_bytes, memory_use(s).total());
+  return {};
+}
+
+Status KvCache::settle(SeqId seq, int layer) {
+  CacheState& s = *state_;
+  if (!s.find(seq)) return unknown_sequence(seq);
+  if (layer < 0 || layer >= s.config.layers)
+    return invalid_argument(fmt::format("layer {} does not exist: the cache has {}", layer, s.config.layers));
+  if (s.keeps_all_high()) return {};
+  Sequence& q = s.sequences[seq];
+  const int64_t end = q.layer_length[layer] / kPageTokens - s.config.recent;
+  for (int64_t& p = q.released[layer]; p < end; ++p) release_high(s, q.pages[p], layer);
+  return {};
+}
+
+Result<SeqId> KvCache::fork(SeqId seq) {
+  CacheState& s = *state_;
+  if (!s.find(seq)) return unknown_sequence(seq);
+  const int64_t tokens = length(seq);
+  for (int l = 0; l < s.config.layers; ++l)
+    if (length(seq, l) != tokens)
+      return invalid_argument(
+          fmt::format("sequence {} cannot be forked in the middle of a step: layer {} holds {} tokens, "
+                      "another one {}",
+                      seq, l, length(seq, l), tokens));
+  const bool tail = tokens % kPageTokens != 0;
+  const int64_t tail_records = tail ? int64_t{s.config.layers} * s.config.h_kv : 0;
+  const int64_t need = tail_records * s.layout.high_bytes;
+  if ((s.config.max_bytes > 0 && memory_use(s).total() + need > s.config.max_bytes) || !s.high.reserve(tail_records))
+    return Status(Code::out_of_memory, fmt::format("a fork of sequence {} needs {} bytes for its tail", seq, need));
+
+  const SeqId copy = new_sequence();
+  const Sequence& from = s.sequences[seq];
+  Sequence& to = s.sequences[copy];
+  to.layer_length = from.layer_length;
+  to.released = from.released;
+  to.pages.assign(from.pages.begin(), from.pages.begin() + tokens / kPageTokens);
+  for (size_t p = 0; p < to.pages.size(); ++p) {
+    ++s.page_users[to.pages[p]];
+    for (int l = 0; l < s.config.layers; ++l)
+      if (static_cast<int64_t>(p) < s.config.sink || static_cast<int64_t>(p) >= to.released[l])
+        ++high_users(s, to.pages[p], l);
+  }
+  if (tail) {
+    const int32_t page = take_page(s);
+    for (int l = 0; l < s.config.layers; ++l) {
+      high_users(s, page, l) = 1;
+      for (int h = 0; h < s.config.h_kv; ++h) {
+        int32_t& high = s.forms_of(page, l)[h].high;
+        high = s.high.take();
+        std::memcpy(s.high.at(high), s.high.at(s.forms_of(from.pages[tokens / kPageTokens], l)[h].high),
+                    s.layout.high_bytes);
+      }
+    }
+    to.pages.push_back(page);
+  }
+  s.peak_bytes = std::max(s.peak_bytes, memory_use(s).total());
+  return copy;
+}
+
+Status KvCache::truncate(SeqId seq, int64_t tokens, bool lossy) {
+  CacheState& s = *state_;
+  if (!s.find(seq)) return unknown_sequence(seq);
+  int64_t longest = 0;
+  for (int l = 0; l < s.config.layers; ++l) longest = std::max(longest, length(seq, l));
+  if (tokens < 0 || tokens > longest)
+    return invalid_argument(
+        fmt::format("sequence {} cannot be truncated to {} tokens: it holds {}", seq, tokens, longest));
+  Sequence& q = s.sequences[seq];
+  const int64_t cut = tokens / kPageTokens;  // the page that becomes the tail, if any token of it stays
+  if (tokens % kPageTokens != 0) {
+    const int32_t old_page = q.pages[cut];
+    // Which layers hold the page encoded, and can all of them become a 16-bit tail again?
+    bool encoded = false;
+    for (int l = 0; l < s.config.layers; ++l) {
+      if (length(seq, l) <= tokens) continue;
+      for (int h = 0; h < s.config.h_kv; ++h) {
+        const PageForms& forms = s.forms_of(old_page, l)[h];
+        encoded |= forms.summary >= 0 || length(seq, l) / kPageTokens > cut;
+        if (forms.high < 0 && !lossy)
+          return unsupported(fmt::format(
+              "sequence {} cannot be truncated to {} tokens exactly: page {} of layer {} has no "
+              "16-bit form (lengths from {} on, or a multiple of {}, or lossy, can)",
+              seq, tokens, cut, l, std::max<int64_t>(0, (length(seq, l) / kPageTokens - s.config.recent) * kPageTokens),
+              kPageTokens));
+      }
+    }
+    if (encoded) {
+      const int64_t records = int64_t{s.config.layers} * s.config.h_kv;
+      if (!s.high.reserve(records))
+        return Status(Code::out_of_memory, "no memory to rebuild the tail of a truncated sequence");
+      const int32_t page = take_page(s);
+      std::vector<float> k(static_cast<size_t>(s.config.d) * kPageTokens),
+          v(static_cast<size_t>(s.config.d_v) * kPageTokens);
+      for (int l = 0; l < s.config.layers; ++l) {
+        if (length(seq, l) <= cut * kPageTokens) continue;
+        high_users(s, page, l) = 1;
+        for (int h = 0; h < s.config.h_kv; ++h) {
+          const PageForms from = s.forms_of(old_page, l)[h];
+          int32_t& to = s.forms_of(page, l)[h].high;
+          to = s.high.take();
+          auto* high = reinterpret_cast<uint16_t*>(s.high.at(to));
+          if (from.high >= 0) {
+            std::memcpy(high, s.high.at(from.high), s.layout.high_bytes);
+            continue;
+          }
+          decode_page(s.config, s.layout, s.fp4.at(from.fp4), s.residual.at(from.residual), s.summary.at(from.summary),
+                      k.data(), v.data());
+          for (size_t i = 0; i < k.size(); ++i) high[i] = high_encode(s.config.high_dtype, k[i]);
+          for (size_t i = 0; i < v.size(); ++i) high[s.layout.high_v + i] = high_encode(s.config.high_dtype, v[i]);
+        }
+      }
+      drop_page(s, q, cut);
+      q.pages[cut] = page;
+      for (int64_t& released : q.released) released = std::min(released, std::max<int64_t>(cut, s.config.sink));
+    }
+  }
+  while (static_cast<int64_t>(q.pages.size()) > pages_for(tokens)) {
+    drop_page(s, q, static_cast<int64_t>(q.pages.size()) - 1);
+    q.pages.pop_back();
+  }
+  for (int l = 0; l < s.config.layers; ++l) {
+    q.layer_length[l] = std::min(q.layer_length[l], tokens);
+    q.released[l] = std::min(q.released[l], std::max<int64_t>(cut, s.config.sink));
+  }
+  return {};
+}
+
+Status KvCache::free(SeqId seq) {
+  CacheState& s = *state_;
+  if (!s.find(seq)) return unknown_sequence(seq);
+  Sequence& q = s.sequences[seq];
+  for (int64_t p = static_cast<int64_t>(q.pages.size()); p-- > 0;) drop_page(s, q, p);
+  q = {};
+  return {};
+}
+
+int64_t KvCache::length(SeqId seq) const {
+  const Sequence* q = state_->find(seq);
+  return q ? *std::min_element(q->layer_length.begin(), q->layer_length.end()) : -1;
+}
+
+int64_t KvCache::length(SeqId seq, int layer) const {
+  const Sequence* q = state_->find(seq);
+  return q && layer >= 0 && layer < state_->config.layers ? q->layer_length[layer] : -1;
+}
+
+Status KvCache::read(SeqId seq, int layer, int64_t first, const MutableView& k, const MutableView& v) const {
+  const CacheState& s = *state_;
+  if (!s.find(seq)) return unknown_sequence(seq);
+  const View ck{k.data, k.dtype, k.tokens, k.heads, k.channels, k.token_stride, k.head_stride};
+  const View cv{v.data, v.dtype, v.tokens, v.heads, v.channels, v.token_stride, v.head_stride};
+  THRIFTATTN_RETURN_IF_ERROR(check_shape(s.config, ck, cv));
+  if (first < 0 || first + k.tokens > length(seq, layer))
+    return invalid_argument(fmt::format("tokens [{}, {}) of layer {} are not in sequence {}: it holds {}", first,
+                                        first + k.tokens, layer, seq, length(seq, layer)));
+  const Sequence& q = s.sequences[seq];
+  const int d = s.config.d, d_v = s.config.d_v;
+  std::vector<float> pk(static_cast<size_t>(d) * kPageTokens), pv(static_cast<size_t>(d_v) * kPageTokens),
+      row(std::max(d, d_v));
+  for (int h = 0; h < s.config.h_kv; ++h)
+    for (int64_t t = first; t < first + k.tokens;) {
+      const int64_t p = t / kPageTokens, end = std::min(first + k.tokens, (p + 1) * kPageTokens);
+      const PageForms& forms = s.forms_of(q.pages[p], layer)[h];
+      if (forms.high >= 0) {
+        const auto* high = reinterpret_cast<const uint16_t*>(s.high.at(forms.high));
+        const int from = static_cast<int>(t % kPageTokens), to = from + static_cast<int>(end - t);
+        for (int slot = from; slot < to; ++slot) {  // the slots of a tail beyond its tokens hold nothing
+          for (int c = 0; c < d; ++c)
+            pk[c * kPageTokens + slot] = high_decode(s.config.high_dtype, high[s.layout.high_k_at(slot, c)]);
+          for (int c = 0; c < d_v; ++c)
+            pv[slot * d_v + c] = high_decode(s.config.high_dtype, high[s.layout.high_v_at(slot, c)]);
+        }
+      } else {
+        decode_page(s.config, s.layout, s.fp4.at(forms.fp4), s.residual.at(forms.residual), s.summary.at(forms.summary),
+                    pk.data(), pv.data());
+      }
+      for (; t < end; ++t) {
+        const int slot = static_cast<int>(t % kPageTokens);
+        for (int c = 0; c < d; ++c) row[c] = pk[c * kPageTokens + slot];
+        store_row(k.dtype, row.data(), d, k.at(t - first, h));
+        store_row(v.dtype, &pv[static_cast<size_t>(slot) * d_v], d_v, v.at(t - first, h));
+      }
+    }
+  return {};
+}
+
+MemoryUse KvCache::bytes() const { return memory_use(*state_); }
+int64_t KvCache::peak_bytes() const { return state_->peak_bytes; }
+int64_t KvCache::reserved_bytes() const {
+  const CacheState& s = *state_;
+  return s.fp4.reserved_bytes() + s.residual.reserved_bytes() + s.high.reserved_bytes() + s.summary.reserved_bytes() +
+         static_cast<int64_t>(s.forms.capacity() * sizeof(PageForms) +
+                              (s.high_users.capacity() + s.page_users.capacity()) * sizeof(int32_t));
+}
+
+}  // namespace thriftattn

@@ -1,0 +1,25 @@
+// Encoding of a full page and reading back of its forms, in plain scalar code: what the layout means. Backends bring
+// faster readers; this one serves the CPU's append, cache export and tests.
+#pragma once
+
+#include "format/page_layout.h"
+#include "thriftattn/cache.h"
+
+namespace thriftattn {
+
+// The 16-bit form's two directions.
+inline float high_decode(DType type, uint16_t bits) {
+  return type == DType::bf16 ? bf16_decode(bits) : f16_decode(bits);
+}
+inline uint16_t high_encode(DType type, float x) { return type == DType::bf16 ? bf16_encode(x) : f16_encode(x); }
+
+// Encodes one full page of one head. `high` is its 16-bit record; `fp4`, `residual` and `summary` receive theirs, and
+// each may be null where the storage keeps none (`residual` needs `fp4`, `fp4` needs `summary`).
+void encode_page(const CacheConfig& config, const PageLayout& layout, const uint16_t* high, uint8_t* fp4,
+                 uint8_t* residual, uint8_t* summary);
+
+// Decodes K [d, 64] and V [64, d_v] of one page from its FP4 plane, plus the second plane unless `residual` is null.
+void decode_page(const CacheConfig& config, const PageLayout& layout, const uint8_t* fp4, const uint8_t* residual,
+                 const uint8_t* summary, float* k, float* v);
+
+}  // namespace thriftattn
