@@ -355,6 +355,8 @@ std::string to_string(const Method& method) {
   char separator = ':';
   for (size_t i = 0; i < ours.size(); ++i)
     if (ours[i] != theirs[i]) {
+      const auto so_far = parse_method(spec);  // `force` may imply `recent`
+      if (so_far.ok() && *so_far == method) break;
       spec += separator + ours[i].first + "=" + ours[i].second;
       separator = ',';
     }
