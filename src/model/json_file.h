@@ -1,0 +1,50 @@
+// JSON from files that may lie: every access checks the type first.
+#pragma once
+
+#include <fmt/format.h>
+
+#include <cerrno>
+#include <cstring>
+#include <fstream>
+#include <iterator>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <string_view>
+
+#include "thriftattn/status.h"
+
+namespace thriftattn::model {
+
+using Json = nlohmann::json;
+
+inline Result<std::string> read_file(const std::string& path) {
+  std::ifstream in(path, std::ios::binary);
+  if (!in) return not_found(fmt::format("cannot open {}: {}", path, std::strerror(errno)));
+  std::string text((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
+  if (in.bad()) return Status(Code::io, fmt::format("cannot read {}: {}", path, std::strerror(errno)));
+  return text;
+}
+
+// The JSON object that `text` holds.
+inline Result<Json> parse_object(std::string_view text, const std::string& source) {
+  Json json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
+  if (!json.is_object()) return data_loss(fmt::format("{}: not a JSON object", source));
+  return json;
+}
+
+// The member `key`, or null where there is none or `json` is no object.
+inline const Json& member(const Json& json, const char* key) {
+  static const Json null;
+  if (!json.is_object()) return null;
+  const auto it = json.find(key);
+  return it == json.end() ? null : *it;
+}
+
+// A value as an error message shows it: one line, cut short.
+inline std::string shown(const Json& json) {
+  std::string text = json.dump(-1, ' ', true, Json::error_handler_t::replace);
+  if (text.size() > 60) text = text.substr(0, 57) + "...";
+  return text;
+}
+
+}  // namespace thriftattn::model

@@ -1,0 +1,198 @@
+#include "model/linear.h"
+
+#include <fmt/format.h>
+#include <omp.h>
+#include <dnnl.hpp>
+
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <unordered_map>
+#include <vector>
+
+#include "format/codecs.h"
+
+namespace thriftattn::model {
+namespace {
+
+using dnnl::matmul;
+using dnnl::memory;
+
+constexpr int64_t kTileRows = 256;
+constexpr int64_t kPanelColumns = 256;
+
+dnnl::engine& engine() {
+  static dnnl::engine cpu(dnnl::engine::kind::cpu, 0);
+  return cpu;
+}
+
+// oneDNN on the calling thread alone, and the caller's setting again afterwards.
+class OneThread {
+ public:
+  OneThread() { omp_set_num_threads(1); }
+  ~OneThread() { omp_set_num_threads(before_); }
+
+ private:
+  int before_ = omp_get_max_threads();
+};
+
+// y [rows, columns of the panel, rows `stride` apart] = x [rows, inputs] W + bias
+matmul::primitive_desc describe(memory::data_type type, int64_t rows, int64_t inputs, int64_t columns, int64_t stride,
+                                bool bias, const memory::desc& weights) {
+  const memory::desc x({rows, inputs}, type, memory::format_tag::ab);
+  const memory::desc y({rows, columns}, memory::data_type::f32, memory::dims{stride, 1});
+  const memory::desc b({1, columns}, memory::data_type::f32, memory::format_tag::ab);
+  dnnl::primitive_attr attributes;
+  attributes.set_scratchpad_mode(dnnl::scratchpad_mode::user);  // oneDNN's own belongs to the creating thread
+  return {bias ? matmul::desc(x, weights, b, y) : matmul::desc(x, weights, y), attributes, engine()};
+}
+
+}  // namespace
+
+struct Linear::Panels {
+  // A matrix product for one number of rows and columns.
+  struct Kernel {
+    matmul::primitive_desc desc;
+    matmul primitive;
+  };
+  struct Panel {
+    int64_t first = 0, columns = 0;
+    memory weights;
+  };
+
+  int64_t inputs = 0, outputs = 0;
+  memory::data_type type = memory::data_type::f32;
+  std::vector<Panel> panels;
+  std::vector<float> bias;                                // [outputs], or empty
+  std::mutex mutex;                                       // of `kernels`
+  std::map<std::pair<int64_t, int64_t>, Kernel> kernels;  // by rows and columns
+
+  const Kernel& kernel(int64_t rows, const Panel& panel) {
+    std::lock_guard lock(mutex);
+    const auto key = std::pair(rows, panel.columns);
+    auto it = kernels.find(key);
+    if (it == kernels.end()) {
+      auto desc = describe(type, rows, inputs, panel.columns, outputs, !bias.empty(), panel.weights.get_desc());
+      matmul primitive(desc);
+      it = kernels.emplace(key, Kernel{std::move(desc), std::move(primitive)}).first;
+    }
+    return it->second;
+  }
+
+  void fill(Panel* panel, std::span<const Tensor> tensors);
+  void multiply(const float* x, int64_t rows, float* y, const Panel& panel);
+};
+
+// Gathers the panel's rows from the stacked tensors and puts them into oneDNN's layout for full tiles.
+void Linear::Panels::fill(Panel* panel, std::span<const Tensor> tensors) {
+  std::vector<float> rows(panel->columns * inputs);
+  int64_t top = 0;  // first row of the tensor in the stack
+  for (const Tensor& t : tensors) {
+    const int64_t from = std::max(panel->first, top), to = std::min(panel->first + panel->columns, top + t.shape[0]);
+    if (from < to) t.read((from - top) * inputs, (to - from) * inputs, &rows[(from - panel->first) * inputs]);
+    top += t.shape[0];
+  }
+  const memory::desc any({inputs, panel->columns}, type, memory::format_tag::any);
+  const memory::desc layout =
+      describe(type, kTileRows, inputs, panel->columns, outputs, !bias.empty(), any).weights_desc();
+  const memory plain({{inputs, panel->columns}, memory::data_type::f32, memory::format_tag::ba}, engine(), rows.data());
+  panel->weights = memory(layout, engine());
+  dnnl::stream stream(engine());
+  dnnl::reorder(plain, panel->weights).execute(stream, const_cast<memory&>(plain), panel->weights);
+  stream.wait();
+}
+
+void Linear::Panels::multiply(const float* x, int64_t rows, float* y, const Panel& panel) {
+  thread_local std::vector<uint16_t> rounded;
+  thread_local std::vector<uint8_t> scratch;
+  const Kernel& k = kernel(rows, panel);
+  void* input = const_cast<float*>(x);
+  if (type == memory::data_type::bf16) {
+    rounded.resize(rows * inputs);
+    for (int64_t i = 0; i < rows * inputs; ++i) rounded[i] = bf16_encode(x[i]);
+    input = rounded.data();
+  }
+  if (scratch.size() < k.desc.scratchpad_desc().get_size()) scratch.resize(k.desc.scratchpad_desc().get_size());
+  std::unordered_map<int, memory> args = {
+      {DNNL_ARG_SRC, memory(k.desc.src_desc(), engine(), input)},
+      {DNNL_ARG_WEIGHTS, panel.weights},
+      {DNNL_ARG_DST, memory(k.desc.dst_desc(), engine(), y + panel.first)},
+      {DNNL_ARG_SCRATCHPAD, memory(k.desc.scratchpad_desc(), engine(), scratch.data())},
+  };
+  if (!bias.empty()) args[DNNL_ARG_BIAS] = memory(k.desc.bias_desc(), engine(), &bias[panel.first]);
+  dnnl::stream stream(engine());
+  k.primitive.execute(stream, args);
+  stream.wait();
+}
+
+namespace {
+
+constexpr int64_t kSerialWork = 1 << 20;  // multiplications that are over before other threads have woken up
+
+// Runs task(i) for every i on the pool, one oneDNN thread each, and turns oneDNN's exceptions into a Status.
+template <class Task>
+Status on_pool(ThreadPool& pool, int64_t count, bool serial, const Task& task) {
+  std::mutex mutex;
+  Status status;
+  const auto guarded = [&](int64_t i, int) {
+    const OneThread one;
+    const auto keep = [&](Code code, const char* what) {
+      std::lock_guard lock(mutex);
+      if (status.ok()) status = Status(code, fmt::format("matrix product: {}", what));
+    };
+    try {
+      task(i);
+    } catch (const std::bad_alloc&) {
+      keep(Code::out_of_memory, "no memory left");
+    } catch (const std::exception& e) {
+      keep(Code::unsupported, e.what());
+    }
+  };
+  if (serial) {
+    for (int64_t i = 0; i < count; ++i) guarded(i, 0);
+  } else {
+    pool.parallel_for(count, guarded);
+  }
+  return status;
+}
+
+}  // namespace
+
+Linear::Linear() = default;
+Linear::Linear(Linear&&) noexcept = default;
+Linear& Linear::operator=(Linear&&) noexcept = default;
+Linear::~Linear() = default;
+
+int64_t Linear::inputs() const { return panels_->inputs; }
+int64_t Linear::outputs() const { return panels_->outputs; }
+
+Result<Linear> Linear::create(std::span<const Tensor> weights, std::span<const Tensor> biases, Compute compute,
+                              ThreadPool& pool) {
+  Linear out;
+  out.panels_ = std::make_unique<Panels>();
+  Panels& p = *out.panels_;
+  p.type = compute == Compute::bf16 ? memory::data_type::bf16 : memory::data_type::f32;
+  p.inputs = weights[0].shape[1];
+  for (const Tensor& t : weights) p.outputs += t.shape[0];
+  for (const Tensor& t : biases) {
+    p.bias.resize(p.bias.size() + t.shape[0]);
+    t.read(0, t.shape[0], &p.bias[p.bias.size() - t.shape[0]]);
+  }
+  for (int64_t first = 0; first < p.outputs; first += kPanelColumns) {
+    p.panels.push_back({first, std::min(kPanelColumns, p.outputs - first), {}});
+  }
+  THRIFTATTN_RETURN_IF_ERROR(
+      on_pool(pool, std::ssize(p.panels), false, [&](int64_t i) { p.fill(&p.panels[i], weights); }));
+  return out;
+}
+
+Status Linear::apply(const float* x, int64_t rows, float* y, ThreadPool& pool) const {
+  Panels& p = *panels_;
+  const int64_t columns = std::ssize(p.panels), tiles = (rows + kTileRows - 1) / kTileRows;
+  return on_pool(pool, tiles * columns, rows * p.inputs * p.outputs <= kSerialWork, [&](int64_t i) {
+    const int64_t first = i / columns * kTileRows;
+    p.multiply(x + first * p.inputs, std::min(kTileRows, rows - first), y + first * p.outputs, p.panels[i % columns]);
+  });
+}
+
+}  // namespace thriftattn::model
