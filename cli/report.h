@@ -44,6 +44,7 @@ struct Row {
   bool reference = false;  // run for comparison only, not asked for
   int fp4 = -1;            // the row of paper-fp4 that `recovery` is taken from; -1 = no page is read in FP4
   int like = -1;           // the row of the fp4 that `recovery_like` is taken from; -1 as above
+  int twin = -1;           // an earlier row that resolves to the same options, whose figures are this row's too
   ResolvedOptions options;
   std::vector<Figures> texts;  // one per text
   Figures mean;

@@ -1,0 +1,99 @@
+// thriftattn generate: reads the prompt in one prefill, then takes one decode step per token and writes its text.
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "commands.h"
+#include "input.h"
+#include "model/sampling.h"
+#include "progress.h"
+#include "runner.h"
+
+namespace thriftattn::cli {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
+
+double rate(int64_t tokens, double seconds) { return static_cast<double>(tokens) / std::max(seconds, 1e-9); }
+
+double share(const Stats& stats, const Stats& before) {
+  const int64_t pairs = stats.pairs - before.pairs;
+  return pairs ? static_cast<double>(stats.promoted - before.promoted) / static_cast<double>(pairs) : 0;
+}
+
+}  // namespace
+
+Status generate(const GenerateOptions& options) {
+  THRIFTATTN_ASSIGN_OR_RETURN(method, parse_method(options.method));
+  std::string text;
+  if (options.prompt) {
+    text = *options.prompt;
+    if (text.empty()) return invalid_argument("the prompt is empty");
+    if (valid_utf8(text) != text.size()) return invalid_argument("the prompt is not UTF-8");
+  } else {
+    THRIFTATTN_ASSIGN_OR_RETURN(file, read_text(options.prompt_file));
+    text = std::move(file);
+  }
+  THRIFTATTN_ASSIGN_OR_RETURN(runner, Runner::load(options.run));
+  const std::vector<int32_t> prompt = runner.tokens(text);
+  const int64_t positions = std::ssize(prompt) + options.max_tokens;
+  THRIFTATTN_RETURN_IF_ERROR(runner.check_positions(
+      positions, fmt::format("a prompt of {} tokens and {} more", prompt.size(), options.max_tokens)));
+
+  model::SessionOptions session_options;
+  session_options.max_tokens = positions;
+  session_options.max_step = std::ssize(prompt);
+  THRIFTATTN_ASSIGN_OR_RETURN(session, model::Session::create(*runner.model, method, session_options, *runner.pool));
+  model::Sampler sampler(options.temperature, options.top_p, options.run.seed);
+  model::TextStream stream(runner.tokenizer);
+
+  int32_t token = 0;
+  const auto pick = [&](int64_t, int64_t, const float* logits) { token = sampler.pick(logits, session.vocab()); };
+  const SeqId seq = session.new_sequence();
+  Progress progress(!options.quiet);
+  progress.begin(fmt::format("reading {} tokens", prompt.size()));
+  auto begin = Clock::now();
+  THRIFTATTN_RETURN_IF_ERROR(session.forward(seq, prompt, Phase::prefill, model::LogitRows::last, pick,
+                                             [&](double fraction) { return progress.update(fraction); }));
+  progress.clear();
+  const double prefill_seconds = seconds_since(begin);
+  const Stats prefill_stats = session.stats();
+
+  begin = Clock::now();
+  int64_t count = 0, steps = 0;
+  while (!runner.model->config().is_eos(token)) {
+    const std::string piece = stream.push(token);
+    if (std::fwrite(piece.data(), 1, piece.size(), stdout) != piece.size() || std::fflush(stdout) != 0) {
+      return Status(Code::io, "cannot write to stdout");
+    }
+    if (++count == options.max_tokens) break;
+    THRIFTATTN_RETURN_IF_ERROR(session.forward(seq, {&token, 1}, Phase::decode, model::LogitRows::last, pick,
+                                               [](double) { return !interrupted(); }));
+    ++steps;
+  }
+  // The text alone, but a terminal's prompt belongs on a line of its own.
+  const std::string rest = stream.finish() + (isatty(STDOUT_FILENO) ? "\n" : "");
+  std::fwrite(rest.data(), 1, rest.size(), stdout);
+  std::fflush(stdout);
+  if (options.quiet) return {};
+  const double decode_seconds = seconds_since(begin);
+  fmt::print(
+      stderr,
+      "{}: read {} tokens at {:.0f} tokens/s ({:.1f}% promoted), wrote {} at {:.1f} tokens/s ({:.1f}% promoted); "
+      "KV {:.1f} MiB, {:.0f} bytes per token\n",
+      to_string(method), prompt.size(), rate(std::ssize(prompt), prefill_seconds), 100 * share(prefill_stats, {}),
+      count, rate(steps, decode_seconds), 100 * share(session.stats(), prefill_stats),
+      static_cast<double>(session.cache().bytes().total()) / (1 << 20),
+      static_cast<double>(session.cache().bytes().total()) / static_cast<double>(session.length(seq)));
+  return {};
+}
+
+}  // namespace thriftattn::cli

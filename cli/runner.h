@@ -1,0 +1,37 @@
+// A model ready to run, and what every command does with it.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "commands.h"
+#include "model/model.h"
+#include "model/session.h"
+#include "model/tokenizer.h"
+#include "report.h"
+#include "thriftattn/threads.h"
+
+namespace thriftattn::cli {
+
+struct Runner {
+  std::unique_ptr<ThreadPool> pool;  // sessions refer to it and to the model
+  std::unique_ptr<model::Model> model;
+  model::Tokenizer tokenizer;
+
+  // Loads the folder. No `compute` given = bf16 where the processor has it natively, else f32.
+  static Result<Runner> load(const RunOptions& options);
+
+  // BOS, where the model has one, and the tokens of `text`.
+  std::vector<int32_t> tokens(const std::string& text) const;
+
+  // Refuses `needed` positions where the model has fewer; `what` names what needs them.
+  Status check_positions(int64_t needed, const std::string& what) const;
+
+  // Asks the planner what each row will run with in the phases that take place, before any of them runs: sets the rows'
+  // options and twins, and the report's machine. A method that a phase refuses is an error.
+  Status resolve(const model::SessionOptions& options, bool prefill, bool decode, Report* report) const;
+};
+
+}  // namespace thriftattn::cli
