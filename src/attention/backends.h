@@ -1,0 +1,24 @@
+// The one interface between attention and its backends: plain functions over plain structs. dispatch.cc lists them.
+#pragma once
+
+#include <memory>
+#include <span>
+#include <string>
+
+#include "format/params.h"
+#include "thriftattn/attention.h"
+
+namespace thriftattn {
+
+struct Backend {
+  const char* name;
+  std::string (*refusal)(const Problem& problem, const Machine& machine);  // empty = it will serve the problem
+  void (*plan)(const Machine& machine, Plan& plan);                        // fills in what the backend decides
+  std::shared_ptr<void> (*scratch)(const Plan& plan);                      // may throw std::bad_alloc
+  Status (*run)(const Plan& plan, void* scratch, ThreadPool& pool, const AttentionCall& call);
+};
+
+// In order of preference.
+std::span<const Backend> backends();
+
+}  // namespace thriftattn

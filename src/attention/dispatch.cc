@@ -1,0 +1,200 @@
+// From a public call to a backend: checks the arguments, resolves block tables to records, runs.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <new>
+#include <vector>
+
+#include "attention/backends.h"
+#include "attention/cache_state.h"
+#include "cpu/backend.h"
+#include "format/params.h"
+#include "format/selection.h"
+
+namespace thriftattn {
+
+std::span<const Backend> backends() {
+  static constexpr Backend kBackends[] = {
+      {"cpu", cpu::refusal, cpu::plan,
+       [](const Plan& plan) -> std::shared_ptr<void> { return cpu::make_scratch(plan); },
+       [](const Plan& plan, void* scratch, ThreadPool& pool, const AttentionCall& call) {
+         return cpu::run(plan, *static_cast<cpu::Scratch*>(scratch), pool, call);
+       }},
+  };
+  return kBackends;
+}
+
+Machine Machine::here(int threads) { return {threads, cpu::targets()}; }
+
+struct Workspace::Buffers {
+  const Backend* backend = nullptr;
+  std::shared_ptr<void> scratch;
+  std::vector<PageRef> pages;  // [b, h_kv, max pages]
+  std::vector<SequenceCall> sequences;
+};
+
+Workspace::Workspace(std::unique_ptr<Buffers> buffers) : buffers_(std::move(buffers)) {}
+Workspace::Workspace(Workspace&&) noexcept = default;
+Workspace& Workspace::operator=(Workspace&&) noexcept = default;
+Workspace::~Workspace() = default;
+
+Result<Workspace> Workspace::create(const Plan& plan) {
+  const auto all = backends();
+  const auto backend = std::find_if(all.begin(), all.end(), [&](const Backend& b) { return plan.backend == b.name; });
+  if (backend == all.end()) return invalid_argument(fmt::format("the plan names no backend ('{}')", plan.backend));
+  try {
+    auto buffers = std::make_unique<Buffers>();
+    buffers->backend = &*backend;
+    buffers->scratch = backend->scratch(plan);
+    const Problem& p = plan.problem;
+    buffers->pages.resize(static_cast<size_t>(p.b) * p.h_kv * ((p.max_s_kv + kPageTokens - 1) / kPageTokens));
+    buffers->sequences.reserve(p.b);
+    return Workspace(std::move(buffers));
+  } catch (const std::bad_alloc&) {
+    return Status(Code::out_of_memory, fmt::format("no memory for a workspace of {} bytes", plan.workspace_bytes));
+  }
+}
+
+namespace {
+
+Status check_args(const Problem& p, const AttendArgs& a) {
+  if (!a.cache) return invalid_argument("no cache is given");
+  const CacheConfig &c = a.cache->config(), &planned = p.cache;
+  if (c.h_kv != planned.h_kv || c.d != planned.d || c.d_v != planned.d_v || c.storage != planned.storage ||
+      c.format != planned.format || c.centring != planned.centring || c.high_dtype != planned.high_dtype ||
+      c.mean != planned.mean || c.min_max != planned.min_max || c.variance != planned.variance)
+    return invalid_argument("the cache is not of the configuration that the plan was made for");
+  if (a.layer < 0 || a.layer >= c.layers)
+    return invalid_argument(fmt::format("layer {} does not exist: the cache has {}", a.layer, c.layers));
+  if (a.seqs.size() != a.s_q.size() || static_cast<int>(a.seqs.size()) > p.b)
+    return invalid_argument(
+        fmt::format("{} sequences and {} row counts do not fit a plan for {}", a.seqs.size(), a.s_q.size(), p.b));
+  int64_t rows = 0;
+  for (size_t i = 0; i < a.seqs.size(); ++i) {
+    const int64_t s_kv = a.cache->length(a.seqs[i], a.layer);
+    if (s_kv < 0) return not_found(fmt::format("sequence {} does not exist", a.seqs[i]));
+    if (a.s_q[i] < 0 || a.s_q[i] > p.max_s_q)
+      return invalid_argument(
+          fmt::format("s_q {} of sequence {} is out of the plan's range [0, {}]", a.s_q[i], a.seqs[i], p.max_s_q));
+    if (s_kv > p.max_s_kv)
+      return invalid_argument(
+          fmt::format("sequence {} holds {} tokens, the plan serves up to {}", a.seqs[i], s_kv, p.max_s_kv));
+    rows += a.s_q[i];
+  }
+  if (a.q.tokens != rows || a.q.heads != p.h_q || a.q.channels != p.d)
+    return invalid_argument(
+        fmt::format("q is [{}, {}, {}], expected [{}, {}, {}]", a.q.tokens, a.q.heads, a.q.channels, rows, p.h_q, p.d));
+  return {};
+}
+
+// Every page must have the form in which it will be read.
+Status check_forms(const Problem& p, const AttendArgs& a, const AttentionCall& call) {
+  for (size_t i = 0; i < call.sequences.size(); ++i) {
+    const SequenceCall& s = call.sequences[i];
+    const int64_t full = s.s_kv / kPageTokens;
+    if (p.method.rest == Tier::fp16)
+      for (int g = 0; g < p.h_kv; ++g)
+        for (int64_t page = 0; page < full; ++page)
+          if (!s.pages[g * s.page_stride + page].high)
+            return invalid_argument(
+                fmt::format("page {} of sequence {}, layer {} has no 16-bit form left, which method {} "
+                            "reads (storage={})",
+                            page, a.seqs[i], a.layer, to_string(p.method), to_string(p.cache.storage)));
+  }
+  if (!call.given) return {};
+  const int heads = p.phase == Phase::prefill ? p.h_q : p.h_kv;
+  int64_t block = 0;
+  for (size_t i = 0; i < call.sequences.size(); ++i) {
+    const SequenceCall& s = call.sequences[i];
+    const int64_t blocks = query_blocks(p.phase, s.s_q, s.s_kv);
+    for (int h = 0; h < heads; ++h)
+      for (int64_t b = 0; b < blocks; ++b, ++block) {
+        if (block + 1 >= static_cast<int64_t>(call.given->first.size()))
+          return invalid_argument(
+              fmt::format("the given selection has {} query blocks, the call has more", call.given->first.size() - 1));
+        const int g = p.phase == Phase::prefill ? h / (p.h_q / p.h_kv) : h;
+        int64_t previous = -1;
+        for (int64_t e = call.given->first[block]; e < call.given->first[block + 1]; ++e) {
+          const Promoted& one = call.given->pages[e];
+          if (one.page <= previous || one.page >= s.s_kv / kPageTokens)
+            return invalid_argument(
+                fmt::format("given selection, block {}: page {} is out of order or not a full page of "
+                            "sequence {}",
+                            block, one.page, a.seqs[i]));
+          previous = one.page;
+          const PageRef& ref = s.pages[g * s.page_stride + one.page];
+          const bool stored = one.tier == Tier::none || (one.tier == Tier::fp4 && ref.fp4) ||
+                              (one.tier == Tier::fp4x2 && ref.residual) || (one.tier == Tier::fp16 && ref.high);
+          if (!stored)
+            return invalid_argument(fmt::format("given selection, block {}: page {} is not stored in tier {}", block,
+                                                one.page, to_string(one.tier)));
+        }
+      }
+  }
+  if (block + 1 != static_cast<int64_t>(call.given->first.size()))
+    return invalid_argument(
+        fmt::format("the given selection has {} query blocks, the call has {}", call.given->first.size() - 1, block));
+  return {};
+}
+
+Status run_call(const Plan& plan, Workspace& workspace, ThreadPool& pool, const AttendArgs& a, bool select_only,
+                Stats* stats) {
+  const Problem& p = plan.problem;
+  THRIFTATTN_RETURN_IF_ERROR(check_args(p, a));
+  Workspace::Buffers& w = workspace.buffers();
+  const CacheState& state = a.cache->state();
+  const int64_t stride = (p.max_s_kv + kPageTokens - 1) / kPageTokens;
+  w.sequences.clear();
+  int64_t first_row = 0, first_block = 0;
+  for (size_t i = 0; i < a.seqs.size(); ++i) {
+    SequenceCall s;
+    s.s_q = a.s_q[i];
+    s.s_kv = a.cache->length(a.seqs[i], a.layer);
+    s.first_row = first_row;
+    s.first_block = first_block;
+    s.page_stride = stride;
+    PageRef* pages = &w.pages[i * p.h_kv * stride];
+    s.pages = pages;
+    const std::vector<int32_t>& table = state.find(a.seqs[i])->pages;
+    for (int64_t page = 0; page < (s.s_kv + kPageTokens - 1) / kPageTokens; ++page)
+      for (int g = 0; g < p.h_kv; ++g) {
+        const PageForms& forms = state.forms_of(table[page], a.layer)[g];
+        pages[g * stride + page] = {state.fp4.at(forms.fp4), state.residual.at(forms.residual),
+                                    reinterpret_cast<const uint16_t*>(state.high.at(forms.high)),
+                                    state.summary.at(forms.summary)};
+      }
+    first_row += s.s_q;
+    first_block += (p.phase == Phase::prefill ? p.h_q : p.h_kv) * query_blocks(p.phase, s.s_q, s.s_kv);
+    w.sequences.push_back(s);
+  }
+  AttentionCall call;
+  call.problem = &p;
+  call.layout = &state.layout;
+  call.sequences = w.sequences;
+  call.q = a.q;
+  call.out = a.out;
+  call.lse = a.lse;
+  call.given = a.given;
+  call.select_only = select_only;
+  call.stats = stats;
+  THRIFTATTN_RETURN_IF_ERROR(check_forms(p, a, call));
+  return w.backend->run(plan, w.scratch.get(), pool, call);
+}
+
+}  // namespace
+
+Status run(const Plan& plan, Workspace& workspace, ThreadPool& pool, const AttendArgs& args) {
+  const MutableView& out = args.out;
+  if (out.tokens != args.q.tokens || out.heads != plan.problem.h_q || out.channels != plan.problem.d_v)
+    return invalid_argument(fmt::format("out is [{}, {}, {}], expected [{}, {}, {}]", out.tokens, out.heads,
+                                        out.channels, args.q.tokens, plan.problem.h_q, plan.problem.d_v));
+  return run_call(plan, workspace, pool, args, false, args.stats);
+}
+
+Result<Selection> select(const Plan& plan, Workspace& workspace, ThreadPool& pool, const AttendArgs& args) {
+  Stats stats;
+  THRIFTATTN_RETURN_IF_ERROR(run_call(plan, workspace, pool, args, true, &stats));
+  return std::move(stats.selection);
+}
+
+}  // namespace thriftattn

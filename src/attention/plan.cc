@@ -1,0 +1,104 @@
+// The pure half of dispatch: what will run, or why nothing can.
+#include <fmt/format.h>
+
+#include <cmath>
+
+#include "attention/backends.h"
+#include "thriftattn/attention.h"
+
+namespace thriftattn {
+namespace {
+
+// What no backend serves, whatever the machine.
+Status check(const Problem& p) {
+  const auto refuse = [](const char* name, auto value, const char* supported) {
+    return invalid_argument(fmt::format("{} {} is not supported: {}", name, value, supported));
+  };
+  if (p.b < 1) return refuse("b", p.b, "1 or more");
+  if (p.max_s_q < 0) return refuse("max_s_q", p.max_s_q, "0 or more");
+  if (p.phase == Phase::decode && p.max_s_q > kMaxDecodeRows)
+    return refuse("max_s_q", p.max_s_q, "a decode or verify step has at most 16 rows; use the prefill phase for more");
+  if (p.max_s_kv < 0) return refuse("max_s_kv", p.max_s_kv, "0 or more");
+  if (p.h_kv < 1) return refuse("h_kv", p.h_kv, "1 or more");
+  if (p.h_q < 1 || p.h_q % p.h_kv != 0)
+    return invalid_argument(fmt::format("h_q {} is not a multiple of h_kv {}", p.h_q, p.h_kv));
+  if (p.d != 64 && p.d != 128) return refuse("head_dim", p.d, "64 and 128 are");
+  if (p.d_v != 64 && p.d_v != 128) return refuse("value head_dim", p.d_v, "64 and 128 are");
+  if (!std::isfinite(p.sm_scale)) return refuse("sm_scale", p.sm_scale, "a finite number, or 0 for 1/sqrt(d)");
+  const CacheConfig& c = p.cache;
+  if (c.h_kv != p.h_kv || c.d != p.d || c.d_v != p.d_v)
+    return invalid_argument(
+        fmt::format("the cache holds {} heads of {} and {} channels, the problem has {} of {} and {}", c.h_kv, c.d,
+                    c.d_v, p.h_kv, p.d, p.d_v));
+  return {};
+}
+
+// What the method reads and the cache does not keep. Policy and arithmetic are resolved.
+Status check_stored(const Method& m, const CacheConfig& c) {
+  const auto missing = [&](const std::string& needs) {
+    return invalid_argument(
+        fmt::format("method {} needs {}, which this cache (storage={}) does not keep: make it by "
+                    "CacheConfig::for_method",
+                    to_string(m), needs, to_string(c.storage)));
+  };
+  if (m.reads_fp4()) {
+    if (c.storage == Storage::high_only) return missing("FP4 planes");
+    if (m.format != c.format) return missing("format=" + to_string(m.format));
+    if (m.centring != c.centring) return missing(m.centring ? "centring=on" : "centring=off");
+  }
+  const bool ranks = m.policy != Policy::none && m.budget.kind != Budget::Kind::all;
+  if (!ranks) return {};
+  if (m.storage != c.storage) return missing("storage=" + to_string(m.storage));
+  if ((m.policy == Policy::block_mean || m.policy == Policy::second_moment) && !c.mean) return missing("page means");
+  if (m.policy == Policy::quest && !c.min_max) return missing("page minima and maxima");
+  if (m.policy == Policy::second_moment && !c.variance) return missing("page variances");
+  return {};
+}
+
+}  // namespace
+
+Result<Plan> plan(const Problem& problem, const Machine& machine) {
+  THRIFTATTN_RETURN_IF_ERROR(check(problem));
+  Plan plan;
+  plan.problem = problem;
+  Problem& p = plan.problem;
+  if (p.sm_scale == 0) p.sm_scale = 1.0f / std::sqrt(static_cast<float>(p.d));
+  Method& m = p.method;
+  if (m.policy == Policy::automatic)
+    m.policy =
+        p.phase == Phase::decode && p.cache.storage != Storage::high_only ? Policy::fp4_mass : Policy::block_mean;
+  if (m.arithmetic == Arithmetic::automatic)
+    m.arithmetic = Arithmetic::kv4;  // the CPU's; faster units resolve it otherwise
+  if (m.policy == Policy::fp4_mass && p.phase == Phase::prefill)
+    return unsupported(
+        "policy=fp4_mass serves decode and verify steps, where FP4 scores exist before the choice: "
+        "policy=auto ranks by block_mean in prefill");
+  THRIFTATTN_RETURN_IF_ERROR(check_stored(m, p.cache));
+
+  for (const Backend& backend : backends()) {
+    const std::string reason = backend.refusal(p, machine);
+    if (reason.empty()) {
+      backend.plan(machine, plan);
+      return plan;
+    }
+    plan.refused.push_back({backend.name, reason});
+  }
+  std::string reasons;
+  for (const Refusal& r : plan.refused)
+    reasons += fmt::format("{}{}: {}", reasons.empty() ? "" : "; ", r.backend, r.reason);
+  return unsupported(fmt::format("no backend serves method {}: {}", to_string(m), reasons));
+}
+
+std::string to_string(const Plan& plan) {
+  const Problem& p = plan.problem;
+  std::string text = fmt::format(
+      "{}<{}> d={} d_v={} h_q={} h_kv={} b={} s_q<={} s_kv<={} policy={} arithmetic={} tile={} splits={} threads={} "
+      "workspace={:.1f} MB",
+      plan.kernel, plan.target, p.d, p.d_v, p.h_q, p.h_kv, p.b, p.max_s_q, p.max_s_kv, to_string(p.method.policy),
+      to_string(p.method.arithmetic), plan.rows_per_tile, plan.splits, plan.threads,
+      static_cast<double>(plan.workspace_bytes) / 1e6);
+  for (const Refusal& r : plan.refused) text += fmt::format(" | {}: refused, {}", r.backend, r.reason);
+  return text;
+}
+
+}  // namespace thriftattn

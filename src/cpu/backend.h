@@ -1,0 +1,27 @@
+// The CPU backend as dispatch sees it: plain functions over plain structs.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "format/params.h"
+#include "thriftattn/attention.h"
+
+namespace thriftattn::cpu {
+
+// Instruction sets compiled in that this machine runs, best first, by Highway's names.
+std::vector<std::string> targets();
+
+// Why the CPU backend will not serve `problem`; empty where it will.
+std::string refusal(const Problem& problem, const Machine& machine);
+
+// Fills in kernel, target, tile, splits and workspace of a plan for a problem that it serves.
+void plan(const Machine& machine, Plan& plan);
+
+struct Scratch;
+std::shared_ptr<Scratch> make_scratch(const Plan& plan);  // may throw std::bad_alloc
+
+Status run(const Plan& plan, Scratch& scratch, ThreadPool& pool, const AttentionCall& call);
+
+}  // namespace thriftattn::cpu

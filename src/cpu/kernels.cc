@@ -1,0 +1,407 @@
+// Attention of some rows over some pages, portable SIMD; one body for prefill, decode and verify steps.
+//
+//   page records --decode--> K tile [d, 64], V tile [64, d_v] (float, L2)
+//   q --multiply by K tile--> scores [rows, 64] --mask, scale, exp2--> p --multiply by V tile--> o [rows, d_v]
+//
+// A page is decoded once per tier for all rows of the task: the query heads of one KV head read it together. Scores and
+// p never leave L1. With 64 rows per head the two products take 2 x 64 x 64 x 128 multiply-adds, about four fifths of
+// the time, and bind on FMA throughput; decoding an FP4 page takes about 6 instructions per register, a tenth. With few
+// rows (decode) the decoding binds.
+//
+// Arithmetic kv4: everything in FP32 on exactly decoded K and V. mma4: q and p are quantised as well and decoded again,
+// so that the products are those of FP4 tensor cores up to the order of summation; q.k_mean stays unquantised.
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "cpu/kernels.cc"
+#ifndef HWY_DISABLED_TARGETS
+// Everything between AVX2 and plain x86-64 runs the 16-byte emulation: such machines are rare and each target costs
+// compile time.
+#define HWY_DISABLED_TARGETS (HWY_SSE4 | HWY_SSSE3)
+#endif
+// Highway keeps the emulation from g++ before 12.3 because of a miscompiled multiply-high, which nothing here uses; the
+// tests force every target.
+#define HWY_BROKEN_EMU128 0
+#include <hwy/foreach_target.h>  // NOLINT: must come before highway.h
+
+#include <hwy/highway.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "cpu/kernels.h"
+#include "cpu/tile-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace thriftattn::cpu {
+namespace HWY_NAMESPACE {
+
+constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
+
+// A walk over one head's promoted pages, page by page.
+struct TierCursor {
+  std::span<const Promoted> promoted;
+  size_t next = 0;
+
+  Tier at(int64_t page, Tier rest) {
+    while (next < promoted.size() && promoted[next].page < page) ++next;
+    return next < promoted.size() && promoted[next].page == page ? promoted[next].tier : rest;
+  }
+};
+
+const uint16_t* mean_of(const BlockTask& t, const PageRef& page) {
+  return reinterpret_cast<const uint16_t*>(page.summary + t.layout->mean);
+}
+
+PageSummary summary_of(const PageRef& page) {
+  PageSummary facts;
+  std::memcpy(&facts, page.summary, sizeof(facts));
+  return facts;
+}
+
+// In mma4 an FP4 page's mean is kept out of the tile, because it meets the unquantised q.
+bool mean_apart(const BlockTask& t, Tier tier) { return t.mma4 && t.centring && tier == Tier::fp4; }
+
+void decode_k(const BlockTask& t, const PageRef& page, Tier tier, float* tile) {
+  const PageLayout& l = *t.layout;
+  if (tier == Tier::fp16) return decode_high(t.high_dtype, page.high, int64_t{kPageTokens} * l.d, tile);
+  const PageSummary facts = summary_of(page);
+  const Fp4Format format = t.method->format;
+  if (t.centring && !mean_apart(t, tier)) {
+    HWY_ALIGN float mean[256];
+    decode_high(t.high_dtype, mean_of(t, page), l.d, mean);
+    decode_plane<Start::rows>(l.k, format, l.d, facts.k_exponent[0], page.fp4 + l.k_codes, page.fp4 + l.k_scales, mean,
+                              tile);
+  } else {
+    decode_plane<Start::zero>(l.k, format, l.d, facts.k_exponent[0], page.fp4 + l.k_codes, page.fp4 + l.k_scales,
+                              nullptr, tile);
+  }
+  if (tier == Tier::fp4x2)
+    decode_plane<Start::sum>(l.k, format, l.d, facts.k_exponent[1], page.residual + l.k_codes,
+                             page.residual + l.k_scales, nullptr, tile);
+}
+
+// Rows of tokens that do not exist are zero: what a record holds there may be anything, and 0 * NaN is NaN.
+void decode_v(const BlockTask& t, const PageRef& page, Tier tier, int64_t tokens, float* tile) {
+  const PageLayout& l = *t.layout;
+  if (tier == Tier::fp16) {
+    decode_high(t.high_dtype, page.high + l.high_v, tokens * l.d_v, tile);
+    std::fill(tile + tokens * l.d_v, tile + int64_t{kPageTokens} * l.d_v, 0.0f);
+    return;
+  }
+  const PageSummary facts = summary_of(page);
+  const Fp4Format format = t.method->format;
+  decode_plane<Start::zero>(l.v, format, kPageTokens, facts.v_exponent[0], page.fp4 + l.v_codes, page.fp4 + l.v_scales,
+                            nullptr, tile);
+  if (tier == Tier::fp4x2)
+    decode_plane<Start::sum>(l.v, format, kPageTokens, facts.v_exponent[1], page.residual + l.v_codes,
+                             page.residual + l.v_scales, nullptr, tile);
+}
+
+// Tokens of page `p` that row r sees: the first so many of it.
+int64_t visible_tokens(const BlockTask& t, int64_t p, int r) {
+  const int64_t end = t.causal ? std::min(t.s_kv, t.first_position + r % t.period + 1) : t.s_kv;
+  return std::clamp<int64_t>(end - p * kPageTokens, 0, kPageTokens);
+}
+
+// s[rows, 64] = scaled, masked log2 scores of rows [first, first + rows) against page p.
+void score_tile(const BlockTask& t, int64_t p, Tier tier, const float* tile, int first, float* s) {
+  const DF df;
+  const int64_t n = static_cast<int64_t>(hn::Lanes(df));
+  const int d = t.layout->d;
+  const bool quantised = t.mma4 && tier == Tier::fp4;
+  const bool apart = mean_apart(t, tier);
+  if (apart) {
+    for (int r = 0; r < t.rows; ++r) {
+      const VF start = hn::Set(df, dot_high(t.high_dtype, t.q + (first + r) * d, mean_of(t, t.pages[p]), d));
+      for (int64_t i = 0; i < kPageTokens; i += n) hn::StoreU(start, df, s + r * kPageTokens + i);
+    }
+  }
+  const float* q = (quantised ? t.q4 : t.q) + static_cast<int64_t>(first) * d;
+  multiply(t.rows, d, kPageTokens, q, d, tile, kPageTokens, s, kPageTokens, apart);
+  const VF scale = hn::Set(df, t.scale_log2);
+  for (int r = 0; r < t.rows; ++r) {
+    float* row = s + r * kPageTokens;
+    const int64_t visible = visible_tokens(t, p, r);
+    for (int64_t i = 0; i < kPageTokens; i += n) {
+      VF x = hn::Mul(hn::LoadU(df, row + i), scale);
+      if (visible < i + n)
+        x = hn::IfThenElse(hn::FirstN(df, static_cast<size_t>(std::max<int64_t>(0, visible - i))), x,
+                           hn::Set(df, kMinusInf));
+      hn::StoreU(x, df, row + i);
+    }
+  }
+}
+
+float row_max(const float* row) {
+  const DF df;
+  VF m = hn::LoadU(df, row);
+  for (int64_t i = static_cast<int64_t>(hn::Lanes(df)); i < kPageTokens; i += static_cast<int64_t>(hn::Lanes(df)))
+    m = hn::Max(m, hn::LoadU(df, row + i));
+  return hn::GetLane(hn::MaxOfLanes(df, m));
+}
+
+// row = 2^(row - m); returns the sum. m is finite.
+float exponentiate(float* row, float m) {
+  const DF df;
+  const VF vm = hn::Set(df, m);
+  VF sum = hn::Zero(df);
+  for (int64_t i = 0; i < kPageTokens; i += static_cast<int64_t>(hn::Lanes(df))) {
+    const VF e = exp2_negative(hn::Sub(hn::LoadU(df, row + i), vm));
+    hn::StoreU(e, df, row + i);
+    sum = hn::Add(sum, e);
+  }
+  return hn::GetLane(hn::SumOfLanes(df, sum));
+}
+
+// One step of online softmax for rows [first, first + rows): scores s become p, the state moves on.
+void softmax_tile(const BlockTask& t, int64_t p, Tier tier, int first, float* s) {
+  const DF df;
+  const int64_t n = static_cast<int64_t>(hn::Lanes(df));
+  const int d_v = t.layout->d_v;
+  const SoftmaxState& state = t.state;
+  for (int r = 0; r < t.rows; ++r) {
+    const int64_t row = first + r;
+    float* x = s + r * kPageTokens;
+    const float old_m = state.m[row], m = std::max(old_m, row_max(x));
+    if (m == kMinusInf) {  // nothing seen yet, and nothing here
+      std::fill(x, x + kPageTokens, 0.0f);
+      if (t.page_log2) t.page_log2[row * t.page_stride + p] = kMinusInf;
+      continue;
+    }
+    if (m > old_m && old_m != kMinusInf) {
+      const float shrink = std::exp2(old_m - m);
+      const VF v = hn::Set(df, shrink);
+      float* o = state.o + row * d_v;
+      for (int64_t i = 0; i < d_v; i += n) hn::StoreU(hn::Mul(hn::LoadU(df, o + i), v), df, o + i);
+      state.l[row] *= shrink;
+      state.l_high[row] *= shrink;
+    }
+    state.m[row] = m;
+    const float sum = exponentiate(x, m);
+    state.l[row] += sum;
+    if (tier > Tier::fp4) state.l_high[row] += sum;
+    if (t.page_log2) t.page_log2[row * t.page_stride + p] = sum > 0 ? m + std::log2(sum) : kMinusInf;
+  }
+}
+
+// x rounded to the nearest E2M1 value, ties to the even code; x >= 0.
+HWY_INLINE VF round_e2m1(VF x) {
+  const DF df;
+  const VF step = hn::IfThenElse(hn::Lt(x, hn::Set(df, 2.0f)), hn::Set(df, 0.5f),
+                                 hn::IfThenElse(hn::Lt(x, hn::Set(df, 4.0f)), hn::Set(df, 1.0f), hn::Set(df, 2.0f)));
+  return hn::Min(hn::Mul(hn::Round(hn::Div(x, step)), step), hn::Set(df, 6.0f));
+}
+
+// p4 = dec(enc(p)) of t.rows rows of one page, in two levels: the row's maximum on the page is scaled to the largest
+// value that the format reaches, then each group of tokens has its scale. `constant` has one scale for all, as the
+// author's.
+void quantize_p(const BlockTask& t, const float* p, float* p4) {
+  const DF df;
+  const int64_t n = static_cast<int64_t>(hn::Lanes(df));
+  const bool nvfp4 = t.method->format == Fp4Format::nvfp4;
+  const int group = block_size(t.method->format);
+  const bool constant = t.method->p_quant == PQuant::constant;
+  const float target = nvfp4 ? kE4m3Max * kE2m1Max : kE2m1Max;
+  const float constant_scale = e4m3_decode(e4m3_encode(1.0f / 6.0f));
+  for (int r = 0; r < t.rows; ++r) {
+    const float* x = p + r * kPageTokens;
+    float* y = p4 + r * kPageTokens;
+    const float top = row_max(x);
+    if (!(top > 1e-30f)) {  // below what FP32 can add to a row sum of at least 1, and its reciprocal would overflow
+      std::fill(y, y + kPageTokens, 0.0f);
+      continue;
+    }
+    const float up = constant ? 1.0f : target / top, down = constant ? 1.0f : top / target;
+    for (int g = 0; g < kPageTokens; g += group) {
+      VF largest = hn::Zero(df);
+      for (int64_t i = g; i < g + group; i += n) largest = hn::Max(largest, hn::LoadU(df, x + i));
+      const float amax = hn::GetLane(hn::MaxOfLanes(df, largest)) * up;
+      float scale = constant_scale;
+      if (!constant)
+        scale = nvfp4 ? e4m3_decode(e4m3_encode(amax / kE2m1Max))
+                      : e8m0_decode(e8m0_encode_exponent(static_cast<int>(bits_of(amax) >> 23) - 127 - 2));
+      const VF factor = hn::Set(df, scale > 0 ? up / scale : 0.0f), back = hn::Set(df, scale * down);
+      for (int64_t i = g; i < g + group; i += n)
+        hn::StoreU(hn::Mul(round_e2m1(hn::Mul(hn::LoadU(df, x + i), factor)), back), df, y + i);
+    }
+  }
+}
+
+// The tiers in which the heads of a task read page p, and which of them occur.
+void page_tiers(const BlockTask& t, int64_t p, TierCursor* cursors, Tier* tier, bool* wanted) {
+  const bool tail = (p + 1) * kPageTokens > t.s_kv;
+  std::fill(wanted, wanted + 4, false);
+  for (int h = 0; h < t.heads; ++h) {
+    tier[h] = tail ? Tier::fp16 : cursors[h].at(p, t.rest);
+    wanted[static_cast<int>(tier[h])] = true;
+  }
+}
+
+void attend(const BlockTask& t, Tiles& tiles) {
+  TierCursor cursors[kMaxHeadsPerTask];
+  for (int h = 0; h < t.heads; ++h) cursors[h].promoted = t.promoted[h];
+  const int d_v = t.layout->d_v;
+  for (int64_t p = t.first_page; p < t.end_page; ++p) {
+    Tier tier[kMaxHeadsPerTask];
+    bool wanted[4];
+    page_tiers(t, p, cursors, tier, wanted);
+    for (const Tier form : {Tier::fp4, Tier::fp4x2, Tier::fp16}) {
+      const int f = static_cast<int>(form);
+      if (!wanted[f]) continue;
+      const bool kept = t.scores && form == Tier::fp4;
+      if (!kept) decode_k(t, t.pages[p], form, tiles.k[f]);
+      decode_v(t, t.pages[p], form, std::min<int64_t>(kPageTokens, t.s_kv - p * kPageTokens), tiles.v[f]);
+      for (int h = 0; h < t.heads; ++h) {
+        if (tier[h] != form) continue;
+        const int first = h * t.rows;
+        if (kept) {
+          for (int r = 0; r < t.rows; ++r)
+            std::memcpy(tiles.p + r * kPageTokens,
+                        t.scores + (first + r) * t.score_stride + (p - t.score_page) * kPageTokens,
+                        kPageTokens * sizeof(float));
+        } else {
+          score_tile(t, p, form, tiles.k[f], first, tiles.p);
+        }
+        softmax_tile(t, p, form, first, tiles.p);
+        const float* probabilities = tiles.p;
+        if (t.mma4 && form == Tier::fp4) {
+          quantize_p(t, tiles.p, tiles.p4);
+          probabilities = tiles.p4;
+        }
+        multiply(t.rows, kPageTokens, d_v, probabilities, kPageTokens, tiles.v[f], d_v,
+                 t.state.o + static_cast<int64_t>(first) * d_v, d_v, true);
+      }
+    }
+  }
+}
+
+void score(const BlockTask& t, Tiles& tiles) {
+  TierCursor cursors[kMaxHeadsPerTask];
+  for (int h = 0; h < t.heads; ++h) cursors[h].promoted = t.promoted[h];
+  for (int64_t p = t.first_page; p < t.end_page; ++p) {
+    Tier tier[kMaxHeadsPerTask];
+    bool wanted[4];
+    page_tiers(t, p, cursors, tier, wanted);
+    for (const Tier form : {Tier::fp4, Tier::fp4x2, Tier::fp16}) {
+      const int f = static_cast<int>(form);
+      if (!wanted[f]) continue;
+      decode_k(t, t.pages[p], form, tiles.k[f]);
+      for (int h = 0; h < t.heads; ++h) {
+        if (tier[h] != form) continue;
+        const int first = h * t.rows;
+        score_tile(t, p, form, tiles.k[f], first, tiles.p);
+        for (int r = 0; r < t.rows; ++r) {
+          float* x = tiles.p + r * kPageTokens;
+          if (t.scores)
+            std::memcpy(t.scores + (first + r) * t.score_stride + (p - t.score_page) * kPageTokens, x,
+                        kPageTokens * sizeof(float));
+          const float m = row_max(x);
+          t.page_log2[(first + r) * t.page_stride + p] = m == kMinusInf ? kMinusInf : m + std::log2(exponentiate(x, m));
+        }
+      }
+    }
+  }
+}
+
+void rank(Policy policy, const PageLayout& layout, DType high_dtype, const float* q_mean, float sm_scale,
+          const PageRef* pages, int64_t n, float* score) {
+  const DF df;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(df));
+  for (int64_t p = 0; p < n; ++p) {
+    const uint8_t* summary = pages[p].summary;
+    if (policy == Policy::quest) {
+      const auto* low = reinterpret_cast<const uint16_t*>(summary + layout.min);
+      const auto* high = reinterpret_cast<const uint16_t*>(summary + layout.max);
+      VF sum = hn::Zero(df);
+      for (int64_t c = 0; c < layout.d; c += lanes) {
+        const VF q = hn::LoadU(df, q_mean + c);
+        sum = hn::Add(sum,
+                      hn::Max(hn::Mul(q, load_high(high_dtype, low + c)), hn::Mul(q, load_high(high_dtype, high + c))));
+      }
+      score[p] = sm_scale * hn::GetLane(hn::SumOfLanes(df, sum));
+      continue;
+    }
+    const auto* mean = reinterpret_cast<const uint16_t*>(summary + layout.mean);
+    score[p] = sm_scale * dot_high(high_dtype, q_mean, mean, layout.d);
+    if (policy == Policy::second_moment) {
+      const auto* variance = reinterpret_cast<const float*>(summary + layout.variance);
+      VF sum = hn::Zero(df);
+      for (int64_t c = 0; c < layout.d; c += lanes) {
+        const VF q = hn::LoadU(df, q_mean + c);
+        sum = hn::MulAdd(hn::Mul(q, q), hn::LoadU(df, variance + c), sum);
+      }
+      score[p] += 0.5f * sm_scale * sm_scale * hn::GetLane(hn::SumOfLanes(df, sum));
+    }
+  }
+}
+
+void quantize_rows(const Method& method, int64_t rows, int d, const float* q, float* q4) {
+  const int group = block_size(method.format);
+  float block[kMaxBlockSize];
+  uint8_t codes[kMaxBlockSize];
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* x = q + r * d;
+    float* y = q4 + r * d;
+    float amax = 0;
+    for (int c = 0; c < d; ++c) amax = std::max(amax, std::abs(x[c]));
+    const int exponent = method.page_scale ? page_exponent(amax, method.format, method.scales) : 0;
+    for (int c0 = 0; c0 < d; c0 += group) {
+      for (int i = 0; i < group; ++i) block[i] = x[c0 + i] * pow2(exponent);
+      const float scale = decode_scale(method.format, encode_block(method.format, method.scales, block, codes));
+      for (int i = 0; i < group; ++i) y[c0 + i] = e2m1_decode(codes[i]) * scale * pow2(-exponent);
+    }
+  }
+}
+
+const Kernels* table() {
+  static constexpr Kernels kTable = {"", attend, score, rank, quantize_rows};
+  return &kTable;
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace thriftattn::cpu
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+#include <map>
+
+#include "cpu/backend.h"
+
+namespace thriftattn::cpu {
+namespace {
+
+HWY_EXPORT(table);
+
+// Highway's tables are indexed by the chosen target, so each target is chosen once, here, and never again.
+const std::vector<Kernels>& all_kernels() {
+  static const std::vector<Kernels> all = [] {
+    std::vector<Kernels> tables;
+    for (const int64_t target : hwy::SupportedAndGeneratedTargets()) {
+      hwy::SetSupportedTargetsForTest(target);
+      hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+      tables.push_back(*HWY_DYNAMIC_DISPATCH(table)());
+      tables.back().target = hwy::TargetName(target);
+    }
+    hwy::SetSupportedTargetsForTest(0);
+    hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+    return tables;
+  }();
+  return all;
+}
+
+}  // namespace
+
+std::vector<std::string> targets() {
+  std::vector<std::string> names;
+  for (const Kernels& k : all_kernels()) names.emplace_back(k.target);
+  return names;
+}
+
+const Kernels& kernels_for(const std::string& target) {
+  for (const Kernels& k : all_kernels())
+    if (target == k.target) return k;
+  return all_kernels().back();
+}
+
+}  // namespace thriftattn::cpu
+#endif  // HWY_ONCE

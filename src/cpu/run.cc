@@ -1,0 +1,686 @@
+// One run on the CPU: cuts a call into tasks, ranks, selects, attends, merges. Reads top to bottom as the algorithm:
+//
+//   prefill   per (sequence, KV head, up to 4 of its query heads, query block):   rank -> select -> attend -> finish
+//   decode    per (sequence, KV head):                            load q [-> rank -> select]
+//             per (sequence, KV head, range of pages), score-first only:  score
+//             per (sequence, KV head), score-first only:          select by mass
+//             per (sequence, KV head, range of pages):            attend
+//             per (sequence, KV head):                            merge -> finish
+//
+// Tasks write to places of their own, so results do not depend on the number of threads.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "cpu/backend.h"
+#include "cpu/kernels.h"
+#include "cpu/select.h"
+#include "format/rows.h"
+#include "format/selection.h"
+#include "format/softmax_state.h"
+
+namespace thriftattn::cpu {
+namespace {
+
+constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr float kLog2e = 1.44269504088896341f;
+
+int64_t max_pages(const Problem& p) { return (p.max_s_kv + kPageTokens - 1) / kPageTokens; }
+int heads_per_task(const Problem& p) { return std::min(kMaxHeadsPerTask, p.h_q / p.h_kv); }
+
+// Policies whose scores come from the attention scores themselves.
+bool scores_first(const Problem& p) { return p.method.policy == Policy::fp4_mass || p.method.policy == Policy::oracle; }
+// False where the forced pages are all that is promoted, so that nothing needs a rank.
+bool ranks(const Problem& p) {
+  const Budget& b = p.method.budget;
+  return p.method.policy != Policy::none && b.kind != Budget::Kind::all &&
+         !(b.kind == Budget::Kind::fraction && b.value == 0);
+}
+
+// Query rows of one task and what becomes of them.
+struct Rows {
+  Rows(int64_t rows, int d, int d_v, bool mma4, int64_t page_log2_stride)
+      : q(rows * d),
+        q4(mma4 ? rows * d : 0),
+        finite(rows),
+        m(rows),
+        l(rows),
+        l_high(rows),
+        o(rows * d_v),
+        page_log2(rows * page_log2_stride) {}
+  std::vector<float> q, q4;         // [rows, d]; rows with NaN or Inf are zero here
+  std::vector<uint8_t> finite;      // [rows]
+  std::vector<float> m, l, l_high;  // [rows]
+  std::vector<float> o;             // [rows, d_v]
+  std::vector<float> page_log2;     // [rows, max pages] or empty
+
+  SoftmaxState state() { return {m.data(), l.data(), l_high.data(), o.data()}; }
+  void clear(int64_t rows, int d_v) {
+    std::fill_n(m.begin(), rows, kMinusInf);
+    std::fill_n(l.begin(), rows, 0.0f);
+    std::fill_n(l_high.begin(), rows, 0.0f);
+    std::fill_n(o.begin(), rows * d_v, 0.0f);
+  }
+};
+
+struct Worker {
+  Worker(int64_t tile_rows, int d, int d_v) : memory((3 * 64) * (d + d_v) + tile_rows * 2 * kPageTokens + 64) {
+    float* at = memory.data();
+    at += (64 - reinterpret_cast<uintptr_t>(at) % 64) / sizeof(float) % 16;
+    for (int f = 1; f < 4; ++f) {
+      tiles.k[f] = at;
+      at += 64 * d;
+      tiles.v[f] = at;
+      at += 64 * d_v;
+    }
+    tiles.k[0] = tiles.v[0] = nullptr;
+    tiles.p = at;
+    tiles.p4 = at + tile_rows * kPageTokens;
+  }
+  std::vector<float> memory;
+  Tiles tiles;
+  int64_t pairs = 0, promoted = 0, wanted_not_stored = 0;
+};
+
+// One (sequence, KV head) of a decode step.
+struct Unit {
+  Unit(const Problem& p, int64_t rows, int splits, bool mma4, bool keep_scores)
+      : rows_(rows, p.d, p.d_v, mma4, scores_first(p) || p.stats ? max_pages(p) : 0),
+        choice(max_pages(p)),
+        scores(keep_scores ? rows * max_pages(p) * kPageTokens : 0) {
+    for (int s = 1; s < splits; ++s) partial.emplace_back(rows, 0, p.d_v, false, 0);
+  }
+  Rows rows_;                 // the first split's state, and the merged one
+  std::vector<Rows> partial;  // the other splits'
+  Choice choice;
+  std::vector<float> scores;  // [rows, max pages * 64]
+  BlockPages block;
+};
+
+}  // namespace
+
+struct Scratch {
+  std::vector<Worker> workers;
+  std::vector<Rows> rows;                    // prefill, by worker
+  std::vector<std::vector<Choice>> choices;  // prefill, by worker and head
+  std::vector<Unit> units;                   // decode
+};
+
+namespace {
+
+// Sums that Stats wants, of one task; added up in task order, so that they do not depend on threads either.
+struct TaskStats {
+  double mass_above_fp4 = 0, error_estimate = 0;
+  std::vector<double> page_mass;  // summed over rows
+  std::vector<std::vector<Promoted>> selection;
+};
+
+class Run {
+ public:
+  Run(const Plan& plan, Scratch& scratch, ThreadPool& pool, const AttentionCall& call)
+      : plan_(plan),
+        problem_(*call.problem),
+        kernels_(kernels_for(plan.target)),
+        scratch_(scratch),
+        pool_(pool),
+        call_(call),
+        group_(problem_.h_q / problem_.h_kv),
+        mma4_(problem_.method.arithmetic == Arithmetic::mma4) {}
+
+  void prefill() {
+    struct Task {
+      int64_t sequence;
+      int kv_head, first_head, heads;  // first_head counts from 0 in the group
+      int64_t block;
+    };
+    std::vector<Task> tasks;
+    const int step = heads_per_task(problem_);
+    int64_t most = 0;
+    for (const SequenceCall& s : call_.sequences) most = std::max(most, query_blocks(Phase::prefill, s.s_q, s.s_kv));
+    for (int64_t i = most; i-- > 0;)  // the last blocks see most pages: longest tasks first
+      for (size_t s = 0; s < call_.sequences.size(); ++s) {
+        if (i >= query_blocks(Phase::prefill, call_.sequences[s].s_q, call_.sequences[s].s_kv)) continue;
+        for (int g = 0; g < problem_.h_kv; ++g)
+          for (int h = 0; h < group_; h += step)
+            tasks.push_back({static_cast<int64_t>(s), g, h, std::min(step, group_ - h), i});
+      }
+    start_stats(static_cast<int64_t>(tasks.size()));
+    pool_.parallel_for(static_cast<int64_t>(tasks.size()), [&](int64_t task, int w) {
+      const Task& t = tasks[task];
+      prefill_block(t.sequence, t.kv_head, t.first_head, t.heads, t.block, w, task);
+    });
+    for (size_t i = 0; i < task_stats_.size(); ++i)
+      for (int h = 0; h < tasks[i].heads; ++h) {
+        const SequenceCall& s = call_.sequences[tasks[i].sequence];
+        const int64_t blocks = query_blocks(Phase::prefill, s.s_q, s.s_kv);
+        const int head = tasks[i].kv_head * group_ + tasks[i].first_head + h;
+        add_stats(task_stats_[i], h, s.first_block + head * blocks + tasks[i].block, tasks[i].sequence,
+                  tasks[i].kv_head, h == 0);
+      }
+    finish_stats();
+  }
+
+  void decode() {
+    const int64_t units = static_cast<int64_t>(call_.sequences.size()) * problem_.h_kv;
+    const bool score_first = scores_first(problem_) && !call_.given && ranks(problem_);
+    start_stats(units);
+    pool_.parallel_for(units, [&](int64_t u, int w) { load_unit(u, score_first, w); });
+    if (score_first) {
+      pool_.parallel_for(units * plan_.splits,
+                         [&](int64_t i, int w) { score_unit(i / plan_.splits, i % plan_.splits, w); });
+      pool_.parallel_for(units, [&](int64_t u, int w) { select_unit(u, w); });
+    }
+    if (!call_.select_only) {
+      const bool kept = score_first && problem_.method.policy == Policy::fp4_mass && problem_.method.rest == Tier::fp4;
+      pool_.parallel_for(units * plan_.splits,
+                         [&](int64_t i, int w) { attend_unit(i / plan_.splits, i % plan_.splits, kept, w); });
+    }
+    pool_.parallel_for(units, [&](int64_t u, int) { finish_unit(u); });
+    for (size_t u = 0; u < task_stats_.size(); ++u) {
+      const int64_t s = static_cast<int64_t>(u) / problem_.h_kv;
+      const int g = static_cast<int>(u) % problem_.h_kv;
+      add_stats(task_stats_[u], 0, call_.sequences[s].first_block + g, s, g, true);
+    }
+    finish_stats();
+  }
+
+ private:
+  // --- shared by both phases
+
+  // Copies rows of q into `rows`; row i of the task is row first + i % count of head first_head + i / count.
+  void load_q(const SequenceCall& s, int64_t first, int64_t count, int first_head, int heads, Rows& rows) const {
+    const int d = problem_.d;
+    for (int h = 0; h < heads; ++h)
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t i = h * count + r;
+        float* q = &rows.q[i * d];
+        load_row(call_.q.dtype, call_.q.at(s.first_row + first + r, first_head + h), d, q);
+        rows.finite[i] = std::all_of(q, q + d, [](float x) { return std::isfinite(x); });
+        if (!rows.finite[i]) std::fill(q, q + d, 0.0f);  // NaN stays within its row
+      }
+    rows.clear(heads * count, problem_.d_v);
+    if (mma4_) kernels_.quantize_rows(problem_.method, heads * count, d, rows.q.data(), rows.q4.data());
+  }
+
+  // The mean row of one head; false where it has no finite row.
+  bool mean_row(const Rows& rows, int64_t first, int64_t count, float* mean) const {
+    const int d = problem_.d;
+    int64_t n = 0;
+    std::fill_n(mean, d, 0.0f);
+    for (int64_t r = first; r < first + count; ++r) {
+      if (!rows.finite[r]) continue;
+      ++n;
+      for (int c = 0; c < d; ++c) mean[c] += rows.q[r * d + c];
+    }
+    for (int c = 0; c < d; ++c) mean[c] = n ? mean[c] / static_cast<float>(n) : 0.0f;
+    return n > 0;
+  }
+
+  static float norm(const float* x, int n) {
+    float sum = 0;
+    for (int i = 0; i < n; ++i) sum += x[i] * x[i];
+    return std::sqrt(sum);
+  }
+
+  // Scores the pages of one block before reading them: the maximum over `heads` runs of `count` rows from `first`.
+  float rank(const Rows& rows, int64_t first, int64_t count, int heads, const PageRef* pages, int64_t n, float* score,
+             float* scratch) const {
+    float mean[256], q_norm = 0;
+    std::fill_n(score, n, kMinusInf);
+    for (int h = 0; h < heads; ++h) {
+      if (!mean_row(rows, first + h * count, count, mean)) continue;
+      q_norm = std::max(q_norm, norm(mean, problem_.d));
+      if (problem_.method.policy == Policy::recent) {
+        for (int64_t p = 0; p < n; ++p) score[p] = static_cast<float>(p);
+      } else {
+        kernels_.rank(problem_.method.policy, *call_.layout, problem_.cache.high_dtype, mean, problem_.sm_scale, pages,
+                      n, scratch);
+        for (int64_t p = 0; p < n; ++p) score[p] = std::max(score[p], scratch[p]);
+      }
+    }
+    return q_norm;
+  }
+
+  // Scores by softmax mass: mean over the rows of a head, maximum over heads. page_log2 holds every page of the rows.
+  float rank_by_mass(Rows& rows, int64_t first, int64_t count, int heads, int64_t all_pages, int64_t n,
+                     float* score) const {
+    const int64_t stride = max_pages(problem_);
+    float mean[256], q_norm = 0;
+    std::fill_n(score, n, 0.0f);
+    std::vector<double> share(n);
+    for (int h = 0; h < heads; ++h) {
+      if (mean_row(rows, first + h * count, count, mean)) q_norm = std::max(q_norm, norm(mean, problem_.d));
+      std::fill(share.begin(), share.end(), 0.0);
+      int64_t seen = 0;
+      for (int64_t r = first + h * count; r < first + (h + 1) * count; ++r) {
+        if (!rows.finite[r]) continue;
+        ++seen;
+        const float* page = &rows.page_log2[r * stride];
+        const float top = *std::max_element(page, page + all_pages);
+        if (top == kMinusInf) continue;
+        double total = 0;
+        for (int64_t p = 0; p < all_pages; ++p) total += std::exp2(page[p] - top);
+        for (int64_t p = 0; p < n; ++p) share[p] += std::exp2(page[p] - top) / total;
+      }
+      for (int64_t p = 0; p < n && seen; ++p)
+        score[p] = std::max(score[p], static_cast<float>(share[p] / static_cast<double>(seen)));
+    }
+    return q_norm;
+  }
+
+  BlockTask block_task(const SequenceCall& s, const PageRef* pages, int64_t first_page, int64_t end_page,
+                       int64_t first_position, int heads, int rows, int period, Rows& r) const {
+    BlockTask t{};
+    t.layout = call_.layout;
+    t.method = &problem_.method;
+    t.high_dtype = problem_.cache.high_dtype;
+    t.centring = problem_.cache.centring;
+    t.mma4 = mma4_;
+    t.scale_log2 = problem_.sm_scale * kLog2e;
+    t.pages = pages;
+    t.first_page = first_page;
+    t.end_page = end_page;
+    t.s_kv = s.s_kv;
+    t.first_position = first_position;
+    t.period = period;
+    t.causal = problem_.causal;
+    t.rest = problem_.method.rest;
+    t.heads = heads;
+    t.rows = rows;
+    t.q = r.q.data();
+    t.q4 = r.q4.data();
+    t.state = r.state();
+    return t;
+  }
+
+  // Pages, tail included, that rows up to position `last` see.
+  int64_t end_page(const SequenceCall& s, int64_t last) const {
+    const int64_t tokens = problem_.causal ? std::clamp<int64_t>(last + 1, 0, s.s_kv) : s.s_kv;
+    return (tokens + kPageTokens - 1) / kPageTokens;
+  }
+
+  // In which tier the `oracle` policy scores pages: the best that is stored.
+  void best_tiers(const PageRef* pages, const BlockPages& block, Choice& c) const {
+    c.count = 0;
+    for (int64_t p = 0; p < block.visible; ++p) {
+      const Tier best = pages[p].high ? Tier::fp16 : pages[p].residual ? Tier::fp4x2 : Tier::fp4;
+      c.promoted[c.count++] = {static_cast<int32_t>(p), best};
+    }
+  }
+
+  void store_row_result(const SequenceCall& s, int64_t row, int head, const Rows& rows, int64_t i) const {
+    const int d_v = problem_.d_v;
+    float out[256];
+    const float l = rows.l[i];
+    const float scale = rows.finite[i] ? (l > 0 ? 1.0f / l : 0.0f) : kNaN;
+    for (int c = 0; c < d_v; ++c) out[c] = rows.o[i * d_v + c] * scale;
+    store_row(call_.out.dtype, out, d_v, call_.out.at(s.first_row + row, head));
+    if (call_.lse) {
+      const float lse = l > 0 ? (rows.m[i] + std::log2(l)) / kLog2e : kMinusInf;
+      call_.lse[(s.first_row + row) * problem_.h_q + head] = rows.finite[i] ? lse : kNaN;
+    }
+  }
+
+  void given_selection(int64_t block, Choice& c) const {
+    const Selection& g = *call_.given;
+    c.count = 0;
+    c.wanted_not_stored = 0;
+    for (int64_t i = g.first[block]; i < g.first[block + 1]; ++i) c.promoted[c.count++] = g.pages[i];
+  }
+
+  void count(const BlockPages& block, const Choice& c, Worker& w) const {
+    w.pairs += block.visible;
+    w.promoted += c.count;
+    w.wanted_not_stored += c.wanted_not_stored;
+  }
+
+  // --- prefill
+
+  void prefill_block(int64_t sequence, int g, int first_head, int heads, int64_t block, int w, int64_t task) {
+    const SequenceCall& s = call_.sequences[sequence];
+    const int64_t offset = s.s_kv - s.s_q;  // position of row 0
+    const int64_t page = floor_page(offset) + block;
+    const int64_t first = std::max(page * kPageTokens, offset) - offset;
+    const int64_t end = std::min((page + 1) * kPageTokens, s.s_kv) - offset;
+    const int rows = static_cast<int>(end - first);
+    const PageRef* pages = s.pages + g * s.page_stride;
+    const int64_t last_page = end_page(s, offset + end - 1);
+    const BlockPages facts = block_pages(offset + first, offset + end - 1, s.s_kv, problem_.causal);
+    Rows& r = scratch_.rows[w];
+    Worker& worker = scratch_.workers[w];
+    load_q(s, first, rows, g * group_ + first_head, heads, r);
+
+    BlockTask t = block_task(s, pages, 0, last_page, offset + first, heads, rows, rows, r);
+    t.page_log2 = r.page_log2.empty() ? nullptr : r.page_log2.data();
+    t.page_stride = max_pages(problem_);
+    const int64_t blocks = query_blocks(Phase::prefill, s.s_q, s.s_kv);
+    if (!call_.given && ranks(problem_) && scores_first(problem_)) {
+      for (int h = 0; h < heads; ++h) {
+        best_tiers(pages, facts, scratch_.choices[w][h]);
+        t.promoted[h] = scratch_.choices[w][h].result();
+      }
+      kernels_.score(t, worker.tiles);
+    }
+    for (int h = 0; h < heads; ++h) {
+      Choice& c = scratch_.choices[w][h];
+      if (call_.given) {
+        given_selection(s.first_block + (g * group_ + first_head + h) * blocks + block, c);
+      } else if (!ranks(problem_)) {
+        choose_forced(problem_.method, facts, pages, c);
+      } else {
+        const float q_norm = scores_first(problem_)
+                                 ? rank_by_mass(r, h * rows, rows, 1, last_page, facts.visible, c.score.data())
+                                 : rank(r, h * rows, rows, 1, pages, facts.visible, c.score.data(), c.share.data());
+        choose(problem_, facts, pages, q_norm, c);
+      }
+      count(facts, c, worker);
+      t.promoted[h] = c.result();
+    }
+    if (!call_.select_only) {
+      kernels_.attend(t, worker.tiles);
+      for (int h = 0; h < heads; ++h)
+        for (int i = 0; i < rows; ++i) store_row_result(s, first + i, g * group_ + first_head + h, r, h * rows + i);
+    }
+    if (!task_stats_.empty()) {
+      TaskStats& stats = task_stats_[task];
+      for (int h = 0; h < heads; ++h) {
+        const Choice& c = scratch_.choices[w][h];
+        stats.selection.emplace_back(c.result().begin(), c.result().end());
+        head_stats(r, h * rows, rows, pages, last_page, facts.visible, c, stats);
+      }
+    }
+  }
+
+  // --- decode
+
+  struct UnitPlace {
+    const SequenceCall& s;
+    int g;
+    const PageRef* pages;
+    int64_t rows, offset, end;  // rows of the unit; position of row 0; pages, tail included
+  };
+  UnitPlace place(int64_t u) const {
+    const SequenceCall& s = call_.sequences[u / problem_.h_kv];
+    const int g = static_cast<int>(u % problem_.h_kv);
+    return {s, g, s.pages + g * s.page_stride, group_ * s.s_q, s.s_kv - s.s_q, end_page(s, s.s_kv - 1)};
+  }
+
+  void load_unit(int64_t u, bool score_first, int w) {
+    const UnitPlace at = place(u);
+    Unit& unit = scratch_.units[u];
+    load_q(at.s, 0, at.s.s_q, at.g * group_, group_, unit.rows_);
+    unit.block = block_pages(at.offset, at.s.s_kv - 1, at.s.s_kv, problem_.causal);
+    Choice& c = unit.choice;
+    if (at.s.s_q == 0) {
+      c.count = 0;
+      return;
+    }
+    if (call_.given) {
+      given_selection(at.s.first_block + at.g, c);
+    } else if (!ranks(problem_)) {
+      choose_forced(problem_.method, unit.block, at.pages, c);
+    } else if (score_first) {  // the tiers to score in; the choice comes after
+      if (problem_.method.policy == Policy::oracle) {
+        best_tiers(at.pages, unit.block, c);
+      } else {
+        choose_forced(problem_.method, unit.block, at.pages, c);
+      }
+      return;
+    } else {
+      const float q_norm =
+          rank(unit.rows_, 0, at.s.s_q, group_, at.pages, unit.block.visible, c.score.data(), c.share.data());
+      choose(problem_, unit.block, at.pages, q_norm, c);
+    }
+    count(unit.block, c, scratch_.workers[w]);
+  }
+
+  BlockTask unit_task(int64_t u, int64_t split) {
+    const UnitPlace at = place(u);
+    Unit& unit = scratch_.units[u];
+    BlockTask t =
+        block_task(at.s, at.pages, at.end * split / plan_.splits, at.end * (split + 1) / plan_.splits, at.offset, 1,
+                   static_cast<int>(at.rows), static_cast<int>(std::max<int64_t>(1, at.s.s_q)), unit.rows_);
+    t.promoted[0] = unit.choice.result();
+    if (!unit.rows_.page_log2.empty()) {
+      t.page_log2 = unit.rows_.page_log2.data();
+      t.page_stride = max_pages(problem_);
+    }
+    if (split > 0) {
+      Rows& partial = unit.partial[split - 1];
+      partial.clear(at.rows, problem_.d_v);
+      t.state = partial.state();
+    }
+    return t;
+  }
+
+  void keep_scores(Unit& unit, BlockTask& t) const {
+    t.scores = unit.scores.data();
+    t.score_stride = max_pages(problem_) * kPageTokens;
+    t.score_page = 0;
+  }
+
+  void score_unit(int64_t u, int64_t split, int w) {
+    BlockTask t = unit_task(u, split);
+    if (!scratch_.units[u].scores.empty()) keep_scores(scratch_.units[u], t);
+    if (problem_.method.policy == Policy::fp4_mass) t.rest = Tier::fp4;  // scored in FP4 even where the rest is dropped
+    kernels_.score(t, scratch_.workers[w].tiles);
+  }
+
+  void select_unit(int64_t u, int w) {
+    const UnitPlace at = place(u);
+    Unit& unit = scratch_.units[u];
+    if (at.s.s_q == 0) return;
+    Choice& c = unit.choice;
+    const float q_norm = rank_by_mass(unit.rows_, 0, at.s.s_q, group_, at.end, unit.block.visible, c.score.data());
+    choose(problem_, unit.block, at.pages, q_norm, c);
+    count(unit.block, c, scratch_.workers[w]);
+  }
+
+  void attend_unit(int64_t u, int64_t split, bool kept, int w) {
+    BlockTask t = unit_task(u, split);
+    if (kept) keep_scores(scratch_.units[u], t);
+    if (!problem_.stats) t.page_log2 = nullptr;
+    kernels_.attend(t, scratch_.workers[w].tiles);
+  }
+
+  void finish_unit(int64_t u) {
+    const UnitPlace at = place(u);
+    Unit& unit = scratch_.units[u];
+    Rows& r = unit.rows_;
+    if (!call_.select_only) {
+      for (Rows& partial : unit.partial)
+        for (int64_t i = 0; i < at.rows; ++i)
+          merge({&r.m[i], &r.l[i], &r.l_high[i], &r.o[i * problem_.d_v]},
+                {&partial.m[i], &partial.l[i], &partial.l_high[i], &partial.o[i * problem_.d_v]}, problem_.d_v);
+      for (int h = 0; h < group_; ++h)
+        for (int64_t i = 0; i < at.s.s_q; ++i) store_row_result(at.s, i, at.g * group_ + h, r, h * at.s.s_q + i);
+    }
+    if (!task_stats_.empty()) {
+      TaskStats& stats = task_stats_[u];
+      stats.selection.emplace_back(unit.choice.result().begin(), unit.choice.result().end());
+      for (int h = 0; h < group_; ++h)
+        head_stats(r, h * at.s.s_q, at.s.s_q, at.pages, at.end, unit.block.visible, unit.choice, stats);
+    }
+  }
+
+  // --- statistics
+
+  void start_stats(int64_t tasks) {
+    for (Worker& w : scratch_.workers) w.pairs = w.promoted = w.wanted_not_stored = 0;
+    if (!call_.stats || (!problem_.stats && !call_.select_only)) return;
+    task_stats_.resize(tasks);
+    const int64_t blocks =
+        call_.sequences.empty()
+            ? 0
+            : call_.sequences.back().first_block +
+                  (problem_.phase == Phase::prefill ? problem_.h_q : problem_.h_kv) *
+                      query_blocks(problem_.phase, call_.sequences.back().s_q, call_.sequences.back().s_kv);
+    selection_.resize(blocks);
+    page_mass_.assign(call_.sequences.size() * problem_.h_kv * max_pages(problem_), 0.0);
+  }
+
+  // The rows of one query head of one block.
+  void head_stats(const Rows& r, int64_t first, int64_t count, const PageRef* pages, int64_t all_pages, int64_t visible,
+                  const Choice& c, TaskStats& stats) const {
+    if (call_.select_only || !problem_.stats || count == 0) return;
+    const int64_t stride = max_pages(problem_);
+    stats.page_mass.resize(stride, 0.0);
+    std::vector<double> mass(all_pages);  // of this head, summed over its rows
+    for (int64_t i = first; i < first + count; ++i) {
+      if (!(r.l[i] > 0) || !r.finite[i]) continue;
+      stats.mass_above_fp4 += r.l_high[i] / r.l[i];
+      const float total = r.m[i] + std::log2(r.l[i]);
+      for (int64_t p = 0; p < all_pages; ++p) mass[p] += std::exp2(r.page_log2[i * stride + p] - total);
+    }
+    float mean[256];
+    mean_row(r, first, count, mean);
+    const float q_norm = norm(mean, problem_.d);
+    size_t next = 0;
+    for (int64_t p = 0; p < all_pages; ++p) {
+      stats.page_mass[p] += mass[p];
+      while (next < static_cast<size_t>(c.count) && c.promoted[next].page < p) ++next;
+      const bool promoted = next < static_cast<size_t>(c.count) && c.promoted[next].page == p;
+      if (p < visible && !promoted && problem_.method.rest == Tier::fp4)
+        stats.error_estimate += error_contribution(pages[p], static_cast<float>(mass[p] / static_cast<double>(count)),
+                                                   problem_.sm_scale, q_norm);
+    }
+  }
+
+  void add_stats(TaskStats& t, int index, int64_t block, int64_t sequence, int g, bool first_of_task) {
+    selection_[block] = std::move(t.selection[index]);
+    if (!first_of_task) return;
+    mass_above_fp4_ += t.mass_above_fp4;
+    error_estimate_ += t.error_estimate;
+    double* mass = &page_mass_[(sequence * problem_.h_kv + g) * max_pages(problem_)];
+    for (size_t p = 0; p < t.page_mass.size(); ++p) mass[p] += t.page_mass[p];
+  }
+
+  void finish_stats() {
+    if (!call_.stats) return;
+    Stats& out = *call_.stats;
+    for (const Worker& w : scratch_.workers) {
+      // Pairs count query heads, and a decode selection serves a whole group.
+      const int64_t heads = problem_.phase == Phase::decode ? group_ : 1;
+      out.pairs += w.pairs * heads;
+      out.promoted += w.promoted * heads;
+      out.wanted_not_stored += w.wanted_not_stored * heads;
+    }
+    if (task_stats_.empty()) return;
+    out.selection = {};
+    out.selection.first.push_back(0);
+    for (const auto& pages : selection_) {
+      out.selection.pages.insert(out.selection.pages.end(), pages.begin(), pages.end());
+      out.selection.first.push_back(static_cast<int64_t>(out.selection.pages.size()));
+    }
+    if (call_.select_only) return;
+    int64_t rows = 0, blocks = 0;
+    for (const SequenceCall& s : call_.sequences) {
+      rows += s.s_q;
+      blocks += query_blocks(problem_.phase, s.s_q, s.s_kv);
+    }
+    out.mass_above_fp4 = rows ? mass_above_fp4_ / static_cast<double>(rows * problem_.h_q) : 0;
+    out.error_estimate = blocks ? error_estimate_ / static_cast<double>(blocks * problem_.h_q) : 0;
+    out.page_mass.assign(page_mass_.size(), 0.0f);
+    const int64_t per_sequence = problem_.h_kv * max_pages(problem_);
+    for (size_t i = 0; i < page_mass_.size(); ++i) {
+      const int64_t s_q = call_.sequences[static_cast<int64_t>(i) / per_sequence].s_q;
+      if (s_q) out.page_mass[i] = static_cast<float>(page_mass_[i] / static_cast<double>(s_q * group_));
+    }
+  }
+
+  const Plan& plan_;
+  const Problem& problem_;
+  const Kernels& kernels_;
+  Scratch& scratch_;
+  ThreadPool& pool_;
+  const AttentionCall& call_;
+  const int group_;
+  const bool mma4_;
+  std::vector<TaskStats> task_stats_;  // empty where nobody asks
+  std::vector<std::vector<Promoted>> selection_;
+  std::vector<double> page_mass_;
+  double mass_above_fp4_ = 0, error_estimate_ = 0;
+};
+
+}  // namespace
+
+std::string refusal(const Problem& p, const Machine& machine) {
+  if (machine.targets.empty()) return "no instruction set to run on";
+  const std::vector<std::string> known = targets();
+  if (std::find(known.begin(), known.end(), machine.targets.front()) == known.end())
+    return fmt::format("target {} is not compiled in or not run by this machine", machine.targets.front());
+  if (p.method.arithmetic == Arithmetic::mma8) return "arithmetic=mma8 has no CPU kernel: kv4 and mma4 have";
+  if (p.method.p_quant == PQuant::constant && p.method.arithmetic != Arithmetic::mma4)
+    return "p_quant=constant is a variant of arithmetic=mma4";
+  return {};
+}
+
+void plan(const Machine& machine, Plan& plan) {
+  const Problem& p = plan.problem;
+  const int group = p.h_q / p.h_kv;
+  const int64_t pages = max_pages(p);
+  const bool mma4 = p.method.arithmetic == Arithmetic::mma4;
+  plan.backend = "cpu";
+  plan.target = machine.targets.front();
+  plan.threads = machine.threads;
+  plan.splits = 1;
+  const int64_t tiles = int64_t{3} * 64 * (p.d + p.d_v);
+  const int64_t log2 = (scores_first(p) || p.stats) ? pages : 0;
+  const auto row_floats = [&](int64_t rows) { return rows * (p.d * (mma4 ? 2 : 1) + p.d_v + 4 + log2); };
+  int64_t floats = 0;
+  if (p.phase == Phase::prefill) {
+    plan.kernel = "prefill_tiles";
+    plan.rows_per_tile = kPageTokens;
+    floats = machine.threads * (tiles + 2 * kPageTokens * kPageTokens + row_floats(heads_per_task(p) * kPageTokens) +
+                                heads_per_task(p) * pages * 7);
+  } else {
+    const bool score_first = scores_first(p) && ranks(p);
+    plan.kernel = score_first ? "decode_score_first" : "decode_one_pass";
+    plan.rows_per_tile = static_cast<int>(group * p.max_s_q);
+    // Four tasks per thread level out their lengths; a range shorter than 8 pages is not worth its merge. The constant
+    // p scale depends on the running maximum, so it must see the pages in one order.
+    const int64_t units = int64_t{p.b} * p.h_kv;
+    if (p.method.p_quant != PQuant::constant)
+      plan.splits = static_cast<int>(
+          std::clamp<int64_t>((4 * machine.threads + units - 1) / units, 1, std::max<int64_t>(1, pages / 8)));
+    if (machine.threads == 1) plan.splits = 1;
+    const int64_t kept = score_first && p.method.policy == Policy::fp4_mass ? pages * kPageTokens : 0;
+    floats = machine.threads * (tiles + plan.rows_per_tile * 2 * kPageTokens) +
+             units * (row_floats(plan.rows_per_tile) + plan.rows_per_tile * kept + pages * 7 +
+                      (plan.splits - 1) * plan.rows_per_tile * (p.d_v + 4));
+  }
+  plan.workspace_bytes = floats * int64_t{sizeof(float)};
+}
+
+std::shared_ptr<Scratch> make_scratch(const Plan& plan) {
+  const Problem& p = plan.problem;
+  auto scratch = std::make_shared<Scratch>();
+  const bool mma4 = p.method.arithmetic == Arithmetic::mma4;
+  for (int w = 0; w < plan.threads; ++w) {
+    scratch->workers.emplace_back(plan.rows_per_tile, p.d, p.d_v);
+    if (p.phase == Phase::prefill) {
+      scratch->rows.emplace_back(int64_t{heads_per_task(p)} * kPageTokens, p.d, p.d_v, mma4,
+                                 scores_first(p) || p.stats ? max_pages(p) : 0);
+      scratch->choices.emplace_back(heads_per_task(p), Choice(max_pages(p)));
+    }
+  }
+  if (p.phase == Phase::decode)
+    for (int64_t u = 0; u < int64_t{p.b} * p.h_kv; ++u)
+      scratch->units.emplace_back(p, plan.rows_per_tile, plan.splits, mma4,
+                                  plan.kernel == "decode_score_first" && p.method.policy == Policy::fp4_mass);
+  return scratch;
+}
+
+Status run(const Plan& plan, Scratch& scratch, ThreadPool& pool, const AttentionCall& call) {
+  if (pool.size() > plan.threads)
+    return invalid_argument(fmt::format("the plan is made for {} threads, the pool has {}", plan.threads, pool.size()));
+  Run run(plan, scratch, pool, call);
+  plan.problem.phase == Phase::prefill ? run.prefill() : run.decode();
+  return {};
+}
+
+}  // namespace thriftattn::cpu

@@ -1,0 +1,46 @@
+// Choosing the pages of one query block from their scores.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "format/params.h"
+#include "format/selection.h"
+
+namespace thriftattn::cpu {
+
+// Scratch of one choice, sized for the longest sequence.
+struct Choice {
+  explicit Choice(int64_t max_pages)
+      : score(max_pages),
+        share(max_pages),
+        contribution(max_pages),
+        order(max_pages),
+        tier(max_pages),
+        promoted(max_pages) {}
+  std::vector<float> score;         // of the policy, or its estimated mass where the policy estimates mass itself
+  std::vector<float> share;         // estimated share of the softmax mass
+  std::vector<float> contribution;  // estimated error of reading the page in fp4
+  std::vector<int32_t> order;
+  std::vector<Tier> tier;
+  std::vector<Promoted> promoted;  // the result: `count` pages, ascending
+  int64_t count = 0;
+  int64_t wanted_not_stored = 0;
+
+  std::span<const Promoted> result() const { return {promoted.data(), static_cast<size_t>(count)}; }
+};
+
+// The tier in which a forced page is read: 16 bit where that form is stored, else the storage's high tier, else the
+// rest.
+Tier forced_tier(const Method& method, const PageRef& page);
+
+// Marks the forced pages alone, as `promoted`.
+void choose_forced(const Method& method, const BlockPages& block, const PageRef* pages, Choice& choice);
+
+// Chooses by choice.score[0, block.visible). q_norm is |q_mean|, for the error estimate. Ties go to the lower page.
+void choose(const Problem& problem, const BlockPages& block, const PageRef* pages, float q_norm, Choice& choice);
+
+// One page's part of the error estimate (docs/design.md, section 2): share * (sm_scale |q| eps_k |v| + eps_v).
+float error_contribution(const PageRef& page, float share, float sm_scale, float q_norm);
+
+}  // namespace thriftattn::cpu

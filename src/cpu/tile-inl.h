@@ -1,0 +1,207 @@
+// What a target does to one page or one tile of numbers: decode it, multiply it, exponentiate it. Included once per
+// target by kernels.cc.
+#if defined(THRIFTATTN_CPU_TILE_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef THRIFTATTN_CPU_TILE_INL_H_
+#undef THRIFTATTN_CPU_TILE_INL_H_
+#else
+#define THRIFTATTN_CPU_TILE_INL_H_
+#endif
+
+#include <hwy/highway.h>
+
+#include <cstring>
+
+#include "format/page_layout.h"
+#include "thriftattn/tensor.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace thriftattn::cpu {
+namespace HWY_NAMESPACE {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+// Floats of one register. A cell of the page layout has 16 lanes, so longer registers are not used whole.
+using DF = hn::CappedTag<float, 16>;
+using DI = hn::Rebind<int32_t, DF>;
+using DU = hn::Rebind<uint32_t, DF>;
+using DU8 = hn::Repartition<uint8_t, DU>;
+using VF = hn::Vec<DF>;
+
+// --- decoding
+
+// The scales of N lanes, times `factor`.
+inline VF load_scales(Fp4Format format, const uint8_t* scales, float factor) {
+  const DF df;
+  const DU du;
+  const hn::Rebind<uint8_t, DF> du8;
+  const auto u = hn::PromoteTo(du, hn::LoadU(du8, scales));
+  VF s;
+  if (format == Fp4Format::nvfp4) {  // E4M3: move the fields into place and correct the bias; subnormals are u * 2^-9
+    const VF normal = hn::BitCast(df, hn::Add(hn::ShiftLeft<20>(u), hn::Set(du, 120u << 23)));
+    const VF subnormal = hn::Mul(hn::ConvertTo(df, hn::BitCast(DI(), u)), hn::Set(df, 0x1p-9f));
+    s = hn::IfThenElse(hn::Lt(subnormal, hn::Set(df, 0x1p-6f)), subnormal, normal);
+  } else {  // E8M0; byte 0 goes with zero codes only, and reads as 0
+    s = hn::BitCast(df, hn::ShiftLeft<23>(u));
+  }
+  return hn::Mul(s, hn::Set(df, factor));
+}
+
+enum class Start { zero, rows, sum };  // what decoded values are added to: nothing, start[r], what `out` holds
+
+// out[r, lane] = start + dec(code[r, lane]) * scale * 2^-exponent, for `rows` rows of plane.lanes floats.
+template <Start kStart>
+void decode_plane(const PlaneLayout& plane, Fp4Format format, int rows, int exponent, const uint8_t* codes,
+                  const uint8_t* scales, const float* start, float* out) {
+  const DF df;
+  const DI di;
+  const DU du;
+  const DU8 du8;
+  const int n = static_cast<int>(hn::Lanes(df));
+  // E2M1 doubled is an integer, so one byte lookup decodes it.
+  HWY_ALIGN static constexpr uint8_t kTwice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, 255, 254, 253, 252, 250, 248, 244};
+  const auto table = hn::LoadDup128(du8, kTwice);
+  const auto low = hn::Set(du8, 15);
+  const float factor = 0.5f * pow2(-exponent);
+  for (int lane = 0; lane < plane.lanes; lane += n) {
+    VF scale = hn::Zero(df);
+    for (int r0 = 0; r0 < rows; r0 += 8) {
+      if (r0 % plane.group == 0) scale = load_scales(format, scales + plane.scale_offset(r0, lane), factor);
+      const auto x = hn::LoadU(du, reinterpret_cast<const uint32_t*>(codes + plane.code_offset(r0, lane)));
+      const auto first = hn::BitCast(di, hn::TableLookupBytes(table, hn::And(hn::BitCast(du8, x), low)));
+      const auto second =
+          hn::BitCast(di, hn::TableLookupBytes(table, hn::And(hn::BitCast(du8, hn::ShiftRight<4>(x)), low)));
+      const auto put = [&](int r, auto code) HWY_ATTR {
+        float* to = out + static_cast<int64_t>(r) * plane.lanes + lane;
+        const VF c = hn::ConvertTo(df, code);
+        if constexpr (kStart == Start::zero) {
+          hn::StoreU(hn::Mul(c, scale), df, to);
+        } else if constexpr (kStart == Start::rows) {
+          hn::StoreU(hn::MulAdd(c, scale, hn::Set(df, start[r])), df, to);
+        } else {
+          hn::StoreU(hn::MulAdd(c, scale, hn::LoadU(df, to)), df, to);
+        }
+      };
+      put(r0 + 0, hn::ShiftRight<24>(hn::ShiftLeft<24>(first)));
+      put(r0 + 1, hn::ShiftRight<24>(hn::ShiftLeft<16>(first)));
+      put(r0 + 2, hn::ShiftRight<24>(hn::ShiftLeft<8>(first)));
+      put(r0 + 3, hn::ShiftRight<24>(first));
+      put(r0 + 4, hn::ShiftRight<24>(hn::ShiftLeft<24>(second)));
+      put(r0 + 5, hn::ShiftRight<24>(hn::ShiftLeft<16>(second)));
+      put(r0 + 6, hn::ShiftRight<24>(hn::ShiftLeft<8>(second)));
+      put(r0 + 7, hn::ShiftRight<24>(second));
+    }
+  }
+}
+
+inline VF load_high(DType type, const uint16_t* from) {
+  const DF df;
+  if (type == DType::bf16) {
+    const hn::Rebind<uint16_t, DF> du16;
+    return hn::BitCast(df, hn::ShiftLeft<16>(hn::PromoteTo(DU(), hn::LoadU(du16, from))));
+  }
+  const hn::Rebind<hwy::float16_t, DF> df16;
+  return hn::PromoteTo(df, hn::LoadU(df16, reinterpret_cast<const hwy::float16_t*>(from)));
+}
+
+// n 16-bit values to float; n is a multiple of 16.
+inline void decode_high(DType type, const uint16_t* from, int64_t n, float* to) {
+  const DF df;
+  for (int64_t i = 0; i < n; i += static_cast<int64_t>(hn::Lanes(df)))
+    hn::StoreU(load_high(type, from + i), df, to + i);
+}
+
+// --- products
+
+// c[R, NV * lanes] (+)= a[R, depth] b[depth, NV * lanes], all of c in registers.
+template <int R, int NV>
+HWY_INLINE void multiply_registers(int64_t depth, const float* HWY_RESTRICT a, int64_t a_stride,
+                                   const float* HWY_RESTRICT b, int64_t b_stride, float* HWY_RESTRICT c,
+                                   int64_t c_stride, bool accumulate) {
+  const DF df;
+  const int64_t n = static_cast<int64_t>(hn::Lanes(df));
+  VF sum[R][NV];
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < NV; ++j) sum[r][j] = accumulate ? hn::LoadU(df, c + r * c_stride + j * n) : hn::Zero(df);
+  for (int64_t k = 0; k < depth; ++k) {
+    VF row[NV];
+    for (int j = 0; j < NV; ++j) row[j] = hn::LoadU(df, b + k * b_stride + j * n);
+    for (int r = 0; r < R; ++r) {
+      const VF x = hn::Set(df, a[r * a_stride + k]);
+      for (int j = 0; j < NV; ++j) sum[r][j] = hn::MulAdd(x, row[j], sum[r][j]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < NV; ++j) hn::StoreU(sum[r][j], df, c + r * c_stride + j * n);
+}
+
+// c[rows, columns] (+)= a[rows, depth] b[depth, columns]; columns is a multiple of 64.
+inline void multiply(int64_t rows, int64_t depth, int64_t columns, const float* a, int64_t a_stride, const float* b,
+                     int64_t b_stride, float* c, int64_t c_stride, bool accumulate) {
+  // 6 x 4 accumulators, 4 rows of b and a broadcast fit 32 registers; 6 x 2 fit 16.
+  constexpr int kRows = 6, kVectors = HWY_MAX_BYTES >= 64 ? 4 : 2;
+  const int64_t step = kVectors * static_cast<int64_t>(hn::Lanes(DF()));
+  for (int64_t j = 0; j < columns; j += step) {
+    int64_t r = 0;
+    for (; r + kRows <= rows; r += kRows)
+      multiply_registers<kRows, kVectors>(depth, a + r * a_stride, a_stride, b + j, b_stride, c + r * c_stride + j,
+                                          c_stride, accumulate);
+    const float* ar = a + r * a_stride;
+    float* cr = c + r * c_stride + j;
+    switch (rows - r) {
+      case 5:
+        multiply_registers<5, kVectors>(depth, ar, a_stride, b + j, b_stride, cr, c_stride, accumulate);
+        break;
+      case 4:
+        multiply_registers<4, kVectors>(depth, ar, a_stride, b + j, b_stride, cr, c_stride, accumulate);
+        break;
+      case 3:
+        multiply_registers<3, kVectors>(depth, ar, a_stride, b + j, b_stride, cr, c_stride, accumulate);
+        break;
+      case 2:
+        multiply_registers<2, kVectors>(depth, ar, a_stride, b + j, b_stride, cr, c_stride, accumulate);
+        break;
+      case 1:
+        multiply_registers<1, kVectors>(depth, ar, a_stride, b + j, b_stride, cr, c_stride, accumulate);
+        break;
+      default:
+        break;
+    }
+  }
+}
+
+inline float dot_high(DType type, const float* a, const uint16_t* b, int64_t n) {
+  const DF df;
+  VF sum = hn::Zero(df);
+  for (int64_t i = 0; i < n; i += static_cast<int64_t>(hn::Lanes(df)))
+    sum = hn::MulAdd(hn::LoadU(df, a + i), load_high(type, b + i), sum);
+  return hn::GetLane(hn::SumOfLanes(df, sum));
+}
+
+// --- exponential
+
+// 2^x for x <= 0, relative error below 1e-7; 0 below -126 and for -inf. A polynomial of degree 6 in the fraction,
+// fitted for the smallest largest relative error on [-1/2, 1/2], and the integer part into the exponent field.
+HWY_INLINE VF exp2_negative(VF x) {
+  const DF df;
+  const DI di;
+  const auto tiny = hn::Lt(x, hn::Set(df, -126.0f));
+  x = hn::Max(x, hn::Set(df, -126.0f));
+  const VF whole = hn::Round(x);
+  const VF f = hn::Sub(x, whole);
+  VF y = hn::Set(df, 0.0001534581242594868f);
+  y = hn::MulAdd(y, f, hn::Set(df, 0.0013399930903688073f));
+  y = hn::MulAdd(y, f, hn::Set(df, 0.009618489071726799f));
+  y = hn::MulAdd(y, f, hn::Set(df, 0.05550328642129898f));
+  y = hn::MulAdd(y, f, hn::Set(df, 0.24022646248340607f));
+  y = hn::MulAdd(y, f, hn::Set(df, 0.6931471824645996f));
+  y = hn::MulAdd(y, f, hn::Set(df, 1.0f));
+  const auto exponent = hn::ShiftLeft<23>(hn::ConvertTo(di, whole));
+  y = hn::BitCast(df, hn::Add(hn::BitCast(di, y), exponent));
+  return hn::IfThenElse(tiny, hn::Zero(df), y);
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace thriftattn::cpu
+HWY_AFTER_NAMESPACE();
+
+#endif  // THRIFTATTN_CPU_TILE_INL_H_

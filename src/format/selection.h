@@ -1,0 +1,68 @@
+// Which pages one query block may promote, and how many: the arithmetic of policies and budgets, for every backend.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "thriftattn/method.h"
+
+namespace thriftattn {
+
+// A query block as selection sees it. Pages are counted from the start of the sequence; only full pages count.
+struct BlockPages {
+  int64_t visible = 0;         // n: full pages that the block sees are [0, visible)
+  int64_t first_diagonal = 0;  // pages that hold a row of the block: [first_diagonal, end_diagonal), tail included
+  int64_t end_diagonal = 0;
+  int64_t total = 0;  // full pages of the sequence: the paper's n
+};
+
+// The block of the rows at absolute positions [first, last], in a sequence of s_kv tokens.
+inline BlockPages block_pages(int64_t first, int64_t last, int64_t s_kv, bool causal) {
+  const int64_t full = s_kv / kPageTokens;
+  BlockPages b;
+  b.total = full;
+  b.visible = !causal ? full : last < 0 ? 0 : std::min(full, last / kPageTokens + 1);
+  b.first_diagonal = std::max<int64_t>(first, 0) / kPageTokens;
+  b.end_diagonal = last < 0 ? 0 : last / kPageTokens + 1;
+  return b;
+}
+
+// True where `page`, in [0, visible), is promoted whatever its rank.
+inline bool is_forced(const Force& force, const BlockPages& b, int64_t page) {
+  if (page < force.sink) return true;
+  if (force.diagonal && page >= b.first_diagonal && page < b.end_diagonal) return true;
+  return page < b.first_diagonal && page >= b.first_diagonal - force.previous;
+}
+
+// Pages to promote by count, forced ones included; for mass and tolerance, which depend on the scores, only `forced`.
+inline int64_t budget_pages(const Budget& budget, const BlockPages& b, int64_t forced, bool one_k_for_all_rows) {
+  const double n = static_cast<double>(b.visible), total = static_cast<double>(b.total), f = budget.value;
+  const auto round = [](double x) { return static_cast<int64_t>(std::floor(x + 0.5)); };
+  int64_t k = 0;
+  switch (budget.kind) {
+    case Budget::Kind::fraction:
+      k = round(f * n);
+      break;
+    case Budget::Kind::paper:
+      // One k for all rows of a causal prefill: sum over i of min(k, i + 1) = f n (n + 1) / 2.
+      k = one_k_for_all_rows
+              ? round((2 * total + 1 - std::sqrt((2 * total + 1) * (2 * total + 1) - 4 * f * total * (total + 1))) / 2)
+              : round(f * total);
+      k = std::clamp<int64_t>(k, 1, std::max<int64_t>(b.total, 1));
+      break;
+    case Budget::Kind::top_k:
+      k = static_cast<int64_t>(f);
+      break;
+    case Budget::Kind::per64:
+      k = std::max<int64_t>(1, b.visible / 64);
+      break;
+    case Budget::Kind::all:
+    case Budget::Kind::mass:
+    case Budget::Kind::tolerance:
+      break;
+  }
+  return std::min(std::max(k, forced), b.visible);
+}
+
+}  // namespace thriftattn
