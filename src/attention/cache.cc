@@ -364,7 +364,6 @@ Status KvCache::truncate(SeqId seq, int64_t tokens, bool lossy) {
       }
       drop_page(s, q, cut);
       q.pages[cut] = page;
-      for (int64_t& released : q.released) released = std::min(released, std::max<int64_t>(cut, s.config.sink));
     }
   }
   while (static_cast<int64_t>(q.pages.size()) > pages_for(tokens)) {
