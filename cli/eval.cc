@@ -58,7 +58,7 @@ Result<Figures> read_and_score(model::Session* session, ThreadPool* pool, std::s
   figures.nll /= static_cast<double>(n);
   figures.nll_by_position = by_position(losses);
   const Stats& stats = session->stats();
-  figures.share_promoted = stats.pairs ? static_cast<double>(stats.promoted) / static_cast<double>(stats.pairs) : 0;
+  figures.share_promoted = share_promoted(session->method(), stats.promoted, stats.pairs);
   figures.kv_bytes_per_token = static_cast<double>(session->cache().bytes().total()) / static_cast<double>(n);
   figures.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   return figures;

@@ -24,11 +24,6 @@ double seconds_since(Clock::time_point begin) { return std::chrono::duration<dou
 
 double rate(int64_t tokens, double seconds) { return static_cast<double>(tokens) / std::max(seconds, 1e-9); }
 
-double share(const Stats& stats, const Stats& before) {
-  const int64_t pairs = stats.pairs - before.pairs;
-  return pairs ? static_cast<double>(stats.promoted - before.promoted) / static_cast<double>(pairs) : 0;
-}
-
 }  // namespace
 
 Status generate(const GenerateOptions& options) {
@@ -65,7 +60,7 @@ Status generate(const GenerateOptions& options) {
                                              [&](double fraction) { return progress.update(fraction); }));
   progress.clear();
   const double prefill_seconds = seconds_since(begin);
-  const Stats prefill_stats = session.stats();
+  const Stats read = session.stats();
 
   begin = Clock::now();
   int64_t count = 0, steps = 0;
@@ -84,13 +79,15 @@ Status generate(const GenerateOptions& options) {
   std::fwrite(rest.data(), 1, rest.size(), stdout);
   std::fflush(stdout);
   if (options.quiet) return {};
+  const Stats& stats = session.stats();
   const double decode_seconds = seconds_since(begin);
   fmt::print(
       stderr,
       "{}: read {} tokens at {:.0f} tokens/s ({:.1f}% promoted), wrote {} at {:.1f} tokens/s ({:.1f}% promoted); "
       "KV {:.1f} MiB, {:.0f} bytes per token\n",
-      to_string(method), prompt.size(), rate(std::ssize(prompt), prefill_seconds), 100 * share(prefill_stats, {}),
-      count, rate(steps, decode_seconds), 100 * share(session.stats(), prefill_stats),
+      to_string(method), prompt.size(), rate(std::ssize(prompt), prefill_seconds),
+      100 * share_promoted(method, read.promoted, read.pairs), count, rate(steps, decode_seconds),
+      100 * share_promoted(method, stats.promoted - read.promoted, stats.pairs - read.pairs),
       static_cast<double>(session.cache().bytes().total()) / (1 << 20),
       static_cast<double>(session.cache().bytes().total()) / static_cast<double>(session.length(seq)));
   return {};

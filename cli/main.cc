@@ -121,6 +121,9 @@ int run(int argc, char** argv) {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
     if (error.get_exit_code() == 0) return app.exit(error);  // --help and --version
+    if (app.get_subcommands().empty() && argc > 1 && argv[1][0] != '-') {
+      return fail(2, fmt::format("'{}' is not a command: eval and generate are", argv[1]));
+    }
     return fail(2, error.what());
   }
 

@@ -96,12 +96,12 @@ Status ask(model::Session* session, SeqId context, const TokenQuestion& question
   return session->free(seq);
 }
 
-Figures figures_of(const Score& score) {
+Figures figures_of(const Method& method, const Score& score) {
   Figures figures;
   figures.tokens = score.tokens;
   figures.nll = score.nll / static_cast<double>(score.tokens);
   figures.exact = static_cast<double>(score.exact) / static_cast<double>(score.answers);
-  figures.share_promoted = score.pairs ? static_cast<double>(score.promoted) / static_cast<double>(score.pairs) : 0;
+  figures.share_promoted = share_promoted(method, score.promoted, score.pairs);
   figures.kv_bytes_per_token = score.kv_bytes / score.kv_tokens;
   figures.seconds = score.seconds;
   return figures;
@@ -180,7 +180,7 @@ Status eval_questions(const EvalOptions& options) {
   progress.clear();
   for (size_t r = 0; r < report.rows.size(); ++r) {
     Row& row = report.rows[r];
-    row.texts.push_back(figures_of(scores[row.twin >= 0 ? row.twin : static_cast<int>(r)]));
+    row.texts.push_back(figures_of(row.method, scores[row.twin >= 0 ? row.twin : static_cast<int>(r)]));
   }
   compare(&report);
   if (!options.json.empty()) THRIFTATTN_RETURN_IF_ERROR(write_atomically(options.json, json(report)));

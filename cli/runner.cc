@@ -7,11 +7,11 @@
 namespace thriftattn::cli {
 
 Result<Runner> Runner::load(const RunOptions& options) {
-  THRIFTATTN_ASSIGN_OR_RETURN(tokenizer, model::Tokenizer::load(options.model));
   auto pool = std::make_unique<ThreadPool>(options.threads);
   const bool bf16 = options.compute.empty() ? model::has_native_bf16() : options.compute == "bf16";
   THRIFTATTN_ASSIGN_OR_RETURN(
       loaded, model::Model::load(options.model, bf16 ? model::Compute::bf16 : model::Compute::f32, *pool));
+  THRIFTATTN_ASSIGN_OR_RETURN(tokenizer, model::Tokenizer::load(options.model));
   return Runner{std::move(pool), std::make_unique<model::Model>(std::move(loaded)), std::move(tokenizer)};
 }
 
@@ -52,6 +52,11 @@ Status Runner::resolve(const model::SessionOptions& options, bool prefill, bool 
   report->machine.threads = pool->size();
   report->machine.compute = to_string(model->compute());
   return {};
+}
+
+double share_promoted(const Method& method, int64_t promoted, int64_t pairs) {
+  if (method.budget.kind == Budget::Kind::all) return 1;
+  return pairs ? static_cast<double>(promoted) / static_cast<double>(pairs) : 0;
 }
 
 }  // namespace thriftattn::cli
