@@ -22,11 +22,12 @@
 namespace thriftattn::model {
 
 struct SessionOptions {
-  int64_t max_tokens = 0;                // of one sequence; 0 = the model's positions
-  int64_t max_step = 0;                  // tokens of one forward; 0 = max_tokens
-  std::optional<Method> prefill_method;  // for Phase::prefill, over the cache that `method` needs; default: `method`
-  int64_t max_cache_bytes = 0;           // 0 = no limit
-  bool collect_stats = false;            // fill the costly part of Stats too (Problem::stats)
+  int64_t max_tokens = 0;  // of one sequence; 0 = the model's positions
+  int64_t max_step = 0;    // tokens of one forward; 0 = max_tokens
+  // For Phase::prefill, over the cache that the session's method needs; none = the session's method.
+  std::optional<Method> prefill_method = {};
+  int64_t max_cache_bytes = 0;  // 0 = no limit
+  bool collect_stats = false;   // fill the costly part of Stats too (Problem::stats)
 };
 
 // The rows of a step whose logits are wanted.
