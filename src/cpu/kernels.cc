@@ -245,6 +245,10 @@ void attend(const BlockTask& t, Tiles& tiles) {
     Tier tier[kMaxHeadsPerTask];
     bool wanted[4];
     page_tiers(t, p, cursors, tier, wanted);
+    for (int h = 0; h < t.heads && t.page_log2; ++h) {  // a page that is skipped has no mass
+      if (tier[h] != Tier::none) continue;
+      for (int r = h * t.rows; r < (h + 1) * t.rows; ++r) t.page_log2[r * t.page_stride + p] = kMinusInf;
+    }
     for (const Tier form : {Tier::fp4, Tier::fp4x2, Tier::fp16}) {
       const int f = static_cast<int>(form);
       if (!wanted[f]) continue;

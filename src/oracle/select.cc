@@ -43,7 +43,8 @@ bool has_16_bit(const Input& input, int64_t page) {
 
 Policy resolved_policy(const Input& input) {
   if (input.method.policy != Policy::automatic) return input.method.policy;
-  return input.phase == Phase::decode ? Policy::fp4_mass : Policy::block_mean;
+  const bool has_fp4 = input.method.storage != Storage::high_only;
+  return input.phase == Phase::decode && has_fp4 ? Policy::fp4_mass : Policy::block_mean;
 }
 
 struct Heads {

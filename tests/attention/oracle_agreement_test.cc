@@ -1,0 +1,276 @@
+// Every method against the oracle of the same arithmetic: which pages are promoted, what comes out, what is reported.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "attention/session.h"
+
+namespace thriftattn::testing {
+namespace {
+
+// Pages whose ranks differ by less than this, relative to the largest score, may be exchanged.
+constexpr double kTie = 1e-5;
+
+// FP32 kernels: exp2 of scores of a few tens, sums over some hundred tokens; the straightforward FP32 loop of
+// Fp32Loop below stays under a third of it.
+constexpr double kFp32Error = 1e-5;
+
+// Where the kernel's selection and the oracle's differ, only near-ties may be the reason.
+void expect_same_selection(const Selection& got, const oracle::Input& input, const std::string& what) {
+  const Selection want = oracle::select(input);
+  if (got.first == want.first && got.pages == want.pages) return;
+  const std::vector<oracle::Estimate> estimates = oracle::estimates(input);
+  ASSERT_EQ(got.first.size(), want.first.size()) << what;
+  for (size_t b = 0; b + 1 < want.first.size(); ++b) {
+    const auto pages = [b](const Selection& s) {
+      return std::vector<Promoted>(s.pages.begin() + s.first[b], s.pages.begin() + s.first[b + 1]);
+    };
+    const std::vector<Promoted> ours = pages(got), theirs = pages(want);
+    if (ours == theirs) continue;
+    const bool by_error = input.method.budget.kind == Budget::Kind::tolerance;
+    const auto& rank = by_error ? estimates[b].contribution : estimates[b].score;
+    double largest = 0;
+    for (double r : rank) largest = std::max(largest, std::fabs(r));
+    // The weakest page that the oracle promotes by rank; every page exchanged must be as weak or as strong as it.
+    double border = INFINITY;
+    for (const Promoted& p : theirs) {
+      const size_t j = static_cast<size_t>(p.page);
+      if (!estimates[b].forced[j]) border = std::min(border, rank[j]);
+    }
+    std::string list;
+    for (const auto& [a, c] : {std::pair{&ours, &theirs}, std::pair{&theirs, &ours}}) {
+      list += list.empty() ? "got" : ", oracle";
+      for (const Promoted& p : *a) {
+        list += " " + std::to_string(p.page) + ":" + to_string(p.tier);
+        const bool in_both = std::find(c->begin(), c->end(), p) != c->end();
+        if (in_both || std::fabs(rank[static_cast<size_t>(p.page)] - border) <= kTie * largest) continue;
+        ADD_FAILURE() << what << ", block " << b << ": page " << p.page << " " << to_string(p.tier)
+                      << (a == &ours ? " is promoted, not by the oracle" : " is promoted by the oracle only")
+                      << "; score " << rank[static_cast<size_t>(p.page)] << ", border " << border;
+      }
+    }
+    if (::testing::Test::HasNonfatalFailure()) FAIL() << what << ", block " << b << ": " << list;
+  }
+}
+
+// In mma4 a p next to a rounding border may fall on either side of it, because FP32 and double disagree on p: one code
+// of one token, rarely. Most elements must be as near as in kv4, all within what some codes can do.
+void expect_output(const Ran& ran, const oracle::Output& want, const Tokens& tokens, bool mma4,
+                   const std::string& what) {
+  for (size_t i = 0; i < want.lse.size(); ++i) {
+    if (std::isinf(want.lse[i])) {
+      EXPECT_EQ(ran.lse[i], want.lse[i]) << what;
+    } else {
+      EXPECT_NEAR(ran.lse[i], want.lse[i], 1e-5 * std::max(1.0, std::fabs(want.lse[i]))) << what << ", row " << i;
+    }
+  }
+  if (!mma4) {
+    EXPECT_LE(distance(ran.out, want.out, tokens), kFp32Error) << what;
+    return;
+  }
+  EXPECT_LE(distance(ran.out, want.out, tokens), 0.03) << what;
+  size_t far = 0;
+  for (size_t i = 0; i < want.out.size(); ++i) far += std::fabs(ran.out[i] - want.out[i]) > 10 * kFp32Error;
+  EXPECT_LE(static_cast<double>(far), 0.02 * static_cast<double>(want.out.size()) + 64) << what;
+}
+
+void expect_stats(const Ran& ran, const oracle::Input& input, const oracle::Output& want, const std::string& what) {
+  const Stats& stats = ran.stats;
+  int64_t pairs = 0;
+  for (const oracle::QueryBlock& block : oracle::query_blocks(input)) pairs += block.pages;
+  if (input.phase == Phase::decode) pairs *= input.h_q / input.h_kv;  // one selection for all heads of a group
+  EXPECT_EQ(stats.pairs, pairs) << what;
+  EXPECT_NEAR(stats.mass_above_fp4, want.mass_above_fp4, 1e-5) << what;
+  ASSERT_GE(stats.page_mass.size(), want.page_mass.size()) << what;
+  for (size_t i = 0; i < want.page_mass.size(); ++i) EXPECT_NEAR(stats.page_mass[i], want.page_mass[i], 1e-5) << what;
+  if (input.method.storage != Storage::high_only) {
+    EXPECT_NEAR(stats.error_estimate, want.error_estimate, 1e-4 * want.error_estimate) << what;
+  }
+}
+
+// Appends in two steps, so that pages of every kind exist: released, recent, just filled, the tail.
+void expect_agreement(const std::string& spec, const Tokens& tokens, int64_t before, int64_t rows, Call call,
+                      DType high = DType::f16) {
+  const std::string what = spec + (call.phase == Phase::decode ? " decode " : " prefill ") + std::to_string(rows) +
+                           "/" + std::to_string(before + rows) + (call.causal ? "" : " not causal");
+  SCOPED_TRACE(what);
+  Session session(method(spec), tokens, high);
+  session.append(before);
+  session.settle();
+  session.append(rows);
+  const oracle::Input input = session.oracle_input(rows, call);
+  const Selection selected = session.selection(rows, call);
+  ASSERT_FALSE(::testing::Test::HasFatalFailure());
+  expect_same_selection(selected, input, what);
+  call.stats = true;
+  const Ran ran = session.attend(rows, call);
+  ASSERT_FALSE(::testing::Test::HasFatalFailure());
+  EXPECT_EQ(ran.stats.selection.first, selected.first) << what;
+  EXPECT_EQ(ran.stats.selection.pages, selected.pages) << what;
+  const oracle::Output want = oracle::attend(input, selected);
+  expect_output(ran, want, tokens, input.method.arithmetic == Arithmetic::mma4, what);
+  expect_stats(ran, input, want, what);
+}
+
+const char* const kPolicies[] = {"none",          "auto",     "block_mean", "quest",
+                                 "second_moment", "fp4_mass", "recent",     "oracle"};
+const char* const kBudgets[] = {"0", "0.3", "paper:0.3", "top_k:4", "per64", "mass:0.9", "tolerance:0.05"};
+const char* const kStorages[] = {"high_only", "dual", "residual", "fp4_only"};
+const char* const kForms[] = {"format=nvfp4", "format=nvfp4,scales=4over6", "format=mxfp4"};
+const char* const kForces[] = {"force=none", "force=sink:1+diagonal+previous:1", "force=sink:2+previous:2"};
+
+// Every policy x budget x storage, under forms, arithmetic, force, centring and page scale that rotate so that each
+// meets each. What the grammar refuses is left out.
+void expect_agreement_of_all(Phase phase) {
+  const Tokens tokens = attention_like({4, 2, 64, 64}, 64 * 7 + 23, 3);
+  std::mt19937 random(phase == Phase::prefill ? 1 : 2);
+  const auto one_of = [&](const auto& words) { return std::string(words[random() % std::size(words)]); };
+  int ran = 0;
+  for (const char* policy : kPolicies) {
+    if (phase == Phase::prefill && policy == std::string("fp4_mass")) continue;
+    for (const char* budget : kBudgets) {
+      for (const char* storage : kStorages) {
+        const bool fp4 = storage != std::string("high_only");
+        std::string spec = std::string("thrift:policy=") + policy + ",budget=" + budget + ",storage=" + storage;
+        spec += "," + one_of(kForms) + "," + one_of(kForces);
+        spec += fp4 ? "" : ",rest=none";
+        spec += random() % 2 ? ",arithmetic=kv4" : ",arithmetic=mma4";
+        spec += random() % 3 ? "" : ",centring=off";
+        spec += random() % 3 ? "" : ",page_scale=off";
+        if (!parse_method(spec).ok()) continue;
+        Call call;
+        call.phase = phase;
+        call.causal = random() % 4 != 0;
+        const int64_t rows = phase == Phase::decode ? 1 + static_cast<int64_t>(random() % 4) : 90;
+        expect_agreement(spec, tokens, tokens.s - 90, rows, call);
+        if (::testing::Test::HasFailure()) return;
+        ++ran;
+      }
+    }
+  }
+  EXPECT_GT(ran, 120);
+}
+
+TEST(OracleAgreement, EveryPolicyBudgetAndStorageInPrefill) { expect_agreement_of_all(Phase::prefill); }
+TEST(OracleAgreement, EveryPolicyBudgetAndStorageInDecode) { expect_agreement_of_all(Phase::decode); }
+
+TEST(OracleAgreement, EveryFormScaleStorageAndArithmetic) {
+  const Tokens tokens = attention_like({2, 1, 64, 64}, 64 * 5 + 40, 4);
+  for (const char* storage : {"dual", "residual", "fp4_only"}) {
+    for (const char* form : kForms) {
+      for (const char* arithmetic : {"arithmetic=kv4", "arithmetic=mma4"}) {
+        for (const char* centring : {"on", "off"}) {
+          for (const char* page_scale : {"on", "off"}) {
+            const std::string spec = std::string("thrift:budget=0.4,storage=") + storage + "," + form + "," +
+                                     arithmetic + ",centring=" + centring + ",page_scale=" + page_scale;
+            Call call;
+            expect_agreement(spec, tokens, 290, 70, call);
+            call.phase = Phase::decode;
+            expect_agreement(spec, tokens, 357, 3, call);
+            if (HasFailure()) return;
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(OracleAgreement, NamedMethodsAtEveryHeadDimensionAndGroup) {
+  const Shape shapes[] = {{1, 1, 64, 64}, {6, 2, 128, 128}, {8, 1, 64, 128}, {3, 3, 128, 64}, {16, 1, 64, 64}};
+  for (const Shape& shape : shapes) {
+    const Tokens tokens = attention_like(shape, 64 * 4 + 31, 5);
+    for (const std::string& name : method_names()) {
+      Call call;
+      expect_agreement(name, tokens, 130, 157, call);
+      call.phase = Phase::decode;
+      expect_agreement(name, tokens, tokens.s - 1, 1, call);
+      expect_agreement(name, tokens, tokens.s - 16, 16, call);
+      if (HasFailure()) return;
+    }
+  }
+}
+
+TEST(OracleAgreement, AwkwardLengths) {
+  for (int64_t s : {1, 63, 64, 65, 127, 128, 129, 191, 333}) {
+    const Tokens tokens = attention_like({2, 1, 64, 64}, s, static_cast<uint32_t>(s));
+    for (const char* spec : {"fp16", "fp4", "thrift", "paper", "topk"}) {
+      for (const bool causal : {true, false}) {
+        Call call;
+        call.causal = causal;
+        for (int64_t rows : {s, std::min<int64_t>(s, 65), std::min<int64_t>(s, 2)}) {
+          expect_agreement(spec, tokens, s - rows, rows, call);
+        }
+        call.phase = Phase::decode;
+        for (int64_t rows : {int64_t{1}, std::min<int64_t>(s, 16)}) {
+          expect_agreement(spec, tokens, s - rows, rows, call);
+        }
+        if (HasFailure()) return;
+      }
+    }
+  }
+}
+
+TEST(OracleAgreement, Bf16Cache) {
+  Tokens tokens = attention_like({2, 1, 64, 64}, 300, 9);
+  for (float& v : tokens.v) v *= 1e6f;  // beyond FP16
+  for (const char* spec : {"fp16", "fp4", "thrift", "thrift:storage=dual,format=mxfp4"}) {
+    Call call;
+    expect_agreement(spec, tokens, 200, 100, call, DType::bf16);
+    call.phase = Phase::decode;
+    expect_agreement(spec, tokens, 299, 1, call, DType::bf16);
+  }
+}
+
+TEST(OracleAgreement, ConstantPScale) {
+  const Tokens tokens = attention_like({2, 1, 64, 64}, 300, 10);
+  for (const char* spec : {"paper:p_quant=constant", "fp4:arithmetic=mma4,p_quant=constant"}) {
+    Call call;
+    expect_agreement(spec, tokens, 200, 100, call);
+    call.phase = Phase::decode;
+    expect_agreement(spec, tokens, 299, 1, call);
+  }
+}
+
+// The yardstick for kFp32Error: the kernel must not be worse than twice a plain FP32 loop.
+TEST(OracleAgreement, Fp32LoopIsNoMoreThanTwiceAsGood) {
+  const Tokens tokens = attention_like({2, 1, 128, 128}, 1200, 11);
+  Session session(method("fp16"), tokens);
+  session.append(tokens.s);
+  const int64_t rows = 64;
+  const oracle::Input in = session.oracle_input(rows);
+  const oracle::Output want = oracle::attend(in, oracle::select(in));
+  std::vector<float> k(tokens.k.size()), v(tokens.v.size());
+  ASSERT_OK(session.cache().read(session.seq(), 0, 0, mutable_view(k.data(), tokens.s, 1, 128),
+                                 mutable_view(v.data(), tokens.s, 1, 128)));
+  std::vector<float> loop;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int h = 0; h < 2; ++h) {
+      const float* q = in.q + (r * 2 + h) * 128;
+      std::vector<float> s, out(128, 0.0f);
+      float top = -INFINITY, sum = 0;
+      for (int64_t t = 0; t <= tokens.s - rows + r; ++t) {
+        float dot = 0;
+        for (int c = 0; c < 128; ++c) dot += q[c] * k[static_cast<size_t>(t * 128 + c)];
+        s.push_back(dot * static_cast<float>(in.sm_scale));
+        top = std::max(top, s.back());
+      }
+      for (float& x : s) sum += x = std::exp(x - top);
+      for (size_t t = 0; t < s.size(); ++t) {
+        for (size_t c = 0; c < 128; ++c) out[c] += s[t] / sum * v[t * 128 + c];
+      }
+      loop.insert(loop.end(), out.begin(), out.end());
+    }
+  }
+  const double plain = distance(loop, want.out, tokens), ours = distance(session.attend(rows).out, want.out, tokens);
+  RecordProperty("plain", std::to_string(plain));
+  RecordProperty("ours", std::to_string(ours));
+  EXPECT_LE(ours, 2 * plain) << "plain FP32 loop: " << plain << ", kernel: " << ours;
+  EXPECT_LE(plain, kFp32Error);
+}
+
+}  // namespace
+}  // namespace thriftattn::testing
