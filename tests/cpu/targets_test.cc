@@ -1,0 +1,83 @@
+// Every instruction set that this machine runs computes the same attention.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <string>
+
+#include "attention/session.h"
+
+namespace thriftattn::testing {
+namespace {
+
+class Target : public ::testing::TestWithParam<std::string> {};
+INSTANTIATE_TEST_SUITE_P(Cpu, Target, ::testing::ValuesIn(Machine::here(1).targets),
+                         [](const auto& target) { return target.param; });
+
+// FP32 sums in another order; scores of a few tens pass through exp2.
+constexpr double kFp32Error = 1e-5;
+
+TEST_P(Target, AgreesWithTheOracle) {
+  const Shape shapes[] = {{4, 2, 64, 64}, {3, 1, 128, 128}, {8, 1, 64, 128}};
+  for (const Shape& shape : shapes) {
+    const Tokens tokens = attention_like(shape, 64 * 4 + 37, 6);
+    for (const char* spec : {"fp16", "fp4", "fp4:format=mxfp4", "fp4:scales=4over6,centring=off", "thrift",
+                             "thrift:storage=dual", "quest", "thrift:policy=second_moment"}) {
+      for (const auto& [phase, rows] :
+           {std::pair{Phase::prefill, 100}, std::pair{Phase::decode, 1}, std::pair{Phase::decode, 5}}) {
+        Session session(method(spec), tokens);
+        session.append(tokens.s - rows);
+        session.settle();
+        session.append(rows);
+        Call call;
+        call.phase = phase;
+        call.stats = true;
+        call.target = GetParam();
+        const Ran ran = session.attend(rows, call);
+        ASSERT_EQ(ran.plan.target, GetParam());
+        const oracle::Output want = oracle::attend(session.oracle_input(rows, call), ran.stats.selection);
+        EXPECT_LE(distance(ran.out, want.out, tokens), kFp32Error) << spec << " " << rows;
+        for (size_t i = 0; i < want.lse.size(); ++i) ASSERT_NEAR(ran.lse[i], want.lse[i], 1e-4) << spec;
+      }
+    }
+  }
+}
+
+// Quantised q and p may fall on the other side of a rounding border now and then, and then differ by a code.
+TEST_P(Target, AgreesWithTheOracleInMma4) {
+  const Tokens tokens = attention_like({4, 2, 64, 64}, 64 * 4 + 37, 7);
+  for (const char* spec :
+       {"paper-fp4", "fp4:arithmetic=mma4", "fp4:arithmetic=mma4,format=mxfp4", "paper-fp4:p_quant=constant"}) {
+    Session session(method(spec), tokens);
+    session.append(tokens.s);
+    Call call;
+    call.target = GetParam();
+    const Ran ran = session.attend(100, call);
+    const oracle::Input input = session.oracle_input(100, call);
+    const oracle::Output want = oracle::attend(input, promote_none(input));
+    EXPECT_LE(distance(ran.out, want.out, tokens), 0.03) << spec;
+    size_t far = 0;
+    for (size_t i = 0; i < want.out.size(); ++i) far += std::fabs(ran.out[i] - want.out[i]) > 10 * kFp32Error;
+    EXPECT_LE(far, want.out.size() / 50) << spec;
+  }
+}
+
+TEST_P(Target, ChoosesTheSamePagesAsTheFirstTarget) {
+  const Tokens tokens = attention_like({4, 2, 64, 64}, 64 * 9, 8);
+  for (const char* spec :
+       {"thrift:budget=0.4", "thrift:policy=quest,budget=0.4", "thrift:policy=second_moment,budget=0.4"}) {
+    for (const Phase phase : {Phase::prefill, Phase::decode}) {
+      Session session(method(spec), tokens);
+      session.append(tokens.s);
+      Call first, here;
+      first.phase = here.phase = phase;
+      here.target = GetParam();
+      const int64_t rows = phase == Phase::prefill ? 200 : 2;
+      const Selection a = session.selection(rows, first), b = session.selection(rows, here);
+      EXPECT_EQ(a.first, b.first) << spec;
+      EXPECT_EQ(a.pages, b.pages) << spec;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace thriftattn::testing
