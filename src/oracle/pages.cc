@@ -32,10 +32,11 @@ std::vector<double> encode_plane(const Method& method, const std::vector<double>
   return decoded;
 }
 
-// First plane and the sum of both: the second encodes what the first left, in FP32.
+// First plane and the sum of both, where the storage keeps two: the second encodes what the first left, in FP32.
 void encode_planes(const Method& method, const std::vector<double>& x, int channels, bool along_tokens,
                    std::vector<double>& first, std::vector<double>& both) {
   first = encode_plane(method, x, channels, along_tokens);
+  if (method.storage != Storage::residual && method.storage != Storage::compact) return;
   std::vector<double> left(x.size());
   for (size_t i = 0; i < x.size(); ++i) left[i] = static_cast<float>(x[i]) - static_cast<float>(first[i]);
   both = encode_plane(method, left, channels, along_tokens);
@@ -88,6 +89,8 @@ void summarise(const Input& input, Page& page) {
 }
 
 void encode(const Input& input, Page& page) {
+  page.v_norm = rms_of_rows(page.v);
+  if (input.method.storage == Storage::high_only) return;  // no planes, nothing reads them
   page.k_centre = input.method.centring ? page.k_mean : std::vector<double>(static_cast<size_t>(input.d), 0.0);
   std::vector<double> x(page.k.size());
   for (size_t i = 0; i < x.size(); ++i) {
@@ -95,11 +98,12 @@ void encode(const Input& input, Page& page) {
   }
   encode_planes(input.method, x, input.d, false, page.k_fp4, page.k_fp4x2);
   encode_planes(input.method, page.v, input.d_v, true, page.v_fp4, page.v_fp4x2);
-  page.k_fp8 = fp8(page.k_fp4);
-  page.v_fp8 = fp8(page.v_fp4);
+  if (input.method.arithmetic == Arithmetic::mma8) {
+    page.k_fp8 = fp8(page.k_fp4);
+    page.v_fp8 = fp8(page.v_fp4);
+  }
   page.eps_k = rms_of_rows(difference(x, page.k_fp4));
   page.eps_v = rms_of_rows(difference(page.v, page.v_fp4));
-  page.v_norm = rms_of_rows(page.v);
 }
 
 }  // namespace

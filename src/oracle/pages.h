@@ -15,8 +15,8 @@ struct Page {
   std::vector<double> k_min, k_max, k_variance;
   std::vector<double> k_centre;          // k_mean under centring, else 0: what the planes do not encode
   std::vector<double> k_fp4, v_fp4;      // first plane, decoded
-  std::vector<double> k_fp4x2, v_fp4x2;  // both planes, decoded and added
-  std::vector<double> k_fp8, v_fp8;      // the first plane as mma8 reads it
+  std::vector<double> k_fp4x2, v_fp4x2;  // both planes, decoded and added; empty where the storage keeps one
+  std::vector<double> k_fp8, v_fp8;      // the first plane as mma8 reads it; empty in other arithmetic
   double eps_k = 0, eps_v = 0;           // root mean square over tokens of the first plane's error vector
   double v_norm = 0;                     // root mean square over tokens of |v|
 };
