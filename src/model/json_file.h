@@ -40,8 +40,16 @@ inline const Json& member(const Json& json, const char* key) {
   return it == json.end() ? null : *it;
 }
 
-// A value as an error message shows it: one line, cut short.
+// A value as an error message shows it: one line, cut short. What is nested deeper than one level is only named,
+// because dump() recurses and a hostile file may nest a million levels.
 inline std::string shown(const Json& json) {
+  if (json.is_structured()) {
+    for (const Json& element : json) {
+      if (!element.is_structured()) continue;
+      const Json& type = member(json, "type");
+      return type.is_string() ? shown(type) : json.type_name();
+    }
+  }
   std::string text = json.dump(-1, ' ', true, Json::error_handler_t::replace);
   if (text.size() > 60) text = text.substr(0, 57) + "...";
   return text;

@@ -125,6 +125,11 @@ TEST(ModelConfig, LyingValuesAreRefused) {
   for (const char* text : {"", "[]", "null", "{", "{\"architectures\": 3}", "\xff\xfe"}) {
     EXPECT_FALSE(ModelConfig::parse(text, "config.json").ok()) << text;
   }
+  // A million levels: neither reading nor reporting may recurse.
+  std::string text = llama().dump();
+  const std::string deep = std::string(1'000'000, '[') + std::string(1'000'000, ']');
+  text.replace(text.find("256"), 3, deep);
+  EXPECT_FALSE(ModelConfig::parse(text, "config.json").ok());
   EXPECT_EQ(ModelConfig::load("/nonexistent").status().code(), Code::not_found);
 }
 

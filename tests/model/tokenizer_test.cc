@@ -59,7 +59,8 @@ TEST(Tokenizer, EveryDialectGivesTheReferenceIds) {
     const std::string dir = std::string("tests/data/tiny-llama-") + variant;
     const auto t = Tokenizer::load(std::string(THRIFTATTN_SOURCE_DIR "/") + dir);
     ASSERT_TRUE(t.ok()) << t.status().message();
-    for (const Json& golden : read_json(dir + "/golden.json")["texts"]) {
+    const Json file = read_json(dir + "/golden.json");
+    for (const Json& golden : file["texts"]) {
       EXPECT_EQ(t->encode(golden["text"].get<std::string>()), golden["ids"].get<Ids>())
           << variant << ": " << golden["text"];
     }
