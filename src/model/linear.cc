@@ -10,8 +10,6 @@
 #include <unordered_map>
 #include <vector>
 
-#include "format/codecs.h"
-
 namespace thriftattn::model {
 namespace {
 
@@ -36,15 +34,20 @@ class OneThread {
   int before_ = omp_get_max_threads();
 };
 
+// The scratch memory that oneDNN would provide belongs to the thread that creates a primitive; ours runs on any.
+dnnl::primitive_attr own_scratchpad() {
+  dnnl::primitive_attr attributes;
+  attributes.set_scratchpad_mode(dnnl::scratchpad_mode::user);
+  return attributes;
+}
+
 // y [rows, columns of the panel, rows `stride` apart] = x [rows, inputs] W + bias
 matmul::primitive_desc describe(memory::data_type type, int64_t rows, int64_t inputs, int64_t columns, int64_t stride,
                                 bool bias, const memory::desc& weights) {
   const memory::desc x({rows, inputs}, type, memory::format_tag::ab);
   const memory::desc y({rows, columns}, memory::data_type::f32, memory::dims{stride, 1});
   const memory::desc b({1, columns}, memory::data_type::f32, memory::format_tag::ab);
-  dnnl::primitive_attr attributes;
-  attributes.set_scratchpad_mode(dnnl::scratchpad_mode::user);  // oneDNN's own belongs to the creating thread
-  return {bias ? matmul::desc(x, weights, b, y) : matmul::desc(x, weights, y), attributes, engine()};
+  return {bias ? matmul::desc(x, weights, b, y) : matmul::desc(x, weights, y), own_scratchpad(), engine()};
 }
 
 }  // namespace
@@ -54,6 +57,9 @@ struct Linear::Panels {
   struct Kernel {
     matmul::primitive_desc desc;
     matmul primitive;
+    memory::desc x;       // the caller's rows
+    dnnl::reorder round;  // x to BF16; empty for F32
+    int64_t scratch_bytes = 0;
   };
   struct Panel {
     int64_t first = 0, columns = 0;
@@ -72,9 +78,17 @@ struct Linear::Panels {
     const auto key = std::pair(rows, panel.columns);
     auto it = kernels.find(key);
     if (it == kernels.end()) {
-      auto desc = describe(type, rows, inputs, panel.columns, outputs, !bias.empty(), panel.weights.get_desc());
-      matmul primitive(desc);
-      it = kernels.emplace(key, Kernel{std::move(desc), std::move(primitive)}).first;
+      Kernel k;
+      k.desc = describe(type, rows, inputs, panel.columns, outputs, !bias.empty(), panel.weights.get_desc());
+      k.primitive = matmul(k.desc);
+      k.x = memory::desc({rows, inputs}, memory::data_type::f32, memory::format_tag::ab);
+      if (type == memory::data_type::bf16) {
+        const dnnl::reorder::primitive_desc round(engine(), k.x, engine(), k.desc.src_desc(), own_scratchpad());
+        k.round = dnnl::reorder(round);
+        k.scratch_bytes = static_cast<int64_t>(round.scratchpad_desc().get_size());
+      }
+      k.scratch_bytes = std::max(k.scratch_bytes, static_cast<int64_t>(k.desc.scratchpad_desc().get_size()));
+      it = kernels.emplace(key, std::move(k)).first;
     }
     return it->second;
   }
@@ -106,21 +120,24 @@ void Linear::Panels::multiply(const float* x, int64_t rows, float* y, const Pane
   thread_local std::vector<uint16_t> rounded;
   thread_local std::vector<uint8_t> scratch;
   const Kernel& k = kernel(rows, panel);
-  void* input = const_cast<float*>(x);
-  if (type == memory::data_type::bf16) {
-    rounded.resize(rows * inputs);
-    for (int64_t i = 0; i < rows * inputs; ++i) rounded[i] = bf16_encode(x[i]);
-    input = rounded.data();
+  if (std::ssize(scratch) < k.scratch_bytes) scratch.resize(k.scratch_bytes);
+  const memory::desc scratch_desc({k.scratch_bytes}, memory::data_type::u8, memory::format_tag::a);
+  const memory scratchpad(scratch_desc, engine(), scratch.data());
+  dnnl::stream stream(engine());
+  memory input(k.x, engine(), const_cast<float*>(x));
+  if (k.round) {
+    if (std::ssize(rounded) < rows * inputs) rounded.resize(rows * inputs);
+    memory in_bf16(k.desc.src_desc(), engine(), rounded.data());
+    k.round.execute(stream, {{DNNL_ARG_FROM, input}, {DNNL_ARG_TO, in_bf16}, {DNNL_ARG_SCRATCHPAD, scratchpad}});
+    input = in_bf16;
   }
-  if (scratch.size() < k.desc.scratchpad_desc().get_size()) scratch.resize(k.desc.scratchpad_desc().get_size());
   std::unordered_map<int, memory> args = {
-      {DNNL_ARG_SRC, memory(k.desc.src_desc(), engine(), input)},
+      {DNNL_ARG_SRC, input},
       {DNNL_ARG_WEIGHTS, panel.weights},
       {DNNL_ARG_DST, memory(k.desc.dst_desc(), engine(), y + panel.first)},
-      {DNNL_ARG_SCRATCHPAD, memory(k.desc.scratchpad_desc(), engine(), scratch.data())},
+      {DNNL_ARG_SCRATCHPAD, scratchpad},
   };
   if (!bias.empty()) args[DNNL_ARG_BIAS] = memory(k.desc.bias_desc(), engine(), &bias[panel.first]);
-  dnnl::stream stream(engine());
   k.primitive.execute(stream, args);
   stream.wait();
 }
