@@ -41,6 +41,7 @@ void expect_same_selection(const Selection& got, const oracle::Input& input, con
       const size_t j = static_cast<size_t>(p.page);
       if (!estimates[b].forced[j]) border = std::min(border, rank[j]);
     }
+    EXPECT_EQ(ours.size(), theirs.size()) << what << ", block " << b;
     std::string list;
     for (const auto& [a, c] : {std::pair{&ours, &theirs}, std::pair{&theirs, &ours}}) {
       list += list.empty() ? "got" : ", oracle";
@@ -84,6 +85,8 @@ void expect_stats(const Ran& ran, const oracle::Input& input, const oracle::Outp
   for (const oracle::QueryBlock& block : oracle::query_blocks(input)) pairs += block.pages;
   if (input.phase == Phase::decode) pairs *= input.h_q / input.h_kv;  // one selection for all heads of a group
   EXPECT_EQ(stats.pairs, pairs) << what;
+  const auto group = static_cast<size_t>(input.phase == Phase::decode ? input.h_q / input.h_kv : 1);
+  EXPECT_EQ(static_cast<size_t>(stats.promoted), stats.selection.pages.size() * group) << what;
   EXPECT_NEAR(stats.mass_above_fp4, want.mass_above_fp4, 1e-5) << what;
   ASSERT_GE(stats.page_mass.size(), want.page_mass.size()) << what;
   for (size_t i = 0; i < want.page_mass.size(); ++i) EXPECT_NEAR(stats.page_mass[i], want.page_mass[i], 1e-5) << what;
@@ -233,6 +236,54 @@ TEST(OracleAgreement, ConstantPScale) {
     call.phase = Phase::decode;
     expect_agreement(spec, tokens, 299, 1, call);
   }
+}
+
+TEST(OracleAgreement, NegativeScoresAreRankedToo) {
+  Tokens tokens = attention_like({4, 2, 64, 64}, 64 * 8, 12);
+  for (size_t i = 0; i < tokens.k.size(); ++i) tokens.k[i] = std::fabs(tokens.k[i]);
+  for (float& q : tokens.q) q = -std::fabs(q) - 0.1f;
+  for (const char* policy : {"block_mean", "quest", "second_moment"}) {
+    for (const Phase phase : {Phase::prefill, Phase::decode}) {
+      Call call;
+      call.phase = phase;
+      expect_agreement(std::string("thrift:force=none,budget=0.3,policy=") + policy, tokens, 64 * 8 - 10, 10, call);
+    }
+  }
+}
+
+TEST(Select, EqualScoresGoToTheLowerPage) {
+  Tokens tokens = attention_like({4, 2, 64, 64}, 64 * 8);
+  std::fill(tokens.k.begin(), tokens.k.end(), 0.0f);
+  for (const char* policy : {"block_mean", "quest", "second_moment", "fp4_mass", "oracle"}) {
+    for (const Phase phase : {Phase::prefill, Phase::decode}) {
+      if (phase == Phase::prefill && policy == std::string("fp4_mass")) continue;
+      Session session(method(std::string("thrift:force=none,budget=top_k:3,policy=") + policy), tokens);
+      session.append(tokens.s);
+      Call call;
+      call.phase = phase;
+      const Selection got = session.selection(1, call);
+      ASSERT_EQ(got.first.size(), phase == Phase::prefill ? 5u : 3u);
+      for (size_t b = 0; b + 1 < got.first.size(); ++b) {
+        ASSERT_EQ(got.first[b + 1] - got.first[b], 3) << policy;
+        for (int32_t i = 0; i < 3; ++i) EXPECT_EQ(got.pages[b * 3 + static_cast<size_t>(i)].page, i) << policy;
+      }
+    }
+  }
+}
+
+TEST(Stats, CountThePromotionsThatTheStorageCouldNotServe) {
+  const Tokens tokens = attention_like({4, 2, 64, 64}, 64 * 8);
+  Session session(method("thrift:storage=fp4_only,force=none,policy=block_mean,budget=top_k:3"), tokens);
+  session.append(tokens.s);
+  Call call;
+  const Ran prefill = session.attend(64 * 8, call);
+  EXPECT_EQ(prefill.stats.pairs, 4 * 36);
+  EXPECT_EQ(prefill.stats.promoted, 0);
+  EXPECT_EQ(prefill.stats.wanted_not_stored, 4 * (1 + 2 + 6 * 3));
+  call.phase = Phase::decode;
+  const Ran decode = session.attend(1, call);
+  EXPECT_EQ(decode.stats.wanted_not_stored, 4 * 3);
+  EXPECT_EQ(decode.stats.promoted, 0);
 }
 
 // The yardstick for kFp32Error: the kernel must not be worse than twice a plain FP32 loop.
