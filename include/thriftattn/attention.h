@@ -98,7 +98,7 @@ struct AttendArgs {
   MutableView out;                   // [sum s_q, h_q, d_v]
   float* lse = nullptr;              // [sum s_q, h_q], natural log; may be null
   const Selection* given = nullptr;  // promote exactly these pages instead of selecting
-  Stats* stats = nullptr;            // may be null; added to, except page_mass and selection, which are replaced
+  Stats* stats = nullptr;            // may be null; the counts are added to, the rest describes this call
 };
 
 // Scratch memory of a plan: made once, used by one run at a time.

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <vector>
@@ -42,6 +43,9 @@ class RecordPool {
     const int32_t record = free_.back();
     free_.pop_back();
     ++used_;
+#ifdef THRIFTATTN_POISON
+    std::memset(at(record), 0xff, stride_);  // NaN in every form: who reads what was never written is found out
+#endif
     return record;
   }
 
