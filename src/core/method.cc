@@ -228,7 +228,8 @@ Status check(const Method& m) {
     return clash(rest, storage, "no FP4 planes are stored; dual, residual and fp4_only have them");
   if (m.policy == Policy::fp4_mass && m.storage == Storage::high_only)
     return clash(policy, storage, "no FP4 planes are stored; dual, residual and fp4_only have them");
-  const bool promotes = m.budget.value > 0 || m.budget.kind == Budget::Kind::per64;
+  const bool promotes = m.budget.value > 0 || m.budget.kind == Budget::Kind::per64 ||
+                        m.budget.kind == Budget::Kind::paper;  // both promote at least one page
   if (m.policy == Policy::none && promotes && m.budget.kind != Budget::Kind::all)
     return clash(policy, budget, "a budget above 0 needs a policy that ranks pages");
   const bool estimates = m.policy != Policy::recent && m.policy != Policy::none;
