@@ -3,7 +3,8 @@
 #   scripts/setup.sh build | test | demo | check ...
 set -euo pipefail
 
-build="build-essential cmake ninja-build pkg-config libhwy-dev libdnnl-dev libcli11-dev nlohmann-json3-dev libfmt-dev libpcre2-dev"
+# ocl-icd-opencl-dev: the CMake file of libdnnl-dev asks for OpenCL and its package does not depend on it.
+build="build-essential cmake ninja-build pkg-config libhwy-dev libdnnl-dev ocl-icd-opencl-dev libcli11-dev nlohmann-json3-dev libfmt-dev libpcre2-dev"
 packages=""
 for task in "$@"; do
   case "$task" in
