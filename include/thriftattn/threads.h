@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <memory>
 
 namespace thriftattn {
@@ -18,10 +17,16 @@ class ThreadPool {
   int size() const;
 
   // Calls task(i, worker) for every i in [0, count), lower i first, on all workers; worker < size(). Returns when all
-  // are done. One parallel_for at a time per pool; not reentrant.
-  void parallel_for(int64_t count, const std::function<void(int64_t, int)>& task);
+  // are done. One parallel_for at a time per pool; not reentrant. Allocates nothing; task must not throw.
+  template <class Task>
+  void parallel_for(int64_t count, const Task& task) {
+    run(count, &task, [](const void* t, int64_t i, int worker) { (*static_cast<const Task*>(t))(i, worker); });
+  }
 
  private:
+  using Call = void (*)(const void* task, int64_t i, int worker);
+  void run(int64_t count, const void* task, Call call);
+
   struct Shared;
   std::unique_ptr<Shared> shared_;
 };

@@ -33,6 +33,24 @@ MemoryUse memory_use(const CacheState& s) {
 
 Status unknown_sequence(SeqId seq) { return not_found(fmt::format("sequence {} does not exist", seq)); }
 
+// Makes sure that `count` take_page calls and `entries` more in `table` succeed; false where no memory is left.
+bool reserve_pages(CacheState& s, int64_t count, std::vector<int32_t>& table, int64_t entries) {
+  const auto grow = [](auto& v, size_t more) {
+    if (v.capacity() < v.size() + more) v.reserve(std::max(v.size() + more, 2 * v.capacity()));
+  };
+  try {
+    grow(table, entries);
+    const int64_t fresh = std::max<int64_t>(0, count - static_cast<int64_t>(s.free_pages.size()));
+    grow(s.page_users, fresh);
+    grow(s.high_users, fresh * s.config.layers);
+    grow(s.forms, fresh * s.config.layers * s.config.h_kv);
+    s.free_pages.reserve(s.page_users.capacity());  // every page may become free
+  } catch (const std::bad_alloc&) {
+    return false;
+  }
+  return true;
+}
+
 // A page id whose records are all empty, held by one sequence.
 int32_t take_page(CacheState& s) {
   if (s.free_pages.empty()) {
@@ -91,17 +109,18 @@ Status check_shape(const CacheConfig& c, const View& k, const View& v) {
 }
 
 // The first (token, head) of x that its 16-bit form cannot hold, or an ok status.
-Status check_values(const CacheConfig& c, int layer, const char* name, const View& x, ThreadPool& pool) {
-  const float limit = c.high_dtype == DType::f16 ? 65519.996f : 3.3961775e38f;  // what rounds to infinity lies beyond
+Status check_values(const CacheConfig& config, int layer, const char* name, const View& x, ThreadPool& pool) {
+  const float limit =
+      config.high_dtype == DType::f16 ? 65519.996f : 3.3961775e38f;  // what rounds to infinity lies beyond
   std::atomic<int64_t> first_bad{INT64_MAX};
   const int64_t span = 256;
   pool.parallel_for((x.tokens + span - 1) / span, [&](int64_t task, int) {
-    std::vector<float> row(x.channels);
+    float row[kMaxChannels];
     for (int64_t t = task * span; t < std::min(x.tokens, (task + 1) * span); ++t)
       for (int64_t h = 0; h < x.heads; ++h) {
-        load_row(x.dtype, x.at(t, h), x.channels, row.data());
+        load_row(x.dtype, x.at(t, h), x.channels, row);
         bool good = true;
-        for (const float e : row) good &= std::abs(e) <= limit;
+        for (int64_t c = 0; c < x.channels; ++c) good &= std::abs(row[c]) <= limit;
         if (good) continue;
         int64_t seen = first_bad.load();
         while (t * x.heads + h < seen && !first_bad.compare_exchange_weak(seen, t * x.heads + h)) {
@@ -113,10 +132,10 @@ Status check_values(const CacheConfig& c, int layer, const char* name, const Vie
   std::vector<float> row(x.channels);
   load_row(x.dtype, x.at(bad / x.heads, bad % x.heads), x.channels, row.data());
   const auto channel = std::find_if(row.begin(), row.end(), [&](float e) { return !(std::abs(e) <= limit); });
-  return invalid_argument(
-      fmt::format("{} of layer {}, token {}, head {}, channel {} is {}: {} holds finite values up to {}", name, layer,
-                  bad / x.heads, bad % x.heads, channel - row.begin(), *channel,
-                  c.high_dtype == DType::f16 ? "f16" : "bf16", c.high_dtype == DType::f16 ? "65504" : "3.39e38"));
+  return invalid_argument(fmt::format(
+      "{} of layer {}, token {}, head {}, channel {} is {}: {} holds finite values up to {}", name, layer,
+      bad / x.heads, bad % x.heads, channel - row.begin(), *channel, config.high_dtype == DType::f16 ? "f16" : "bf16",
+      config.high_dtype == DType::f16 ? "65504" : "3.39e38"));
 }
 
 }  // namespace
@@ -214,8 +233,9 @@ Status KvCache::append(SeqId seq, int layer, const View& k, const View& v, Threa
   if (c.max_bytes > 0 && memory_use(s).total() + need > c.max_bytes)
     return Status(Code::out_of_memory, fmt::format("{} more tokens need {} bytes, the cache holds {} of at most {}",
                                                    k.tokens, need, memory_use(s).total(), c.max_bytes));
-  if (!s.high.reserve(new_high) || (has_fp4 && !s.fp4.reserve(new_encoded)) ||
-      (has_residual && !s.residual.reserve(new_encoded)) || (has_summary && !s.summary.reserve(new_encoded)))
+  if (!reserve_pages(s, new_pages, q.pages, new_pages) || !s.high.reserve(new_high) ||
+      (has_fp4 && !s.fp4.reserve(new_encoded)) || (has_residual && !s.residual.reserve(new_encoded)) ||
+      (has_summary && !s.summary.reserve(new_encoded)))
     return Status(Code::out_of_memory,
                   fmt::format("{} more tokens need {} bytes, which the system refused", k.tokens, need));
 
@@ -237,7 +257,7 @@ Status KvCache::append(SeqId seq, int layer, const View& k, const View& v, Threa
     const int h = static_cast<int>(task % c.h_kv);
     const PageForms& forms = s.forms_of(q.pages[p], layer)[h];
     auto* high = reinterpret_cast<uint16_t*>(s.high.at(forms.high));
-    float row[256];
+    float row[kMaxChannels];
     for (int64_t t = std::max(from, p * kPageTokens); t < std::min(to, (p + 1) * kPageTokens); ++t) {
       const int slot = static_cast<int>(t % kPageTokens);
       load_row(k.dtype, k.at(t - from, h), c.d, row);
@@ -278,12 +298,14 @@ Result<SeqId> KvCache::fork(SeqId seq) {
   const bool tail = tokens % kPageTokens != 0;
   const int64_t tail_records = tail ? int64_t{s.config.layers} * s.config.h_kv : 0;
   const int64_t need = tail_records * s.layout.high_bytes;
-  if ((s.config.max_bytes > 0 && memory_use(s).total() + need > s.config.max_bytes) || !s.high.reserve(tail_records))
-    return Status(Code::out_of_memory, fmt::format("a fork of sequence {} needs {} bytes for its tail", seq, need));
-
   const SeqId copy = new_sequence();
   const Sequence& from = s.sequences[seq];
   Sequence& to = s.sequences[copy];
+  if ((s.config.max_bytes > 0 && memory_use(s).total() + need > s.config.max_bytes) || !s.high.reserve(tail_records) ||
+      !reserve_pages(s, tail, to.pages, pages_for(tokens))) {
+    to = {};
+    return Status(Code::out_of_memory, fmt::format("a fork of sequence {} needs {} bytes for its tail", seq, need));
+  }
   to.layer_length = from.layer_length;
   to.released = from.released;
   to.pages.assign(from.pages.begin(), from.pages.begin() + tokens / kPageTokens);
@@ -339,11 +361,11 @@ Status KvCache::truncate(SeqId seq, int64_t tokens, bool lossy) {
     }
     if (encoded) {
       const int64_t records = int64_t{s.config.layers} * s.config.h_kv;
-      if (!s.high.reserve(records))
+      if (!s.high.reserve(records) || !reserve_pages(s, 1, q.pages, 0))
         return Status(Code::out_of_memory, "no memory to rebuild the tail of a truncated sequence");
       const int32_t page = take_page(s);
-      std::vector<float> k(static_cast<size_t>(s.config.d) * kPageTokens),
-          v(static_cast<size_t>(s.config.d_v) * kPageTokens);
+      float k[kMaxChannels * kPageTokens], v[kMaxChannels * kPageTokens];
+      const int64_t k_size = int64_t{s.config.d} * kPageTokens, v_size = int64_t{s.config.d_v} * kPageTokens;
       for (int l = 0; l < s.config.layers; ++l) {
         if (length(seq, l) <= cut * kPageTokens) continue;
         high_users(s, page, l) = 1;
@@ -357,9 +379,9 @@ Status KvCache::truncate(SeqId seq, int64_t tokens, bool lossy) {
             continue;
           }
           decode_page(s.config, s.layout, s.fp4.at(from.fp4), s.residual.at(from.residual), s.summary.at(from.summary),
-                      k.data(), v.data());
-          for (size_t i = 0; i < k.size(); ++i) high[i] = high_encode(s.config.high_dtype, k[i]);
-          for (size_t i = 0; i < v.size(); ++i) high[s.layout.high_v + i] = high_encode(s.config.high_dtype, v[i]);
+                      k, v);
+          for (int64_t i = 0; i < k_size; ++i) high[i] = high_encode(s.config.high_dtype, k[i]);
+          for (int64_t i = 0; i < v_size; ++i) high[s.layout.high_v + i] = high_encode(s.config.high_dtype, v[i]);
         }
       }
       drop_page(s, q, cut);
@@ -407,8 +429,7 @@ Status KvCache::read(SeqId seq, int layer, int64_t first, const MutableView& k, 
                                         first + k.tokens, layer, seq, length(seq, layer)));
   const Sequence& q = s.sequences[seq];
   const int d = s.config.d, d_v = s.config.d_v;
-  std::vector<float> pk(static_cast<size_t>(d) * kPageTokens), pv(static_cast<size_t>(d_v) * kPageTokens),
-      row(std::max(d, d_v));
+  float pk[kMaxChannels * kPageTokens], pv[kMaxChannels * kPageTokens], row[kMaxChannels];
   for (int h = 0; h < s.config.h_kv; ++h)
     for (int64_t t = first; t < first + k.tokens;) {
       const int64_t p = t / kPageTokens, end = std::min(first + k.tokens, (p + 1) * kPageTokens);
@@ -424,13 +445,13 @@ Status KvCache::read(SeqId seq, int layer, int64_t first, const MutableView& k, 
         }
       } else {
         decode_page(s.config, s.layout, s.fp4.at(forms.fp4), s.residual.at(forms.residual), s.summary.at(forms.summary),
-                    pk.data(), pv.data());
+                    pk, pv);
       }
       for (; t < end; ++t) {
         const int slot = static_cast<int>(t % kPageTokens);
         for (int c = 0; c < d; ++c) row[c] = pk[c * kPageTokens + slot];
-        store_row(k.dtype, row.data(), d, k.at(t - first, h));
-        store_row(v.dtype, &pv[static_cast<size_t>(slot) * d_v], d_v, v.at(t - first, h));
+        store_row(k.dtype, row, d, k.at(t - first, h));
+        store_row(v.dtype, pv + slot * d_v, d_v, v.at(t - first, h));
       }
     }
   return {};

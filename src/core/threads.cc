@@ -15,7 +15,8 @@ struct ThreadPool::Shared {
   std::vector<std::thread> workers;
   std::mutex mutex;
   std::condition_variable start, done;
-  const std::function<void(int64_t, int)>* task = nullptr;
+  const void* task = nullptr;
+  Call call = nullptr;
   int64_t count = 0;
   std::atomic<int64_t> next{0};
   uint64_t generation = 0;  // counts the parallel_for calls, so that a worker joins each once
@@ -23,7 +24,7 @@ struct ThreadPool::Shared {
   bool stopping = false;
 
   void drain(int worker) {
-    for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) (*task)(i, worker);
+    for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) call(task, i, worker);
   }
 
   void work(int worker) {
@@ -68,15 +69,16 @@ ThreadPool::~ThreadPool() {
 
 int ThreadPool::size() const { return static_cast<int>(shared_->workers.size()) + 1; }
 
-void ThreadPool::parallel_for(int64_t count, const std::function<void(int64_t, int)>& task) {
+void ThreadPool::run(int64_t count, const void* task, Call call) {
   Shared& s = *shared_;
   if (count <= 1 || s.workers.empty()) {  // waking a worker costs more than a single task gains
-    for (int64_t i = 0; i < count; ++i) task(i, 0);
+    for (int64_t i = 0; i < count; ++i) call(task, i, 0);
     return;
   }
   {
     std::lock_guard lock(s.mutex);
-    s.task = &task;
+    s.task = task;
+    s.call = call;
     s.count = count;
     s.next.store(0);
     s.busy = static_cast<int>(s.workers.size());

@@ -101,12 +101,20 @@ struct Unit {
   BlockPages block;
 };
 
+// One task of a prefill: a query block of some query heads of one KV head.
+struct PrefillTask {
+  int64_t sequence;
+  int kv_head, first_head, heads;  // first_head counts from 0 in the group
+  int64_t block;
+};
+
 }  // namespace
 
 struct Scratch {
   std::vector<Worker> workers;
   std::vector<Rows> rows;                    // prefill, by worker
   std::vector<std::vector<Choice>> choices;  // prefill, by worker and head
+  std::vector<PrefillTask> tasks;            // prefill
   std::vector<Unit> units;                   // decode
 };
 
@@ -132,12 +140,8 @@ class Run {
         mma4_(problem_.method.arithmetic == Arithmetic::mma4) {}
 
   void prefill() {
-    struct Task {
-      int64_t sequence;
-      int kv_head, first_head, heads;  // first_head counts from 0 in the group
-      int64_t block;
-    };
-    std::vector<Task> tasks;
+    std::vector<PrefillTask>& tasks = scratch_.tasks;
+    tasks.clear();
     const int step = heads_per_task(problem_);
     int64_t most = 0;
     for (const SequenceCall& s : call_.sequences) most = std::max(most, query_blocks(Phase::prefill, s.s_q, s.s_kv));
@@ -150,7 +154,7 @@ class Run {
       }
     start_stats(static_cast<int64_t>(tasks.size()));
     pool_.parallel_for(static_cast<int64_t>(tasks.size()), [&](int64_t task, int w) {
-      const Task& t = tasks[task];
+      const PrefillTask& t = tasks[task];
       prefill_block(t.sequence, t.kv_head, t.first_head, t.heads, t.block, w, task);
     });
     for (size_t i = 0; i < task_stats_.size(); ++i)
@@ -246,15 +250,16 @@ class Run {
   }
 
   // Scores by softmax mass: mean over the rows of a head, maximum over heads. page_log2 holds every page of the rows.
-  float rank_by_mass(Rows& rows, int64_t first, int64_t count, int heads, int64_t all_pages, int64_t n,
-                     float* score) const {
+  float rank_by_mass(const Rows& rows, int64_t first, int64_t count, int heads, int64_t all_pages, int64_t n,
+                     Choice& choice) const {
     const int64_t stride = max_pages(problem_);
     float mean[256], q_norm = 0;
+    float* score = choice.score.data();
+    double* share = choice.mass.data();
     std::fill_n(score, n, 0.0f);
-    std::vector<double> share(n);
     for (int h = 0; h < heads; ++h) {
       if (mean_row(rows, first + h * count, count, mean)) q_norm = std::max(q_norm, norm(mean, problem_.d));
-      std::fill(share.begin(), share.end(), 0.0);
+      std::fill_n(share, n, 0.0);
       int64_t seen = 0;
       for (int64_t r = first + h * count; r < first + (h + 1) * count; ++r) {
         if (!rows.finite[r]) continue;
@@ -373,7 +378,7 @@ class Run {
         choose_forced(problem_.method, facts, pages, c);
       } else {
         const float q_norm = scores_first(problem_)
-                                 ? rank_by_mass(r, h * rows, rows, 1, last_page, facts.visible, c.score.data())
+                                 ? rank_by_mass(r, h * rows, rows, 1, last_page, facts.visible, c)
                                  : rank(r, h * rows, rows, 1, pages, facts.visible, c.score.data(), c.share.data());
         choose(problem_, facts, pages, q_norm, c);
       }
@@ -475,7 +480,7 @@ class Run {
     Unit& unit = scratch_.units[u];
     if (at.s.s_q == 0) return;
     Choice& c = unit.choice;
-    const float q_norm = rank_by_mass(unit.rows_, 0, at.s.s_q, group_, at.end, unit.block.visible, c.score.data());
+    const float q_norm = rank_by_mass(unit.rows_, 0, at.s.s_q, group_, at.end, unit.block.visible, c);
     choose(problem_, unit.block, at.pages, q_norm, c);
     count(unit.block, c, scratch_.workers[w]);
   }
@@ -667,6 +672,10 @@ std::shared_ptr<Scratch> make_scratch(const Plan& plan) {
                                  scores_first(p) || p.stats ? max_pages(p) : 0);
       scratch->choices.emplace_back(heads_per_task(p), Choice(max_pages(p)));
     }
+  }
+  if (p.phase == Phase::prefill) {
+    const int64_t steps = (p.h_q / p.h_kv + heads_per_task(p) - 1) / heads_per_task(p);
+    scratch->tasks.reserve(p.b * p.h_kv * steps * (p.max_s_q / kPageTokens + 2));
   }
   if (p.phase == Phase::decode)
     for (int64_t u = 0; u < int64_t{p.b} * p.h_kv; ++u)

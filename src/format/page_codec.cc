@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <vector>
 
 namespace thriftattn {
 namespace {
@@ -87,8 +86,8 @@ void encode_page(const CacheConfig& config, const PageLayout& layout, const uint
                  uint8_t* residual, uint8_t* summary) {
   if (!summary) return;
   const int64_t k_size = static_cast<int64_t>(layout.d) * kPageTokens, v_size = int64_t{kPageTokens} * layout.d_v;
-  std::vector<float> values(k_size + v_size);
-  float *k = values.data(), *v = k + k_size;
+  float values[2 * kMaxChannels * kPageTokens];  // on the stack: an append must not fail half-way
+  float *k = values, *v = k + k_size;
   for (int64_t i = 0; i < k_size + v_size; ++i) values[i] = high_decode(config.high_dtype, high[i]);
 
   PageSummary facts;

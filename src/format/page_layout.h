@@ -19,6 +19,8 @@
 
 namespace thriftattn {
 
+inline constexpr int kMaxChannels = 256;  // of a head, K or V: what fixed buffers are sized for
+
 THRIFTATTN_HD constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
