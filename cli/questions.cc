@@ -135,7 +135,9 @@ Status eval_questions(const EvalOptions& options) {
   const auto session_options = [&](const TokenExam& exam, bool reads) {
     model::SessionOptions out;
     out.max_tokens = exam.longest;
-    out.max_step = reads ? std::max<int64_t>(std::ssize(exam.context), kMaxDecodeRows) : kMaxDecodeRows;
+    // No step is longer than the context and its longest question, which may be shorter than a full decode step.
+    const int64_t step = reads ? std::max<int64_t>(std::ssize(exam.context), kMaxDecodeRows) : kMaxDecodeRows;
+    out.max_step = std::min(step, exam.longest);
     return out;
   };
   THRIFTATTN_RETURN_IF_ERROR(runner.resolve(session_options(tokens[0], !prefill), !prefill, true, &report));

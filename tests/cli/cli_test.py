@@ -292,6 +292,12 @@ class Questions(Case):
             self.assertIn(first["mean"][method]["exact"], (0, 1))
         self.assertEqual(both["rows"][1]["options"]["policy"], "fp4_mass")
 
+    def test_contexts_shorter_than_a_decode_step_are_asked_too(self):
+        self.questions = self.file("short.jsonl", json.dumps(
+            {"context": "The cat.", "questions": [{"ask": " Who?", "answer": " A"}]}))
+        for prefill in ("fp16", "method"):
+            self.assertGreater(self.ask("--method", "thrift", "--prefill", prefill)["rows"][0]["answer_nll"], 0)
+
     def test_who_reads_the_context_is_reported(self):
         self.assertEqual(self.ask("--method", "fp16", "--limit", 1)["prefill"], "fp16")
         report = self.ask("--method", "thrift", "--limit", 1, "--prefill", "method")
