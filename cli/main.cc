@@ -38,6 +38,16 @@ int fail(int code, std::string message) {
   return code;
 }
 
+// A number in [low, high]. CLI::Range lets NaN through.
+CLI::Validator number_in(double low, double high) {
+  return {[=](std::string& text) {
+            double value = 0;
+            if (CLI::detail::lexical_cast(text, value) && value >= low && value <= high) return std::string();
+            return fmt::format("{} is not a number from {} to {}", text, low, high);
+          },
+          fmt::format("in [{} - {}]", low, high)};
+}
+
 void add_run_options(CLI::App* command, RunOptions* run) {
   command->add_option("--model", run->model, "Hugging Face folder: config.json, *.safetensors, tokenizer.json")
       ->required();
@@ -107,11 +117,11 @@ int run(int argc, char** argv) {
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 24))
       ->capture_default_str();
   generate_command->add_option("--temperature", generation.temperature, "0 = greedy")
-      ->check(CLI::Range(0.0, 100.0))
+      ->check(number_in(0, 100))
       ->capture_default_str();
   generate_command
       ->add_option("--top-p", generation.top_p, "sample from the likeliest tokens of this total probability")
-      ->check(CLI::Range(1e-6, 1.0))
+      ->check(number_in(1e-6, 1))
       ->capture_default_str();
   generate_command->add_flag("--quiet", generation.quiet, "no summary on stderr");
   generate_command->footer(

@@ -77,6 +77,9 @@ class Arguments(Case):
         self.refused(["--compute", "f8"], "eval", "--model", MODEL, "--text", "x", "--compute", "f8")
         self.refused(["--threads", "-1"], "eval", "--model", MODEL, "--text", "x", "--threads", "-1")
         self.refused(["--text"], "eval", "--model", MODEL, "--text", "x", "--questions", "y")
+        for option, values in (("--temperature", ("-1", "101", "nan", "warm")), ("--top-p", ("0", "2", "nan"))):
+            for value in values:
+                self.refused([option, value], "generate", "--model", MODEL, "--prompt", "x", option, value)
 
 
 class BadInput(Case):
