@@ -80,6 +80,10 @@ Result<Weights> load_weights(const std::string& dir, const ModelConfig& c, Compu
     THRIFTATTN_ASSIGN_OR_RETURN(layer, loader.layer(c, i));
     layers.push_back(std::move(layer));
   }
+  // Without its last layers a model would run without a word, as another one.
+  if (files.contains(fmt::format("model.layers.{}.input_layernorm.weight", c.layers))) {
+    return data_loss(fmt::format("{}: the weights have more layers than num_hidden_layers {}", dir, c.layers));
+  }
   THRIFTATTN_ASSIGN_OR_RETURN(norm, loader.vector("model.norm.weight", c.hidden));
   const char* head = c.tied_embeddings ? "model.embed_tokens" : "lm_head";
   THRIFTATTN_ASSIGN_OR_RETURN(logits, loader.linear({{head, c.vocab}}, c.hidden, false));
