@@ -5,6 +5,7 @@
 
 #include <cerrno>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <nlohmann/json.hpp>
@@ -18,6 +19,8 @@ namespace thriftattn::model {
 using Json = nlohmann::json;
 
 inline Result<std::string> read_file(const std::string& path) {
+  std::error_code error;  // a folder opens like a file, and throws when it is read
+  if (std::filesystem::is_directory(path, error)) return data_loss(fmt::format("{} is a folder, not a file", path));
   std::ifstream in(path, std::ios::binary);
   if (!in) return not_found(fmt::format("cannot open {}: {}", path, std::strerror(errno)));
   std::string text((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());

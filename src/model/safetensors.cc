@@ -37,7 +37,6 @@ struct Safetensors::Mapping {
     auto mapping = std::make_shared<Mapping>();
     struct stat info = {};
     const bool regular = fstat(fd, &info) == 0 && S_ISREG(info.st_mode);
-    if (!regular) errno = EINVAL;
     if (regular && info.st_size > 0) {
       void* data = mmap(nullptr, info.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
       if (data != MAP_FAILED) {
@@ -46,7 +45,9 @@ struct Safetensors::Mapping {
       }
     }
     const bool mapped = mapping->data != nullptr || (regular && info.st_size == 0);
-    const Status status = mapped ? Status() : failed(Code::io);
+    const Status status = mapped    ? Status()
+                          : regular ? failed(Code::io)
+                                    : data_loss(fmt::format("{} is a folder or a device, not a file", path));
     close(fd);
     if (!status.ok()) return status;
     return std::shared_ptr<const Mapping>(std::move(mapping));

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,6 +113,21 @@ class BadInput(Case):
         config["architectures"] = ["ParrotForCausalLM"]
         pathlib.Path(lying, "config.json").write_text(json.dumps(config))
         self.refused(["ParrotForCausalLM", "LlamaForCausalLM"], "generate", "--prompt", "Once", "--model", lying)
+
+    def test_a_folder_where_a_file_of_the_model_is_wanted(self):
+        for name in ("config.json", "tokenizer.json", "model.safetensors"):
+            model = self.path(f"without-{name}")
+            shutil.copytree(SOURCE / "models" / "pocket-8m", model, ignore=shutil.ignore_patterns(name + "*"))
+            os.mkdir(os.path.join(model, name))
+            self.refused([name], "generate", "--prompt", "Once", "--model", model)
+
+    def test_a_config_of_fewer_layers_than_the_weights(self):
+        model = pathlib.Path(self.path("shallow"))
+        shutil.copytree(SOURCE / "models" / "pocket-8m", model)
+        config = json.loads((model / "config.json").read_text())
+        config["num_hidden_layers"] -= 1
+        (model / "config.json").write_text(json.dumps(config))
+        self.refused(["num_hidden_layers", 7], "generate", "--prompt", "Once", "--model", model)
 
     def test_an_output_that_cannot_be_written_is_refused_before_any_work(self):
         text = self.file("text.txt", prose(200))
