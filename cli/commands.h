@@ -27,7 +27,7 @@ struct EvalOptions {
   int64_t decode_chunk = 0;          // tokens of one step through the cache; 0 = one-shot prefill
   std::string prefill;               // questions: method that reads the contexts; "method" = each method its own
   int64_t limit = 0;                 // questions to ask; 0 = all
-  std::string json;                  // file; empty = none
+  std::string json;                  // file; "-" = stdout, instead of the table; empty = none
 };
 
 struct GenerateOptions {

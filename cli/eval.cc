@@ -74,7 +74,7 @@ Status eval_texts(const EvalOptions& options) {
   report.seed = options.run.seed;
   report.texts = options.texts;
   THRIFTATTN_RETURN_IF_ERROR(set_rows(options.methods, &report));
-  if (!options.json.empty()) THRIFTATTN_RETURN_IF_ERROR(check_writable(options.json));
+  THRIFTATTN_RETURN_IF_ERROR(check_writable(options.json));
   std::vector<std::string> texts;
   for (const std::string& path : options.texts) {
     THRIFTATTN_ASSIGN_OR_RETURN(text, read_text(path));
@@ -120,9 +120,7 @@ Status eval_texts(const EvalOptions& options) {
   }
   progress.clear();
   compare(&report);
-  if (!options.json.empty()) THRIFTATTN_RETURN_IF_ERROR(write_atomically(options.json, json(report)));
-  fmt::print("{}", table(report));
-  return {};
+  return publish(report, options.json);
 }
 
 }  // namespace thriftattn::cli

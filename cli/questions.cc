@@ -127,7 +127,7 @@ Status eval_questions(const EvalOptions& options) {
     prefill = method;
     report.prefill = to_string(method);
   }
-  if (!options.json.empty()) THRIFTATTN_RETURN_IF_ERROR(check_writable(options.json));
+  THRIFTATTN_RETURN_IF_ERROR(check_writable(options.json));
   THRIFTATTN_ASSIGN_OR_RETURN(exams, read_exams(options.questions));
   THRIFTATTN_ASSIGN_OR_RETURN(runner, Runner::load(options.run));
   THRIFTATTN_ASSIGN_OR_RETURN(tokens, tokenise(runner, exams, options.limit));
@@ -185,9 +185,7 @@ Status eval_questions(const EvalOptions& options) {
     row.texts.push_back(figures_of(row.method, scores[row.twin >= 0 ? row.twin : static_cast<int>(r)]));
   }
   compare(&report);
-  if (!options.json.empty()) THRIFTATTN_RETURN_IF_ERROR(write_atomically(options.json, json(report)));
-  fmt::print("{}", table(report));
-  return {};
+  return publish(report, options.json);
 }
 
 }  // namespace thriftattn::cli

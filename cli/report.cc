@@ -177,16 +177,16 @@ std::string cpu_name() {
 #endif
 }
 
-std::filesystem::path folder_of(const std::string& path) {
-  const std::filesystem::path folder = std::filesystem::path(path).parent_path();
-  return folder.empty() ? std::filesystem::path(".") : folder;
-}
-
 // A file, or a name for one: what a rename may replace. Pipes and devices are written to as they are.
 bool is_plain(const std::string& path) {
   std::error_code error;
   const auto status = std::filesystem::status(path, error);
   return !std::filesystem::exists(status) || std::filesystem::is_regular_file(status);
+}
+
+// What is written first, to be renamed to `path`.
+std::string part_of(const std::string& path) {
+  return is_plain(path) ? fmt::format("{}.{}.part", path, getpid()) : path;
 }
 
 }  // namespace
@@ -281,17 +281,26 @@ std::string json(const Report& report) {
 }
 
 Status check_writable(const std::string& path) {
+  if (path.empty() || path == "-") return {};
   std::error_code error;
   if (std::filesystem::is_directory(path, error)) {
     return invalid_argument(fmt::format("cannot write {}: it is a folder", path));
   }
-  const std::string target = is_plain(path) ? folder_of(path).string() : path;
-  if (access(target.c_str(), W_OK) == 0) return {};
-  return invalid_argument(fmt::format("cannot write {}: {}", path, std::strerror(errno)));
+  const std::string part = part_of(path);
+  bool good = access(path.c_str(), W_OK) == 0;
+  if (part != path) {  // the folder's permissions do not tell everything: make the file
+    std::FILE* file = std::fopen(part.c_str(), "wb");
+    good = file != nullptr;
+    if (file) {
+      std::fclose(file);
+      std::remove(part.c_str());
+    }
+  }
+  return good ? Status() : invalid_argument(fmt::format("cannot write {}: {}", path, std::strerror(errno)));
 }
 
 Status write_atomically(const std::string& path, std::string_view content) {
-  const std::string part = is_plain(path) ? fmt::format("{}.{}.part", path, getpid()) : path;
+  const std::string part = part_of(path);
   const auto failed = [&] { return Status(Code::io, fmt::format("cannot write {}: {}", path, std::strerror(errno))); };
   std::FILE* file = std::fopen(part.c_str(), "wb");
   if (!file) return failed();
@@ -301,6 +310,16 @@ Status write_atomically(const std::string& path, std::string_view content) {
   const Status status = failed();
   if (part != path) std::remove(part.c_str());
   return status;
+}
+
+Status publish(const Report& report, const std::string& path) {
+  if (path == "-") {
+    fmt::print("{}", json(report));
+    return {};
+  }
+  if (!path.empty()) THRIFTATTN_RETURN_IF_ERROR(write_atomically(path, json(report)));
+  fmt::print("{}", table(report));
+  return {};
 }
 
 }  // namespace thriftattn::cli

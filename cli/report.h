@@ -87,10 +87,13 @@ void compare(Report* report);
 std::string table(const Report& report);
 std::string json(const Report& report);
 
-// Fails where write_atomically(path, ...) would: worth knowing before the work, not after it.
+// Fails where publish(..., path) would: worth knowing before the work, not after it.
 Status check_writable(const std::string& path);
 
 // Writes beside `path` and renames: a reader sees the old file or the whole new one.
 Status write_atomically(const std::string& path, std::string_view content);
+
+// The table on stdout and the JSON in `path`, where one is named; "-": the JSON alone on stdout.
+Status publish(const Report& report, const std::string& path);
 
 }  // namespace thriftattn::cli
