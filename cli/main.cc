@@ -48,9 +48,15 @@ CLI::Validator number_in(double low, double high) {
           fmt::format("in [{} - {}]", low, high)};
 }
 
+// An unset variable of the user's shell; without this check it would pass for an option that was not given.
+CLI::Validator not_empty() {
+  return {[](std::string& text) { return text.empty() ? std::string("an empty name is no file") : std::string(); }, ""};
+}
+
 void add_run_options(CLI::App* command, RunOptions* run) {
   command->add_option("--model", run->model, "Hugging Face folder: config.json, *.safetensors, tokenizer.json")
-      ->required();
+      ->required()
+      ->check(not_empty());
   command
       ->add_option("--compute", run->compute, "type of the model's products; default bf16 where the processor has it")
       ->check(CLI::IsMember({"f32", "bf16"}));
@@ -72,11 +78,12 @@ int run(int argc, char** argv) {
   eval.prefill = "fp16";
   CLI::App* eval_command = app.add_subcommand("eval", "the loss of attention methods, side by side");
   add_run_options(eval_command, &eval.run);
-  CLI::Option* text = eval_command->add_option("--text", eval.texts, "UTF-8 text files");
+  CLI::Option* text = eval_command->add_option("--text", eval.texts, "UTF-8 text files")->check(not_empty());
   CLI::Option* questions =
       eval_command
           ->add_option("--questions", eval.questions,
                        R"(lines of {"context": "", "questions": [{"ask": "", "answer": ""}]}, instead of --text)")
+          ->check(not_empty())
           ->excludes(text);
   CLI::Option* context =
       eval_command->add_option("--context", eval.context, "predictions per text: BOS and the first N-1 tokens are read")
@@ -95,7 +102,8 @@ int run(int argc, char** argv) {
           ->capture_default_str();
   CLI::Option* limit = eval_command->add_option("--limit", eval.limit, "ask the first N questions only")
                            ->check(CLI::Range(int64_t{1}, int64_t{1} << 32));
-  eval_command->add_option("--json", eval.json, "write all figures to this file");
+  eval_command->add_option("--json", eval.json, "write all figures to this file; - = to stdout, instead of the table")
+      ->check(not_empty());
   questions->excludes(context)->excludes(chunk);
   prefill->needs(questions);
   limit->needs(questions);
@@ -111,6 +119,7 @@ int run(int argc, char** argv) {
   CLI::Option* prompt = generate_command->add_option("--prompt", generation.prompt, "the prompt itself");
   CLI::Option* prompt_file =
       generate_command->add_option("--prompt-file", generation.prompt_file, "a UTF-8 file that holds it")
+          ->check(not_empty())
           ->excludes(prompt);
   generate_command->add_option("--method", generation.method, "name[:key=value,...]")->capture_default_str();
   generate_command->add_option("--max-tokens", generation.max_tokens, "stop after so many tokens")

@@ -131,8 +131,14 @@ class BadInput(Case):
 
     def test_an_output_that_cannot_be_written_is_refused_before_any_work(self):
         text = self.file("text.txt", prose(200))
-        for path in ("/no/such/folder/out.json", self.folder.name):
+        for path in ("/no/such/folder/out.json", self.folder.name, text + "/out.json", self.path("long" * 99)):
             self.refused([path], "eval", "--model", MODEL, "--text", text, "--context", 64, "--json", path)
+        self.assertEqual(os.listdir(self.folder.name), ["text.txt"])
+
+    def test_empty_names_are_refused(self):
+        self.refused(["--json"], "eval", "--model", MODEL, "--text", "x", "--json", "")
+        self.refused(["--text"], "eval", "--model", MODEL, "--text", "")
+        self.refused(["--model"], "eval", "--model", "", "--text", "x")
 
     def test_questions_name_the_malformed_line(self):
         good = json.dumps({"context": "A book.", "questions": [{"ask": "What is it?", "answer": " A book."}]})
@@ -229,6 +235,11 @@ class Eval(Case):
         report = self.evaluate("--method", "topk")
         self.check(report)
         self.assertEqual({row["method"] for row in report["mean"]}, {"topk", "fp16"})
+
+    def test_json_to_stdout_is_json_alone(self):
+        text = self.file("text.txt", prose(900))
+        done = self.succeeds("eval", "--model", MODEL, "--text", text, "--context", 64, "--method", "fp16", "--json", "-")
+        self.assertEqual(json.loads(done.stdout)["rows"][0]["tokens"], 64)
 
     def test_steps_through_the_cache_equal_one_shot_in_fp16(self):
         one_shot = self.check(self.evaluate("--method", "fp16", "--compute", "f32"))
