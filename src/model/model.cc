@@ -29,6 +29,10 @@ class Loader {
     for (const auto& [name, outputs] : parts) {
       THRIFTATTN_ASSIGN_OR_RETURN(weight, files_.find(name + ".weight", {outputs, inputs}));
       weights.push_back(std::move(weight));
+      if (!bias && files_.contains(name + ".bias")) {  // it would run without a word, as another model
+        return data_loss(
+            fmt::format("{}: tensor {}.bias: config.json says that there is no bias", weights.back().file, name));
+      }
       if (!bias) continue;
       THRIFTATTN_ASSIGN_OR_RETURN(b, files_.find(name + ".bias", {outputs}));
       biases.push_back(std::move(b));

@@ -298,9 +298,9 @@ TEST(Session, StepsThatDoNotFitAreRefusedAndAppendNothing) {
 TEST(Model, CheckpointsThatDoNotFitTheirConfigAreRefusedByTensor) {
   ThreadPool pool(1);
   const fs::path copy = fs::path(testing::TempDir()) / "bad_model";
-  const auto load_with = [&](const char* key, const Json& value) {
+  const auto load_with = [&](const char* key, const Json& value, const char* name = "f32-tied") {
     fs::remove_all(copy);
-    fs::copy(folder("f32-tied"), copy, fs::copy_options::recursive);
+    fs::copy(folder(name), copy, fs::copy_options::recursive);
     Json config = Json::parse(std::ifstream(copy / "config.json"));
     config[key] = value;
     std::ofstream(copy / "config.json") << config;
@@ -312,6 +312,11 @@ TEST(Model, CheckpointsThatDoNotFitTheirConfigAreRefusedByTensor) {
   EXPECT_NE(load_with("num_hidden_layers", 3).find("model.layers.2."), std::string::npos);
   EXPECT_NE(load_with("tie_word_embeddings", false).find("lm_head.weight is missing"), std::string::npos);
   EXPECT_NE(load_with("attention_bias", true).find("q_proj.bias is missing"), std::string::npos);
+  for (const char* key : {"attention_bias", "mlp_bias"}) {
+    EXPECT_NE(load_with(key, false, "bf16-llama3").find("proj.bias: config.json says"), std::string::npos) << key;
+    EXPECT_EQ(load_with(key, true, "bf16-llama3"), "") << key;
+  }
+  EXPECT_NE(load_with("num_hidden_layers", 1).find("num_hidden_layers 1"), std::string::npos);
   EXPECT_NE(load_with("vocab_size", 301).find("embed_tokens"), std::string::npos);
   EXPECT_EQ(load_with("vocab_size", 300), "");
   EXPECT_EQ(Model::load("/nonexistent", Compute::f32, pool).status().code(), Code::not_found);
