@@ -153,7 +153,7 @@ Status run_call(const Plan& plan, Workspace& workspace, ThreadPool& pool, const 
     s.first_row = first_row;
     s.first_block = first_block;
     s.page_stride = stride;
-    PageRef* pages = &w.pages[i * p.h_kv * stride];
+    PageRef* pages = w.pages.data() + i * p.h_kv * stride;
     s.pages = pages;
     const std::vector<int32_t>& table = state.find(a.seqs[i])->pages;
     for (int64_t page = 0; page < (s.s_kv + kPageTokens - 1) / kPageTokens; ++page)

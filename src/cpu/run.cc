@@ -137,7 +137,8 @@ class Run {
         pool_(pool),
         call_(call),
         group_(problem_.h_q / problem_.h_kv),
-        mma4_(problem_.method.arithmetic == Arithmetic::mma4) {}
+        mma4_(problem_.method.arithmetic == Arithmetic::mma4),
+        details_(call.stats && (problem_.stats || call.select_only)) {}
 
   void prefill() {
     std::vector<PrefillTask>& tasks = scratch_.tasks;
@@ -187,6 +188,7 @@ class Run {
     for (size_t u = 0; u < task_stats_.size(); ++u) {
       const int64_t s = static_cast<int64_t>(u) / problem_.h_kv;
       const int g = static_cast<int>(u) % problem_.h_kv;
+      if (call_.sequences[s].s_q == 0) continue;  // it has no query block
       add_stats(task_stats_[u], 0, call_.sequences[s].first_block + g, s, g, true);
     }
     finish_stats();
@@ -262,7 +264,7 @@ class Run {
       std::fill_n(share, n, 0.0);
       int64_t seen = 0;
       for (int64_t r = first + h * count; r < first + (h + 1) * count; ++r) {
-        if (!rows.finite[r]) continue;
+        if (!rows.finite[r] || all_pages == 0) continue;
         ++seen;
         const float* page = &rows.page_log2[r * stride];
         const float top = *std::max_element(page, page + all_pages);
@@ -390,7 +392,7 @@ class Run {
       for (int h = 0; h < heads; ++h)
         for (int i = 0; i < rows; ++i) store_row_result(s, first + i, g * group_ + first_head + h, r, h * rows + i);
     }
-    if (!task_stats_.empty()) {
+    if (details_) {
       TaskStats& stats = task_stats_[task];
       for (int h = 0; h < heads; ++h) {
         const Choice& c = scratch_.choices[w][h];
@@ -504,7 +506,7 @@ class Run {
       for (int h = 0; h < group_; ++h)
         for (int64_t i = 0; i < at.s.s_q; ++i) store_row_result(at.s, i, at.g * group_ + h, r, h * at.s.s_q + i);
     }
-    if (!task_stats_.empty()) {
+    if (details_) {
       TaskStats& stats = task_stats_[u];
       stats.selection.emplace_back(unit.choice.result().begin(), unit.choice.result().end());
       for (int h = 0; h < group_; ++h)
@@ -516,7 +518,7 @@ class Run {
 
   void start_stats(int64_t tasks) {
     for (Worker& w : scratch_.workers) w.pairs = w.promoted = w.wanted_not_stored = 0;
-    if (!call_.stats || (!problem_.stats && !call_.select_only)) return;
+    if (!details_) return;
     task_stats_.resize(tasks);
     const int64_t blocks =
         call_.sequences.empty()
@@ -560,7 +562,7 @@ class Run {
     if (!first_of_task) return;
     mass_above_fp4_ += t.mass_above_fp4;
     error_estimate_ += t.error_estimate;
-    double* mass = &page_mass_[(sequence * problem_.h_kv + g) * max_pages(problem_)];
+    double* mass = page_mass_.data() + (sequence * problem_.h_kv + g) * max_pages(problem_);
     for (size_t p = 0; p < t.page_mass.size(); ++p) mass[p] += t.page_mass[p];
   }
 
@@ -574,7 +576,7 @@ class Run {
       out.promoted += w.promoted * heads;
       out.wanted_not_stored += w.wanted_not_stored * heads;
     }
-    if (task_stats_.empty()) return;
+    if (!details_) return;
     out.selection = {};
     out.selection.first.push_back(0);
     for (const auto& pages : selection_) {
@@ -605,7 +607,8 @@ class Run {
   const AttentionCall& call_;
   const int group_;
   const bool mma4_;
-  std::vector<TaskStats> task_stats_;  // empty where nobody asks
+  const bool details_;                 // whether anybody asks for more than the counts
+  std::vector<TaskStats> task_stats_;  // empty where nobody does
   std::vector<std::vector<Promoted>> selection_;
   std::vector<double> page_mass_;
   double mass_above_fp4_ = 0, error_estimate_ = 0;

@@ -477,6 +477,7 @@ TEST(Empty, RowsWithoutKeysGiveZeroAndMinusInfinity) {
         Problem problem = session.problem(3, {});
         problem.phase = phase;
         problem.causal = causal;
+        problem.max_s_kv = 0;
         auto planned = plan(problem, Machine::here(2));
         ASSERT_TRUE(planned.ok()) << planned.status().message();
         auto workspace = Workspace::create(*planned);
@@ -495,6 +496,48 @@ TEST(Empty, RowsWithoutKeysGiveZeroAndMinusInfinity) {
         for (float x : out) ASSERT_EQ(x, 0.0f) << spec;
         for (float x : lse) ASSERT_EQ(x, -INFINITY) << spec;
       }
+    }
+  }
+}
+
+// A sequence without rows has no query block, wherever it stands in the batch.
+TEST(Empty, SequencesWithoutRowsHaveNoBlockInTheSelection) {
+  const Shape shape{4, 2, 64, 64};
+  const Tokens tokens = attention_like(shape, 300);
+  for (const Phase phase : {Phase::prefill, Phase::decode}) {
+    Session session(method("thrift"), tokens);
+    session.append(300);
+    Problem problem = session.problem(1, {});
+    problem.phase = phase;
+    problem.b = 3;
+    problem.stats = true;
+    auto planned = plan(problem, Machine::here(2));
+    ASSERT_TRUE(planned.ok()) << planned.status().message();
+    auto workspace = Workspace::create(*planned);
+    ASSERT_TRUE(workspace.ok());
+    const std::vector<SeqId> seqs(3, session.seq());
+    std::vector<float> out(4 * 64);
+    Stats stats;
+    for (const std::vector<int64_t>& rows : {std::vector<int64_t>{0, 1, 0}, {0, 0, 0}}) {  // the second finds old stats
+      const int64_t all = rows[1];
+      AttendArgs args;
+      args.cache = &session.cache();
+      args.seqs = seqs;
+      args.s_q = rows;
+      args.q = tokens.q_view(299, all);
+      args.out = mutable_view(out.data(), all, 4, 64);
+      args.stats = &stats;
+      ASSERT_OK(run(*planned, *workspace, pool(), args));
+      const size_t blocks = static_cast<size_t>(all) * (phase == Phase::prefill ? 4 : 2);
+      EXPECT_EQ(stats.selection.first.size(), blocks + 1);
+      EXPECT_EQ(stats.selection.pages.empty(), all == 0);
+      EXPECT_EQ(stats.mass_above_fp4 > 0, all > 0);
+      auto selected = select(*planned, *workspace, pool(), args);
+      ASSERT_TRUE(selected.ok()) << selected.status().message();
+      EXPECT_EQ(selected->first, stats.selection.first);
+      EXPECT_EQ(selected->pages, stats.selection.pages);
+      args.given = &*selected;
+      EXPECT_OK(run(*planned, *workspace, pool(), args));
     }
   }
 }
