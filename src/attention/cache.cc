@@ -17,6 +17,11 @@ namespace {
 
 constexpr int64_t pages_for(int64_t tokens) { return (tokens + kPageTokens - 1) / kPageTokens; }
 
+// What the form tables hold of one page: its forms, and the counts of its users.
+int64_t form_table_bytes(const CacheConfig& c) {
+  return c.layers * (c.h_kv * int64_t{sizeof(PageForms)} + int64_t{sizeof(int32_t)}) + int64_t{sizeof(int32_t)};
+}
+
 MemoryUse memory_use(const CacheState& s) {
   MemoryUse use;
   use.codes = s.fp4.used_bytes();
@@ -24,8 +29,7 @@ MemoryUse memory_use(const CacheState& s) {
   use.high = s.high.used_bytes();
   use.summaries = s.summary.used_bytes();
   const int64_t live_pages = static_cast<int64_t>(s.page_users.size() - s.free_pages.size());
-  const int64_t per_page = s.config.layers * (s.config.h_kv * int64_t{sizeof(PageForms)} + int64_t{sizeof(int32_t)});
-  use.tables = live_pages * (per_page + int64_t{sizeof(int32_t)});
+  use.tables = live_pages * form_table_bytes(s.config);
   for (const Sequence& q : s.sequences)
     if (q.live) use.tables += static_cast<int64_t>(q.pages.size() * sizeof(int32_t));
   return use;
@@ -101,7 +105,8 @@ void drop_page(CacheState& s, Sequence& q, int64_t index) {
 }
 
 Status check_shape(const CacheConfig& c, const View& k, const View& v) {
-  if (k.tokens != v.tokens || k.heads != c.h_kv || v.heads != c.h_kv || k.channels != c.d || v.channels != c.d_v)
+  if (k.tokens < 0 || k.tokens != v.tokens || k.heads != c.h_kv || v.heads != c.h_kv || k.channels != c.d ||
+      v.channels != c.d_v)
     return invalid_argument(
         fmt::format("k [{}, {}, {}] and v [{}, {}, {}] do not fit the cache: [n, {}, {}] and [n, {}, {}]", k.tokens,
                     k.heads, k.channels, v.tokens, v.heads, v.channels, c.h_kv, c.d, c.h_kv, c.d_v));
@@ -111,7 +116,7 @@ Status check_shape(const CacheConfig& c, const View& k, const View& v) {
 // The first (token, head) of x that its 16-bit form cannot hold, or an ok status.
 Status check_values(const CacheConfig& config, int layer, const char* name, const View& x, ThreadPool& pool) {
   const float limit =
-      config.high_dtype == DType::f16 ? 65519.996f : 3.3961775e38f;  // what rounds to infinity lies beyond
+      config.high_dtype == DType::f16 ? 0x1.ffdffep15f : 0x1.fefffep127f;  // the next float rounds to infinity
   std::atomic<int64_t> first_bad{INT64_MAX};
   const int64_t span = 256;
   pool.parallel_for((x.tokens + span - 1) / span, [&](int64_t task, int) {
@@ -228,8 +233,10 @@ Status KvCache::append(SeqId seq, int layer, const View& k, const View& v, Threa
   const bool has_fp4 = c.storage != Storage::high_only, has_residual = c.storage == Storage::residual;
   const bool has_summary = has_fp4 || s.layout.summary_bytes > int64_t{sizeof(PageSummary)};
   const int64_t new_encoded = filled * c.h_kv;
-  const int64_t need = new_high * s.layout.high_bytes + new_encoded * ((has_fp4 + has_residual) * s.layout.fp4_bytes +
-                                                                       (has_summary ? s.layout.summary_bytes : 0));
+  const int64_t need =
+      new_high * s.layout.high_bytes +
+      new_encoded * ((has_fp4 + has_residual) * s.layout.fp4_bytes + (has_summary ? s.layout.summary_bytes : 0)) +
+      new_pages * (form_table_bytes(c) + int64_t{sizeof(int32_t)});
   if (c.max_bytes > 0 && memory_use(s).total() + need > c.max_bytes)
     return Status(Code::out_of_memory, fmt::format("{} more tokens need {} bytes, the cache holds {} of at most {}",
                                                    k.tokens, need, memory_use(s).total(), c.max_bytes));
@@ -297,14 +304,16 @@ Result<SeqId> KvCache::fork(SeqId seq) {
                       seq, l, length(seq, l), tokens));
   const bool tail = tokens % kPageTokens != 0;
   const int64_t tail_records = tail ? int64_t{s.config.layers} * s.config.h_kv : 0;
-  const int64_t need = tail_records * s.layout.high_bytes;
+  const int64_t need = tail_records * s.layout.high_bytes + (tail ? form_table_bytes(s.config) : 0) +
+                       pages_for(tokens) * int64_t{sizeof(int32_t)};
   const SeqId copy = new_sequence();
   const Sequence& from = s.sequences[seq];
   Sequence& to = s.sequences[copy];
   if ((s.config.max_bytes > 0 && memory_use(s).total() + need > s.config.max_bytes) || !s.high.reserve(tail_records) ||
       !reserve_pages(s, tail, to.pages, pages_for(tokens))) {
     to = {};
-    return Status(Code::out_of_memory, fmt::format("a fork of sequence {} needs {} bytes for its tail", seq, need));
+    return Status(Code::out_of_memory,
+                  fmt::format("a fork of sequence {} needs {} bytes for its tail and tables", seq, need));
   }
   to.layer_length = from.layer_length;
   to.released = from.released;
@@ -396,6 +405,7 @@ Status KvCache::truncate(SeqId seq, int64_t tokens, bool lossy) {
     q.layer_length[l] = std::min(q.layer_length[l], tokens);
     q.released[l] = std::min(q.released[l], std::max<int64_t>(cut, s.config.sink));
   }
+  s.peak_bytes = std::max(s.peak_bytes, memory_use(s).total());  // a tail cut out of a shared page is one more
   return {};
 }
 

@@ -259,6 +259,23 @@ TEST(Cache, TheLargestHalfIsAccepted) {
   EXPECT_EQ(content.v[100], -65504.0f);
 }
 
+// What rounds to infinity is refused, the float before it is not.
+TEST(Cache, TheLimitOfTheSixteenBitFormIsExact) {
+  const std::pair<DType, float> limits[] = {{DType::f16, 65520.0f}, {DType::bf16, 0x1.ffp127f}};
+  for (const auto& [high, beyond] : limits) {
+    Tokens tokens = attention_like({1, 1, 64, 64}, 1);
+    CacheConfig config = config_of("thrift", tokens.shape);
+    config.high_dtype = high;
+    KvCache cache = make(config);
+    const SeqId seq = cache.new_sequence();
+    tokens.k[3] = beyond;
+    EXPECT_FALSE(append(cache, seq, tokens, 0, 1).ok());
+    tokens.k[3] = std::nextafter(beyond, 0.0f);
+    ASSERT_OK(append(cache, seq, tokens, 0, 1));
+    EXPECT_TRUE(std::isfinite(read_all(cache, seq, tokens.shape).k[3]));
+  }
+}
+
 TEST(Cache, RefusesWrongArguments) {
   const Tokens tokens = attention_like({2, 2, 64, 64}, 8);
   KvCache cache = make(config_of("thrift", tokens.shape));
@@ -277,6 +294,7 @@ TEST(Cache, RefusesWrongArguments) {
   wrong.heads = 1;
   refused(cache.append(seq, 0, wrong, v, pool()), Code::invalid_argument);
   refused(cache.append(seq, 0, k, tokens.v_view(0, 7), pool()), Code::invalid_argument);
+  refused(cache.append(seq, 0, tokens.k_view(0, -1), tokens.v_view(0, -1), pool()), Code::invalid_argument);
   refused(cache.append(seq, 1, k, v, pool()), Code::invalid_argument);
   refused(cache.append(seq, -1, k, v, pool()), Code::invalid_argument);
   refused(cache.append(seq + 1, 0, k, v, pool()), Code::not_found);
@@ -341,6 +359,42 @@ TEST(Cache, NothingIsAppendedBeyondTheLimit) {
   EXPECT_TRUE(content == read_all(cache, seq, tokens.shape));
   ASSERT_OK(cache.free(seq));
   EXPECT_OK(append(cache, other, tokens, 0, 64 * 4));
+}
+
+// The limit is of all that MemoryUse counts, tables included.
+TEST(Cache, TheLimitIsReachedExactly) {
+  const Tokens tokens = attention_like({2, 1, 64, 64}, 100);
+  CacheConfig config = config_of("thrift", tokens.shape);
+  const auto total_after = [&](int64_t max_bytes, bool fork, bool& ok) {
+    config.max_bytes = max_bytes;
+    KvCache cache = make(config);
+    const SeqId seq = cache.new_sequence();
+    ok = append(cache, seq, tokens, 0, 100).ok();
+    if (ok && fork) ok = cache.fork(seq).ok();
+    return cache.peak_bytes();
+  };
+  for (const bool fork : {false, true}) {
+    bool ok = false;
+    const int64_t total = total_after(0, fork, ok);
+    ASSERT_TRUE(ok);
+    EXPECT_EQ(total_after(total, fork, ok), total);
+    EXPECT_TRUE(ok);
+    EXPECT_LT(total_after(total - 1, fork, ok), total);
+    EXPECT_FALSE(ok);
+  }
+}
+
+TEST(Cache, ThePeakCountsATailCutOutOfASharedPage) {
+  const Tokens tokens = attention_like({2, 1, 64, 64}, 128);
+  KvCache cache = make(config_of("thrift", tokens.shape));
+  const SeqId seq = cache.new_sequence();
+  ASSERT_OK(append(cache, seq, tokens, 0, 128));
+  auto other = cache.fork(seq);
+  ASSERT_TRUE(other.ok());
+  const int64_t before = cache.bytes().total();
+  ASSERT_OK(cache.truncate(*other, 100));
+  EXPECT_GT(cache.bytes().total(), before);
+  EXPECT_EQ(cache.peak_bytes(), cache.bytes().total());
 }
 
 // --- fork
