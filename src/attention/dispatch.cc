@@ -102,6 +102,7 @@ Status check_forms(const Problem& p, const AttendArgs& a, const AttentionCall& c
                             page, a.seqs[i], a.layer, to_string(p.method), to_string(p.cache.storage)));
   }
   if (!call.given) return {};
+  if (call.given->first.empty()) return invalid_argument("the given selection has no offsets: `first` is empty");
   const int heads = p.phase == Phase::prefill ? p.h_q : p.h_kv;
   int64_t block = 0;
   for (size_t i = 0; i < call.sequences.size(); ++i) {
@@ -112,9 +113,13 @@ Status check_forms(const Problem& p, const AttendArgs& a, const AttentionCall& c
         if (block + 1 >= static_cast<int64_t>(call.given->first.size()))
           return invalid_argument(
               fmt::format("the given selection has {} query blocks, the call has more", call.given->first.size() - 1));
+        const int64_t first = call.given->first[block], end = call.given->first[block + 1];
+        if (first < 0 || end > static_cast<int64_t>(call.given->pages.size()))
+          return invalid_argument(fmt::format("given selection, block {}: pages [{}, {}) are not among its {}", block,
+                                              first, end, call.given->pages.size()));
         const int g = p.phase == Phase::prefill ? h / (p.h_q / p.h_kv) : h;
         int64_t previous = -1;
-        for (int64_t e = call.given->first[block]; e < call.given->first[block + 1]; ++e) {
+        for (int64_t e = first; e < end; ++e) {
           const Promoted& one = call.given->pages[e];
           if (one.page <= previous || one.page >= s.s_kv / kPageTokens)
             return invalid_argument(

@@ -45,6 +45,8 @@ Status check_stored(const Method& m, const CacheConfig& c) {
     if (c.storage == Storage::high_only) return missing("FP4 planes");
     if (m.format != c.format) return missing("format=" + to_string(m.format));
     if (m.centring != c.centring) return missing(m.centring ? "centring=on" : "centring=off");
+    if (m.page_scale != c.page_scale) return missing(m.page_scale ? "page_scale=on" : "page_scale=off");
+    if (m.scales != c.scales) return missing(m.scales == Scales::six ? "scales=6" : "scales=4over6");
   }
   const bool ranks = m.policy != Policy::none && m.budget.kind != Budget::Kind::all;
   if (!ranks) return {};

@@ -144,6 +144,8 @@ TEST(Plan, RefusesACacheThatLacksWhatTheMethodReads) {
   expect_refused(with_cache("fp16"), {"FP4 planes", "high_only"});
   expect_refused(with_cache("thrift:format=mxfp4"), {"format=nvfp4"});
   expect_refused(with_cache("thrift:centring=off"), {"centring=on"});
+  expect_refused(with_cache("thrift:page_scale=off"), {"page_scale=on"});
+  expect_refused(with_cache("thrift:scales=4over6"), {"scales=6"});
   expect_refused(with_cache("thrift:storage=dual"), {"storage=residual", "dual"});
   expect_refused(with_cache("thrift"), {"minima"}, kMachine, Phase::prefill, "thrift:policy=quest");
   expect_refused(with_cache("thrift"), {"variances"}, kMachine, Phase::prefill, "thrift:policy=second_moment");
@@ -238,6 +240,12 @@ TEST_F(RunArguments, AGivenSelectionThatDoesNotFit) {
   expect_refused({"out of order"});
   selection = {{0, 0, 0, 0, 0, 0}, {}};
   expect_refused({"5"});
+  selection = {{0, 2, 2, 2, 2}, {{0, Tier::fp16}}};
+  expect_refused({"[0, 2)"});
+  selection = {{-1, 0, 0, 0, 0}, {{0, Tier::fp16}}};
+  expect_refused({"[-1, 0)"});
+  selection = {};
+  expect_refused({"empty"});
 }
 TEST_F(RunArguments, AGivenTierThatIsNotStored) {
   Session bare(method("thrift:storage=fp4_only"), tokens_);
