@@ -36,7 +36,7 @@ int64_t mark_forced(const Method& method, const BlockPages& block, const PageRef
     if (!is_forced(method.force, block, p)) continue;
     ++forced;
     c.tier[p] = forced_tier(method, pages[p]);
-    c.wanted_not_stored += c.tier[p] == method.rest;
+    c.wanted_not_stored += c.tier[p] != Tier::fp16 && c.tier[p] == method.rest;
   }
   return forced;
 }

@@ -286,6 +286,13 @@ TEST(Stats, CountThePromotionsThatTheStorageCouldNotServe) {
   EXPECT_EQ(decode.stats.promoted, 0);
 }
 
+TEST(Stats, AForcedPageReadIn16BitLikeTheRestIsNotMissing) {
+  const Tokens tokens = attention_like({4, 2, 64, 64}, 64 * 3);
+  Session session(method("fp16:force=sink:1"), tokens);
+  session.append(tokens.s);
+  EXPECT_EQ(session.attend(1).stats.wanted_not_stored, 0);
+}
+
 // The yardstick for kFp32Error: the kernel must not be worse than twice a plain FP32 loop.
 TEST(OracleAgreement, Fp32LoopIsNoMoreThanTwiceAsGood) {
   const Tokens tokens = attention_like({2, 1, 128, 128}, 1200, 11);
