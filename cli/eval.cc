@@ -74,7 +74,7 @@ Status eval_texts(const EvalOptions& options) {
   report.seed = options.run.seed;
   report.texts = options.texts;
   THRIFTATTN_RETURN_IF_ERROR(set_rows(options.methods, &report));
-  THRIFTATTN_RETURN_IF_ERROR(check_writable(options.json));
+  THRIFTATTN_RETURN_IF_ERROR(check_writable(options.json, options.texts));
   std::vector<std::string> texts;
   for (const std::string& path : options.texts) {
     THRIFTATTN_ASSIGN_OR_RETURN(text, read_text(path));

@@ -125,12 +125,13 @@ int run(int argc, char** argv) {
   generate_command->add_option("--max-tokens", generation.max_tokens, "stop after so many tokens")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 24))
       ->capture_default_str();
-  generate_command->add_option("--temperature", generation.temperature, "0 = greedy")
-      ->check(number_in(0, 100))
-      ->capture_default_str();
+  CLI::Option* temperature = generate_command->add_option("--temperature", generation.temperature, "0 = greedy")
+                                 ->check(number_in(0, 100))
+                                 ->capture_default_str();
   generate_command
       ->add_option("--top-p", generation.top_p, "sample from the likeliest tokens of this total probability")
       ->check(number_in(1e-6, 1))
+      ->needs(temperature)
       ->capture_default_str();
   generate_command->add_flag("--quiet", generation.quiet, "no summary on stderr");
   generate_command->footer(

@@ -127,7 +127,7 @@ Status eval_questions(const EvalOptions& options) {
     prefill = method;
     report.prefill = to_string(method);
   }
-  THRIFTATTN_RETURN_IF_ERROR(check_writable(options.json));
+  THRIFTATTN_RETURN_IF_ERROR(check_writable(options.json, {options.questions}));
   THRIFTATTN_ASSIGN_OR_RETURN(exams, read_exams(options.questions));
   THRIFTATTN_ASSIGN_OR_RETURN(runner, Runner::load(options.run));
   THRIFTATTN_ASSIGN_OR_RETURN(tokens, tokenise(runner, exams, options.limit));

@@ -280,9 +280,14 @@ std::string json(const Report& report) {
   return object.dump(1, ' ', false, Json::error_handler_t::replace) + "\n";
 }
 
-Status check_writable(const std::string& path) {
+Status check_writable(const std::string& path, const std::vector<std::string>& inputs) {
   if (path.empty() || path == "-") return {};
   std::error_code error;
+  for (const std::string& input : inputs) {
+    if (std::filesystem::equivalent(path, input, error)) {
+      return invalid_argument(fmt::format("cannot write {}: it is one of the inputs", path));
+    }
+  }
   if (std::filesystem::is_directory(path, error)) {
     return invalid_argument(fmt::format("cannot write {}: it is a folder", path));
   }

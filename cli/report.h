@@ -87,8 +87,9 @@ void compare(Report* report);
 std::string table(const Report& report);
 std::string json(const Report& report);
 
-// Fails where publish(..., path) would: worth knowing before the work, not after it.
-Status check_writable(const std::string& path);
+// Fails where publish(..., path) would, and where it would replace one of `inputs`: worth knowing before the work, not
+// after it.
+Status check_writable(const std::string& path, const std::vector<std::string>& inputs);
 
 // Writes beside `path` and renames: a reader sees the old file or the whole new one.
 Status write_atomically(const std::string& path, std::string_view content);

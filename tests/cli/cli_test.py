@@ -20,8 +20,8 @@ MODEL = str(SOURCE / "models" / "pocket-8m")
 
 
 def prose(words):
-    """Plain English of so many words that never repeats exactly: the design document, wrapped around with numbers."""
-    source = (SOURCE / "docs" / "design.md").read_text(encoding="utf-8").split()
+    """Plain English of so many words that never repeats exactly: the licence, wrapped around with numbers."""
+    source = (SOURCE / "LICENSE").read_text(encoding="utf-8").split()
     return " ".join(f"{source[i % len(source)]}{'' if i < len(source) else i}" for i in range(words))
 
 
@@ -89,6 +89,10 @@ class BadInput(Case):
             return ("eval", "--model", MODEL, "--method", "fp16", "--context", context, "--text", text)
 
         self.refused(["/no/such/file"], *evaluate("/no/such/file"))
+        text = self.file("text.txt", prose(300))
+        self.refused([text, "inputs"], *evaluate(text), "--json", text)
+        with open(text, encoding="utf-8") as f:
+            self.assertEqual(f.read(), prose(300), "the input is as it was")
         self.refused([self.folder.name, "folder"], *evaluate(self.folder.name))
         self.refused(["empty.txt", "empty"], *evaluate(self.file("empty.txt", "")))
         self.refused(["UTF-8", "offset 3"], *evaluate(self.file("latin.txt", b"caf\xe9 au lait")))
