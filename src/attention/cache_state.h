@@ -26,11 +26,12 @@ class RecordPool {
   // Makes sure that the next `count` takes succeed; false where the system has no memory left.
   bool reserve(int64_t count) {
     try {
-      free_.reserve(free_.size() + count);
       while (static_cast<int64_t>(free_.size()) < count) {
-        chunks_.emplace_back(static_cast<uint8_t*>(::operator new(per_chunk_* stride_, std::align_val_t(kAlignment))));
-        const int64_t first = static_cast<int64_t>(chunks_.size() - 1) * per_chunk_;
-        free_.reserve(free_.size() + per_chunk_);
+        const int64_t first = static_cast<int64_t>(chunks_.size()) * per_chunk_;
+        free_.reserve(first + per_chunk_);  // every record may come back: give_back must not allocate
+        std::unique_ptr<uint8_t, Release> chunk(
+            static_cast<uint8_t*>(::operator new(per_chunk_* stride_, std::align_val_t(kAlignment))));
+        chunks_.push_back(std::move(chunk));
         for (int64_t i = per_chunk_; i-- > 0;) free_.push_back(static_cast<int32_t>(first + i));
       }
     } catch (const std::bad_alloc&) {
