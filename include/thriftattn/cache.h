@@ -39,7 +39,7 @@ struct CacheConfig {
   bool variance = false;  // for second_moment
   int sink = 1;           // first pages that keep their 16-bit form
   int recent = 2;         // last full pages that keep their 16-bit form; at least 2
-  int64_t max_bytes = 0;  // limit of all page memory; 0 = none
+  int64_t max_bytes = 0;  // limit of bytes().total() that append and fork keep; 0 = none
 
   // What `method` needs stored for a model of this shape.
   static CacheConfig for_method(const Method& method, int layers, int h_kv, int d, int d_v);
@@ -78,7 +78,8 @@ class KvCache {
   Result<SeqId> fork(SeqId seq);
 
   // Shortens a sequence to `length` tokens. Cutting into an encoded page is exact where its 16-bit form is stored (the
-  // last two full pages always are) and refused otherwise, unless `lossy` allows the page to be rebuilt from FP4.
+  // last two full pages of a sequence that has only grown always are) and refused otherwise, unless `lossy` allows the
+  // page to be rebuilt from FP4. A cut into a page that a fork shares makes a copy, whatever max_bytes says.
   Status truncate(SeqId seq, int64_t length, bool lossy = false);
 
   Status free(SeqId seq);

@@ -65,7 +65,7 @@ struct Kernels {
   const char* target;
   // Adds the pages of the task to its softmax state. Where scores are kept, pages read in fp4 take them from there.
   void (*attend)(const BlockTask& task, Tiles& tiles);
-  // Scores every page of the task, K only, each in its tier; fills `scores` and `page_log2` where they are wanted.
+  // Scores every page of the task, K only, each in its tier; fills `page_log2`, and `scores` where they are kept.
   void (*score)(const BlockTask& task, Tiles& tiles);
   // score[p] for p in [0, n) of the policies that rank before reading: block_mean, quest, second_moment.
   void (*rank)(Policy policy, const PageLayout& layout, DType high_dtype, const float* q_mean, float sm_scale,
