@@ -48,6 +48,7 @@ Status check_stored(const Method& m, const CacheConfig& c) {
     if (m.page_scale != c.page_scale) return missing(m.page_scale ? "page_scale=on" : "page_scale=off");
     if (m.scales != c.scales) return missing(m.scales == Scales::six ? "scales=6" : "scales=4over6");
   }
+  if (m.budget.kind == Budget::Kind::tolerance && c.storage == Storage::high_only) return missing("FP4 errors");
   const bool ranks = m.policy != Policy::none && m.budget.kind != Budget::Kind::all;
   if (!ranks) return {};
   if (m.storage != c.storage) return missing("storage=" + to_string(m.storage));
@@ -61,6 +62,8 @@ Status check_stored(const Method& m, const CacheConfig& c) {
 
 Result<Plan> plan(const Problem& problem, const Machine& machine) {
   THRIFTATTN_RETURN_IF_ERROR(check(problem));
+  if (machine.threads < 1)
+    return invalid_argument(fmt::format("{} threads are not supported: 1 or more are", machine.threads));
   Plan plan;
   plan.problem = problem;
   Problem& p = plan.problem;

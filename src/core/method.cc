@@ -76,10 +76,12 @@ std::optional<double> parse_number(std::string_view text) {
   return value;
 }
 
+constexpr int kMaxCount = 1 << 24;  // pages: a billion tokens
+
 std::optional<int> parse_count(std::string_view text) {
   int value = 0;
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error != std::errc() || end != text.data() + text.size() || value < 0) return {};
+  if (error != std::errc() || end != text.data() + text.size() || value < 0 || value > kMaxCount) return {};
   return value;
 }
 

@@ -216,8 +216,8 @@ void quantize_p(const BlockTask& t, const float* p, float* p4) {
       VF largest = hn::Zero(df);
       for (int64_t i = g; i < g + group; i += n) largest = hn::Max(largest, hn::LoadU(df, x + i));
       const float amax = hn::GetLane(hn::MaxOfLanes(df, largest)) * up;
-      float scale = constant_scale;
-      if (!constant)
+      float scale = constant ? constant_scale : 0.0f;
+      if (!constant && amax > 0)
         scale = nvfp4 ? e4m3_decode(e4m3_encode(amax / kE2m1Max))
                       : e8m0_decode(e8m0_encode_exponent(static_cast<int>(bits_of(amax) >> 23) - 127 - 2));
       const VF factor = hn::Set(df, scale > 0 ? up / scale : 0.0f), back = hn::Set(df, scale * down);
@@ -401,10 +401,10 @@ std::vector<std::string> targets() {
   return names;
 }
 
-const Kernels& kernels_for(const std::string& target) {
+const Kernels* kernels_for(const std::string& target) {
   for (const Kernels& k : all_kernels())
-    if (target == k.target) return k;
-  return all_kernels().back();
+    if (target == k.target) return &k;
+  return nullptr;
 }
 
 }  // namespace thriftattn::cpu

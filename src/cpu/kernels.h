@@ -74,7 +74,7 @@ struct Kernels {
   void (*quantize_rows)(const Method& method, int64_t rows, int d, const float* q, float* q4);
 };
 
-// The table of one target of targets().
-const Kernels& kernels_for(const std::string& target);
+// The table of one target of targets(); null for any other name.
+const Kernels* kernels_for(const std::string& target);
 
 }  // namespace thriftattn::cpu

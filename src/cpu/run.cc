@@ -34,6 +34,9 @@ int heads_per_task(const Problem& p) { return std::min(kMaxHeadsPerTask, p.h_q /
 
 // Policies whose scores come from the attention scores themselves.
 bool scores_first(const Problem& p) { return p.method.policy == Policy::fp4_mass || p.method.policy == Policy::oracle; }
+// Whether the scores of the first pass are those of the pages read in FP4 in the second.
+bool keeps_scores(const Problem& p) { return p.method.policy == Policy::fp4_mass && p.method.rest == Tier::fp4; }
+
 // False where the forced pages are all that is promoted, so that nothing needs a rank.
 bool ranks(const Problem& p) {
   const Budget& b = p.method.budget;
@@ -129,10 +132,10 @@ struct TaskStats {
 
 class Run {
  public:
-  Run(const Plan& plan, Scratch& scratch, ThreadPool& pool, const AttentionCall& call)
+  Run(const Plan& plan, const Kernels& kernels, Scratch& scratch, ThreadPool& pool, const AttentionCall& call)
       : plan_(plan),
         problem_(*call.problem),
-        kernels_(kernels_for(plan.target)),
+        kernels_(kernels),
         scratch_(scratch),
         pool_(pool),
         call_(call),
@@ -180,7 +183,7 @@ class Run {
       pool_.parallel_for(units, [&](int64_t u, int w) { select_unit(u, w); });
     }
     if (!call_.select_only) {
-      const bool kept = score_first && problem_.method.policy == Policy::fp4_mass && problem_.method.rest == Tier::fp4;
+      const bool kept = score_first && keeps_scores(problem_);
       pool_.parallel_for(units * plan_.splits,
                          [&](int64_t i, int w) { attend_unit(i / plan_.splits, i % plan_.splits, kept, w); });
     }
@@ -644,7 +647,7 @@ void plan(const Machine& machine, Plan& plan) {
     plan.kernel = "prefill_tiles";
     plan.rows_per_tile = kPageTokens;
     floats = machine.threads * (tiles + 2 * kPageTokens * kPageTokens + row_floats(heads_per_task(p) * kPageTokens) +
-                                heads_per_task(p) * pages * 7);
+                                heads_per_task(p) * pages * 9);
   } else {
     const bool score_first = scores_first(p) && ranks(p);
     plan.kernel = score_first ? "decode_score_first" : "decode_one_pass";
@@ -656,9 +659,9 @@ void plan(const Machine& machine, Plan& plan) {
       plan.splits = static_cast<int>(
           std::clamp<int64_t>((4 * machine.threads + units - 1) / units, 1, std::max<int64_t>(1, pages / 8)));
     if (machine.threads == 1) plan.splits = 1;
-    const int64_t kept = score_first && p.method.policy == Policy::fp4_mass ? pages * kPageTokens : 0;
+    const int64_t kept = score_first && keeps_scores(p) ? pages * kPageTokens : 0;
     floats = machine.threads * (tiles + plan.rows_per_tile * 2 * kPageTokens) +
-             units * (row_floats(plan.rows_per_tile) + plan.rows_per_tile * kept + pages * 7 +
+             units * (row_floats(plan.rows_per_tile) + plan.rows_per_tile * kept + pages * 9 +
                       (plan.splits - 1) * plan.rows_per_tile * (p.d_v + 4));
   }
   plan.workspace_bytes = floats * int64_t{sizeof(float)};
@@ -683,14 +686,16 @@ std::shared_ptr<Scratch> make_scratch(const Plan& plan) {
   if (p.phase == Phase::decode)
     for (int64_t u = 0; u < int64_t{p.b} * p.h_kv; ++u)
       scratch->units.emplace_back(p, plan.rows_per_tile, plan.splits, mma4,
-                                  plan.kernel == "decode_score_first" && p.method.policy == Policy::fp4_mass);
+                                  plan.kernel == "decode_score_first" && keeps_scores(p));
   return scratch;
 }
 
 Status run(const Plan& plan, Scratch& scratch, ThreadPool& pool, const AttentionCall& call) {
   if (pool.size() > plan.threads)
     return invalid_argument(fmt::format("the plan is made for {} threads, the pool has {}", plan.threads, pool.size()));
-  Run run(plan, scratch, pool, call);
+  const Kernels* kernels = kernels_for(plan.target);
+  if (!kernels) return invalid_argument(fmt::format("the plan's target {} is not run by this machine", plan.target));
+  Run run(plan, *kernels, scratch, pool, call);
   plan.problem.phase == Phase::prefill ? run.prefill() : run.decode();
   return {};
 }
