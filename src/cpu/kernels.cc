@@ -12,14 +12,6 @@
 // so that the products are those of FP4 tensor cores up to the order of summation; q.k_mean stays unquantised.
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/kernels.cc"
-#ifndef HWY_DISABLED_TARGETS
-// Everything between AVX2 and plain x86-64 runs the 16-byte emulation: such machines are rare and each target costs
-// compile time.
-#define HWY_DISABLED_TARGETS (HWY_SSE4 | HWY_SSSE3)
-#endif
-// Highway keeps the emulation from g++ before 12.3 because of a miscompiled multiply-high, which nothing here uses; the
-// tests force every target.
-#define HWY_BROKEN_EMU128 0
 #include <hwy/foreach_target.h>  // NOLINT: must come before highway.h
 
 #include <hwy/highway.h>
@@ -67,7 +59,7 @@ void decode_k(const BlockTask& t, const PageRef& page, Tier tier, float* tile) {
   const PageSummary facts = summary_of(page);
   const Fp4Format format = t.method->format;
   if (t.centring && !mean_apart(t, tier)) {
-    HWY_ALIGN float mean[256];
+    HWY_ALIGN float mean[kMaxChannels];
     decode_high(t.high_dtype, mean_of(t, page), l.d, mean);
     decode_plane<Start::rows>(l.k, format, l.d, facts.k_exponent[0], page.fp4 + l.k_codes, page.fp4 + l.k_scales, mean,
                               tile);

@@ -236,9 +236,10 @@ class Run {
   }
 
   // Scores the pages of one block before reading them: the maximum over `heads` runs of `count` rows from `first`.
-  float rank(const Rows& rows, int64_t first, int64_t count, int heads, const PageRef* pages, int64_t n, float* score,
-             float* scratch) const {
-    float mean[256], q_norm = 0;
+  float rank(const Rows& rows, int64_t first, int64_t count, int heads, const PageRef* pages, int64_t n,
+             Choice& choice) const {
+    float mean[kMaxChannels], q_norm = 0;
+    float *score = choice.score.data(), *of_head = choice.share.data();
     std::fill_n(score, n, kMinusInf);
     for (int h = 0; h < heads; ++h) {
       if (!mean_row(rows, first + h * count, count, mean)) continue;
@@ -247,8 +248,8 @@ class Run {
         for (int64_t p = 0; p < n; ++p) score[p] = static_cast<float>(p);
       } else {
         kernels_.rank(problem_.method.policy, *call_.layout, problem_.cache.high_dtype, mean, problem_.sm_scale, pages,
-                      n, scratch);
-        for (int64_t p = 0; p < n; ++p) score[p] = std::max(score[p], scratch[p]);
+                      n, of_head);
+        for (int64_t p = 0; p < n; ++p) score[p] = std::max(score[p], of_head[p]);
       }
     }
     return q_norm;
@@ -258,9 +259,10 @@ class Run {
   float rank_by_mass(const Rows& rows, int64_t first, int64_t count, int heads, int64_t all_pages, int64_t n,
                      Choice& choice) const {
     const int64_t stride = max_pages(problem_);
-    float mean[256], q_norm = 0;
+    float mean[kMaxChannels], q_norm = 0;
     float* score = choice.score.data();
     double* share = choice.mass.data();
+    float* of_row = choice.share.data();
     std::fill_n(score, n, 0.0f);
     for (int h = 0; h < heads; ++h) {
       if (mean_row(rows, first + h * count, count, mean)) q_norm = std::max(q_norm, norm(mean, problem_.d));
@@ -273,8 +275,8 @@ class Run {
         const float top = *std::max_element(page, page + all_pages);
         if (top == kMinusInf) continue;
         double total = 0;
-        for (int64_t p = 0; p < all_pages; ++p) total += std::exp2(page[p] - top);
-        for (int64_t p = 0; p < n; ++p) share[p] += std::exp2(page[p] - top) / total;
+        for (int64_t p = 0; p < all_pages; ++p) total += of_row[p] = std::exp2(page[p] - top);
+        for (int64_t p = 0; p < n; ++p) share[p] += of_row[p] / total;
       }
       for (int64_t p = 0; p < n && seen; ++p)
         score[p] = std::max(score[p], static_cast<float>(share[p] / static_cast<double>(seen)));
@@ -324,7 +326,7 @@ class Run {
 
   void store_row_result(const SequenceCall& s, int64_t row, int head, const Rows& rows, int64_t i) const {
     const int d_v = problem_.d_v;
-    float out[256];
+    float out[kMaxChannels];
     const float l = rows.l[i];
     const float scale = rows.finite[i] ? (l > 0 ? 1.0f / l : 0.0f) : kNaN;
     for (int c = 0; c < d_v; ++c) out[c] = rows.o[i * d_v + c] * scale;
@@ -382,9 +384,8 @@ class Run {
       } else if (!ranks(problem_)) {
         choose_forced(problem_.method, facts, pages, c);
       } else {
-        const float q_norm = scores_first(problem_)
-                                 ? rank_by_mass(r, h * rows, rows, 1, last_page, facts.visible, c)
-                                 : rank(r, h * rows, rows, 1, pages, facts.visible, c.score.data(), c.share.data());
+        const float q_norm = scores_first(problem_) ? rank_by_mass(r, h * rows, rows, 1, last_page, facts.visible, c)
+                                                    : rank(r, h * rows, rows, 1, pages, facts.visible, c);
         choose(problem_, facts, pages, q_norm, c);
       }
       count(facts, c, worker);
@@ -441,8 +442,7 @@ class Run {
       }
       return;
     } else {
-      const float q_norm =
-          rank(unit.rows_, 0, at.s.s_q, group_, at.pages, unit.block.visible, c.score.data(), c.share.data());
+      const float q_norm = rank(unit.rows_, 0, at.s.s_q, group_, at.pages, unit.block.visible, c);
       choose(problem_, unit.block, at.pages, q_norm, c);
     }
     count(unit.block, c, scratch_.workers[w]);
@@ -546,7 +546,7 @@ class Run {
       const float total = r.m[i] + std::log2(r.l[i]);
       for (int64_t p = 0; p < all_pages; ++p) mass[p] += std::exp2(r.page_log2[i * stride + p] - total);
     }
-    float mean[256];
+    float mean[kMaxChannels];
     mean_row(r, first, count, mean);
     const float q_norm = norm(mean, problem_.d);
     size_t next = 0;

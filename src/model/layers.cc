@@ -1,9 +1,5 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "model/layers.cc"
-#ifndef HWY_DISABLED_TARGETS
-#define HWY_DISABLED_TARGETS (HWY_SSE4 | HWY_SSSE3)  // rare machines; each target costs compile time
-#endif
-#define HWY_BROKEN_EMU128 0
 #include <hwy/foreach_target.h>  // NOLINT: must come before highway.h
 
 #include <hwy/contrib/math/math-inl.h>
