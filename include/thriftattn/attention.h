@@ -27,9 +27,11 @@ struct Problem {
   int64_t max_s_q = 1;     // rows of one sequence, at most
   int64_t max_s_kv = 1;    // tokens of one sequence, at most
   int h_q = 1, h_kv = 1;   // query and KV heads; h_q is a multiple of h_kv
-  int d = 128, d_v = 128;  // 64 or 128
-  bool causal = true;      // row i of s_q sees keys up to s_kv - s_q + i
-  float sm_scale = 0;      // 0 = 1/sqrt(d)
+  int d = 128, d_v = 128;  // channels of a key and of a value head: multiples of 16 up to 256
+  bool causal = true;      // the row at position i sees no key after it; row r of s_q stands at s_kv - s_q + r
+  int64_t window = 0;      // it sees keys less than `window` positions away alone; 0 = all
+  float sm_scale = 0;      // any finite number; 0 = 1/sqrt(d)
+  float softcap = 0;       // a scaled score s becomes softcap * tanh(s / softcap); 0 = it stays
   Method method;
   CacheConfig cache;   // of the cache that the plan will run over
   bool stats = false;  // fill Stats
@@ -92,11 +94,15 @@ struct Stats {
 struct AttendArgs {
   const KvCache* cache = nullptr;
   int layer = 0;
-  std::span<const SeqId> seqs;       // [b]
-  std::span<const int64_t> s_q;      // [b], rows of each sequence; its last row is the sequence's last token
+  std::span<const SeqId> seqs;   // [b]
+  std::span<const int64_t> s_q;  // [b], rows of each sequence; its last row is the sequence's last token
+  // The KV heads to compute, ascending; empty = all. Rows of `out` and `lse` of other heads are left alone, and a
+  // selection has empty blocks for them: heads of one layer may run under plans of different methods.
+  std::span<const int> kv_heads = {};
   View q;                            // [sum s_q, h_q, d], sequences one after another
   MutableView out;                   // [sum s_q, h_q, d_v]
   float* lse = nullptr;              // [sum s_q, h_q], natural log; may be null
+  const float* sinks = nullptr;      // [h_q] or null: a learned logit per head that takes mass and brings no value
   const Selection* given = nullptr;  // promote exactly these pages instead of selecting
   Stats* stats = nullptr;            // may be null; the counts are added to, the rest describes this call
 };
@@ -117,7 +123,8 @@ class Workspace {
 };
 
 // out = softmax(q k^T sm_scale) v over the cache's sequences, every page in the tier that the plan's method selects.
-// Rows without a visible key give out = 0, lse = -inf. NaN or Inf in q stay within their row.
+// Rows without a visible key give out = 0, lse = -inf (the sink's logit where there is one). NaN or Inf in q stay
+// within their row.
 Status run(const Plan& plan, Workspace& workspace, ThreadPool& pool, const AttendArgs& args);
 
 // The selection alone, as `run` would make it.

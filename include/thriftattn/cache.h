@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "thriftattn/method.h"
 #include "thriftattn/status.h"
@@ -26,10 +27,11 @@ using SeqId = int32_t;
 struct CacheConfig {
   int layers = 1;
   int h_kv = 1;
-  int d = 128;                    // channels of a key head: 64 or 128
-  int d_v = 128;                  // channels of a value head: 64 or 128
+  int d = 128;                    // channels of a key head: a multiple of 16 up to 256
+  int d_v = 128;                  // channels of a value head: the same
   DType high_dtype = DType::f16;  // the 16-bit form; f16 refuses values beyond 65504
   Storage storage = Storage::residual;
+  std::vector<Storage> storage_by_head;  // [layers, h_kv] where heads differ; empty = `storage` for all
   Fp4Format format = Fp4Format::nvfp4;
   Scales scales = Scales::six;
   bool centring = true;
@@ -40,6 +42,11 @@ struct CacheConfig {
   int sink = 1;           // first pages that keep their 16-bit form
   int recent = 2;         // last full pages that keep their 16-bit form; at least 2
   int64_t max_bytes = 0;  // limit of bytes().total() that append and fork keep; 0 = none
+
+  Storage storage_at(int layer, int kv_head) const {
+    return storage_by_head.empty() ? storage : storage_by_head[static_cast<size_t>(layer) * h_kv + kv_head];
+  }
+  bool operator==(const CacheConfig&) const = default;
 
   // What `method` needs stored for a model of this shape.
   static CacheConfig for_method(const Method& method, int layers, int h_kv, int d, int d_v);

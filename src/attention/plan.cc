@@ -25,6 +25,9 @@ Status check(const Problem& p) {
   if (p.d != 64 && p.d != 128) return refuse("head_dim", p.d, "64 and 128 are");
   if (p.d_v != 64 && p.d_v != 128) return refuse("value head_dim", p.d_v, "64 and 128 are");
   if (!std::isfinite(p.sm_scale)) return refuse("sm_scale", p.sm_scale, "a finite number, or 0 for 1/sqrt(d)");
+  if (p.window < 0) return refuse("window", p.window, "0 (none) or more tokens");
+  if (!(p.softcap >= 0) || !std::isfinite(p.softcap))
+    return refuse("softcap", p.softcap, "0 (none) or a positive number");
   const CacheConfig& c = p.cache;
   if (c.h_kv != p.h_kv || c.d != p.d || c.d_v != p.d_v)
     return invalid_argument(
