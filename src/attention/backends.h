@@ -18,6 +18,9 @@ struct Backend {
   Status (*run)(const Plan& plan, void* scratch, ThreadPool& pool, const AttentionCall& call);
 };
 
+// What `method`, with policy and arithmetic resolved, reads and heads of this storage do not keep.
+Status check_stored(const Method& method, const CacheConfig& cache, Storage storage);
+
 // In order of preference.
 std::span<const Backend> backends();
 

@@ -73,12 +73,13 @@ int32_t& high_users(CacheState& s, int32_t page, int layer) {
   return s.high_users[static_cast<int64_t>(page) * s.config.layers + layer];
 }
 
-// One sequence gives up the 16-bit form of a page; the last one to do so frees it.
+// One sequence gives up the 16-bit form of a page; the last one to do so frees it, for the heads that may lose it.
 void release_high(CacheState& s, int32_t page, int layer) {
   int32_t& users = high_users(s, page, layer);
   if (users == 0 || --users > 0) return;
   PageForms* forms = s.forms_of(page, layer);
-  for (int h = 0; h < s.config.h_kv; ++h) s.high.give_back(forms[h].high);
+  for (int h = 0; h < s.config.h_kv; ++h)
+    if (!s.stored(layer, h).all_high) s.high.give_back(forms[h].high);
 }
 
 void drop_encoded(CacheState& s, PageForms& forms) {
@@ -173,12 +174,18 @@ Result<KvCache> KvCache::create(const CacheConfig& c) {
   };
   if (c.layers < 1) return refuse("layers", c.layers, "1 or more");
   if (c.h_kv < 1) return refuse("h_kv", c.h_kv, "1 or more");
-  if (c.d != 64 && c.d != 128) return refuse("head_dim", c.d, "64 and 128 are");
-  if (c.d_v != 64 && c.d_v != 128) return refuse("value head_dim", c.d_v, "64 and 128 are");
+  if (!is_head_dim(c.d)) return refuse("head_dim", c.d, "multiples of 16 from 16 to 256 are");
+  if (!is_head_dim(c.d_v)) return refuse("value head_dim", c.d_v, "multiples of 16 from 16 to 256 are");
   if (c.high_dtype == DType::f32) return invalid_argument("the cache's 16-bit form is f16 or bf16, not f32");
-  if (c.storage == Storage::compact || c.storage == Storage::offload)
-    return unsupported(
-        fmt::format("storage {} is not supported: high_only, dual, residual and fp4_only are", to_string(c.storage)));
+  if (!c.storage_by_head.empty() && std::ssize(c.storage_by_head) != int64_t{c.layers} * c.h_kv)
+    return invalid_argument(fmt::format("storage_by_head names {} storages, expected layers x h_kv = {} x {}",
+                                        c.storage_by_head.size(), c.layers, c.h_kv));
+  std::vector<Storage> storages = c.storage_by_head;
+  storages.push_back(c.storage);
+  for (const Storage storage : storages)
+    if (storage == Storage::compact || storage == Storage::offload)
+      return unsupported(
+          fmt::format("storage {} is not supported: high_only, dual, residual and fp4_only are", to_string(storage)));
   if (c.centring && !c.mean) return invalid_argument("centring needs the page means");
   if (c.sink < 0) return refuse("sink", c.sink, "0 or more pages");
   if (c.recent < 2) return refuse("recent", c.recent, "2 or more pages");
@@ -230,19 +237,21 @@ Status KvCache::append(SeqId seq, int layer, const View& k, const View& v, Threa
   // Reserve everything first, so that nothing is appended where something is missing.
   const int64_t new_pages = std::max<int64_t>(0, end_page - static_cast<int64_t>(q.pages.size()));
   const int64_t new_high = (end_page - first_page - (from % kPageTokens != 0 ? 1 : 0)) * c.h_kv;
-  const bool has_fp4 = c.storage != Storage::high_only, has_residual = c.storage == Storage::residual;
-  const bool has_summary = has_fp4 || s.layout.summary_bytes > int64_t{sizeof(PageSummary)};
-  const int64_t new_encoded = filled * c.h_kv;
-  const int64_t need =
-      new_high * s.layout.high_bytes +
-      new_encoded * ((has_fp4 + has_residual) * s.layout.fp4_bytes + (has_summary ? s.layout.summary_bytes : 0)) +
-      new_pages * (form_table_bytes(c) + int64_t{sizeof(int32_t)});
+  int64_t new_fp4 = 0, new_residual = 0, new_summary = 0;
+  for (int h = 0; h < c.h_kv; ++h) {
+    const CacheState::Stored stored = s.stored(layer, h);
+    new_fp4 += stored.fp4 ? filled : 0;
+    new_residual += stored.residual ? filled : 0;
+    new_summary += stored.summary ? filled : 0;
+  }
+  const int64_t need = new_high * s.layout.high_bytes + (new_fp4 + new_residual) * s.layout.fp4_bytes +
+                       new_summary * s.layout.summary_bytes +
+                       new_pages * (form_table_bytes(c) + int64_t{sizeof(int32_t)});
   if (c.max_bytes > 0 && memory_use(s).total() + need > c.max_bytes)
     return Status(Code::out_of_memory, fmt::format("{} more tokens need {} bytes, the cache holds {} of at most {}",
                                                    k.tokens, need, memory_use(s).total(), c.max_bytes));
-  if (!reserve_pages(s, new_pages, q.pages, new_pages) || !s.high.reserve(new_high) ||
-      (has_fp4 && !s.fp4.reserve(new_encoded)) || (has_residual && !s.residual.reserve(new_encoded)) ||
-      (has_summary && !s.summary.reserve(new_encoded)))
+  if (!reserve_pages(s, new_pages, q.pages, new_pages) || !s.high.reserve(new_high) || !s.fp4.reserve(new_fp4) ||
+      !s.residual.reserve(new_residual) || !s.summary.reserve(new_summary))
     return Status(Code::out_of_memory,
                   fmt::format("{} more tokens need {} bytes, which the system refused", k.tokens, need));
 
@@ -252,10 +261,11 @@ Status KvCache::append(SeqId seq, int layer, const View& k, const View& v, Threa
     const bool fills = p < to / kPageTokens;
     if (forms[0].high < 0) high_users(s, q.pages[p], layer) = 1;
     for (int h = 0; h < c.h_kv; ++h) {
+      const CacheState::Stored stored = s.stored(layer, h);
       if (forms[h].high < 0) forms[h].high = s.high.take();
-      if (fills && has_fp4) forms[h].fp4 = s.fp4.take();
-      if (fills && has_residual) forms[h].residual = s.residual.take();
-      if (fills && has_summary) forms[h].summary = s.summary.take();
+      if (fills && stored.fp4) forms[h].fp4 = s.fp4.take();
+      if (fills && stored.residual) forms[h].residual = s.residual.take();
+      if (fills && stored.summary) forms[h].summary = s.summary.take();
     }
   }
 
@@ -285,7 +295,6 @@ Status KvCache::settle(SeqId seq, int layer) {
   if (!s.find(seq)) return unknown_sequence(seq);
   if (layer < 0 || layer >= s.config.layers)
     return invalid_argument(fmt::format("layer {} does not exist: the cache has {}", layer, s.config.layers));
-  if (s.keeps_all_high()) return {};
   Sequence& q = s.sequences[seq];
   const int64_t end = q.layer_length[layer] / kPageTokens - s.config.recent;
   for (int64_t& p = q.released[layer]; p < end; ++p) release_high(s, q.pages[p], layer);

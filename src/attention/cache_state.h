@@ -107,8 +107,17 @@ struct CacheState {
   const Sequence* find(SeqId seq) const {
     return seq >= 0 && seq < static_cast<SeqId>(sequences.size()) && sequences[seq].live ? &sequences[seq] : nullptr;
   }
-  // Storages whose 16-bit pages stay; the others keep a window of them.
-  bool keeps_all_high() const { return config.storage == Storage::high_only || config.storage == Storage::dual; }
+  // The forms that a full page of one head is stored in.
+  struct Stored {
+    bool fp4, residual, summary;
+    bool all_high;  // its 16-bit form stays; otherwise a window of them does
+  };
+  Stored stored(int layer, int kv_head) const {
+    const Storage storage = config.storage_at(layer, kv_head);
+    const bool encoded = storage != Storage::high_only;
+    return {encoded, storage == Storage::residual, encoded || layout.summary_bytes > int64_t{sizeof(PageSummary)},
+            !encoded || storage == Storage::dual};
+  }
 };
 
 }  // namespace thriftattn

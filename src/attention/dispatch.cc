@@ -2,7 +2,9 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 #include <new>
+#include <numeric>
 #include <vector>
 
 #include "attention/backends.h"
@@ -31,6 +33,7 @@ struct Workspace::Buffers {
   std::shared_ptr<void> scratch;
   std::vector<PageRef> pages;  // [b, h_kv, max pages]
   std::vector<SequenceCall> sequences;
+  std::vector<int> all_heads;  // [h_kv]
 };
 
 Workspace::Workspace(std::unique_ptr<Buffers> buffers) : buffers_(std::move(buffers)) {}
@@ -49,6 +52,8 @@ Result<Workspace> Workspace::create(const Plan& plan) {
     const Problem& p = plan.problem;
     buffers->pages.resize(static_cast<size_t>(p.b) * p.h_kv * ((p.max_s_kv + kPageTokens - 1) / kPageTokens));
     buffers->sequences.reserve(p.b);
+    buffers->all_heads.resize(p.h_kv);
+    std::iota(buffers->all_heads.begin(), buffers->all_heads.end(), 0);
     return Workspace(std::move(buffers));
   } catch (const std::bad_alloc&) {
     return Status(Code::out_of_memory, fmt::format("no memory for a workspace of {} bytes", plan.workspace_bytes));
@@ -57,15 +62,35 @@ Result<Workspace> Workspace::create(const Plan& plan) {
 
 namespace {
 
+// Whether the pages of two caches are alike, whatever their number of layers, windows and limits.
+bool pages_alike(const CacheConfig& a, const CacheConfig& b) {
+  return a.h_kv == b.h_kv && a.d == b.d && a.d_v == b.d_v && a.high_dtype == b.high_dtype && a.storage == b.storage &&
+         a.storage_by_head == b.storage_by_head && a.format == b.format && a.scales == b.scales &&
+         a.centring == b.centring && a.page_scale == b.page_scale && a.mean == b.mean && a.min_max == b.min_max &&
+         a.variance == b.variance;
+}
+
+Status check_heads(const Problem& p, const AttendArgs& a) {
+  int previous = -1;
+  for (const int g : a.kv_heads) {
+    if (g <= previous || g >= p.h_kv)
+      return invalid_argument(fmt::format("kv_heads: {} is out of order or not below h_kv {}", g, p.h_kv));
+    previous = g;
+  }
+  for (int h = 0; h < p.h_q && a.sinks; ++h)
+    if (!std::isfinite(a.sinks[h]))
+      return invalid_argument(fmt::format("the sink of head {} is {}: finite numbers are supported", h, a.sinks[h]));
+  return {};
+}
+
 Status check_args(const Problem& p, const AttendArgs& a) {
   if (!a.cache) return invalid_argument("no cache is given");
-  const CacheConfig &c = a.cache->config(), &planned = p.cache;
-  if (c.h_kv != planned.h_kv || c.d != planned.d || c.d_v != planned.d_v || c.storage != planned.storage ||
-      c.format != planned.format || c.centring != planned.centring || c.high_dtype != planned.high_dtype ||
-      c.mean != planned.mean || c.min_max != planned.min_max || c.variance != planned.variance)
+  const CacheConfig& c = a.cache->config();
+  if (!pages_alike(c, p.cache))
     return invalid_argument("the cache is not of the configuration that the plan was made for");
   if (a.layer < 0 || a.layer >= c.layers)
     return invalid_argument(fmt::format("layer {} does not exist: the cache has {}", a.layer, c.layers));
+  THRIFTATTN_RETURN_IF_ERROR(check_heads(p, a));
   if (a.seqs.size() != a.s_q.size() || static_cast<int>(a.seqs.size()) > p.b)
     return invalid_argument(
         fmt::format("{} sequences and {} row counts do not fit a plan for {}", a.seqs.size(), a.s_q.size(), p.b));
@@ -93,7 +118,7 @@ Status check_forms(const Problem& p, const AttendArgs& a, const AttentionCall& c
     const SequenceCall& s = call.sequences[i];
     const int64_t full = s.s_kv / kPageTokens;
     if (p.method.rest == Tier::fp16)
-      for (int g = 0; g < p.h_kv; ++g)
+      for (const int g : call.kv_heads)
         for (int64_t page = 0; page < full; ++page)
           if (!s.pages[g * s.page_stride + page].high)
             return invalid_argument(
@@ -101,6 +126,10 @@ Status check_forms(const Problem& p, const AttendArgs& a, const AttentionCall& c
                             "reads (storage={})",
                             page, a.seqs[i], a.layer, to_string(p.method), to_string(p.cache.storage)));
   }
+  if (!a.cache->config().storage_by_head.empty())
+    for (const int g : call.kv_heads)
+      if (Status s = check_stored(p.method, p.cache, a.cache->config().storage_at(a.layer, g)); !s.ok())
+        return invalid_argument(fmt::format("layer {}, KV head {}: {}", a.layer, g, s.message()));
   if (!call.given) return {};
   if (call.given->first.empty()) return invalid_argument("the given selection has no offsets: `first` is empty");
   const int heads = p.phase == Phase::prefill ? p.h_q : p.h_kv;
@@ -118,6 +147,7 @@ Status check_forms(const Problem& p, const AttendArgs& a, const AttentionCall& c
           return invalid_argument(fmt::format("given selection, block {}: pages [{}, {}) are not among its {}", block,
                                               first, end, call.given->pages.size()));
         const int g = p.phase == Phase::prefill ? h / (p.h_q / p.h_kv) : h;
+        if (std::find(call.kv_heads.begin(), call.kv_heads.end(), g) == call.kv_heads.end()) continue;
         int64_t previous = -1;
         for (int64_t e = first; e < end; ++e) {
           const Promoted& one = call.given->pages[e];
@@ -176,6 +206,8 @@ Status run_call(const Plan& plan, Workspace& workspace, ThreadPool& pool, const 
   call.problem = &p;
   call.layout = &state.layout;
   call.sequences = w.sequences;
+  call.kv_heads = a.kv_heads.empty() ? std::span<const int>(w.all_heads) : a.kv_heads;
+  call.sinks = a.sinks;
   call.q = a.q;
   call.out = a.out;
   call.lse = a.lse;

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "attention/backends.h"
+#include "format/page_layout.h"
 #include "thriftattn/attention.h"
 
 namespace thriftattn {
@@ -22,8 +23,8 @@ Status check(const Problem& p) {
   if (p.h_kv < 1) return refuse("h_kv", p.h_kv, "1 or more");
   if (p.h_q < 1 || p.h_q % p.h_kv != 0)
     return invalid_argument(fmt::format("h_q {} is not a multiple of h_kv {}", p.h_q, p.h_kv));
-  if (p.d != 64 && p.d != 128) return refuse("head_dim", p.d, "64 and 128 are");
-  if (p.d_v != 64 && p.d_v != 128) return refuse("value head_dim", p.d_v, "64 and 128 are");
+  if (!is_head_dim(p.d)) return refuse("head_dim", p.d, "multiples of 16 from 16 to 256 are");
+  if (!is_head_dim(p.d_v)) return refuse("value head_dim", p.d_v, "multiples of 16 from 16 to 256 are");
   if (!std::isfinite(p.sm_scale)) return refuse("sm_scale", p.sm_scale, "a finite number, or 0 for 1/sqrt(d)");
   if (p.window < 0) return refuse("window", p.window, "0 (none) or more tokens");
   if (!(p.softcap >= 0) || !std::isfinite(p.softcap))
@@ -36,32 +37,31 @@ Status check(const Problem& p) {
   return {};
 }
 
-// What the method reads and the cache does not keep. Policy and arithmetic are resolved.
-Status check_stored(const Method& m, const CacheConfig& c) {
+}  // namespace
+
+Status check_stored(const Method& m, const CacheConfig& c, Storage storage) {
   const auto missing = [&](const std::string& needs) {
     return invalid_argument(
         fmt::format("method {} needs {}, which this cache (storage={}) does not keep: make it by "
                     "CacheConfig::for_method",
-                    to_string(m), needs, to_string(c.storage)));
+                    to_string(m), needs, to_string(storage)));
   };
   if (m.reads_fp4()) {
-    if (c.storage == Storage::high_only) return missing("FP4 planes");
+    if (storage == Storage::high_only) return missing("FP4 planes");
     if (m.format != c.format) return missing("format=" + to_string(m.format));
     if (m.centring != c.centring) return missing(m.centring ? "centring=on" : "centring=off");
     if (m.page_scale != c.page_scale) return missing(m.page_scale ? "page_scale=on" : "page_scale=off");
     if (m.scales != c.scales) return missing(m.scales == Scales::six ? "scales=6" : "scales=4over6");
   }
-  if (m.budget.kind == Budget::Kind::tolerance && c.storage == Storage::high_only) return missing("FP4 errors");
+  if (m.budget.kind == Budget::Kind::tolerance && storage == Storage::high_only) return missing("FP4 errors");
   const bool ranks = m.policy != Policy::none && m.budget.kind != Budget::Kind::all;
   if (!ranks) return {};
-  if (m.storage != c.storage) return missing("storage=" + to_string(m.storage));
+  if (m.storage != storage) return missing("storage=" + to_string(m.storage));
   if ((m.policy == Policy::block_mean || m.policy == Policy::second_moment) && !c.mean) return missing("page means");
   if (m.policy == Policy::quest && !c.min_max) return missing("page minima and maxima");
   if (m.policy == Policy::second_moment && !c.variance) return missing("page variances");
   return {};
 }
-
-}  // namespace
 
 Result<Plan> plan(const Problem& problem, const Machine& machine) {
   THRIFTATTN_RETURN_IF_ERROR(check(problem));
@@ -72,16 +72,17 @@ Result<Plan> plan(const Problem& problem, const Machine& machine) {
   Problem& p = plan.problem;
   if (p.sm_scale == 0) p.sm_scale = 1.0f / std::sqrt(static_cast<float>(p.d));
   Method& m = p.method;
+  // Where heads differ, those that a call names are checked by it.
+  const Storage storage = p.cache.storage_by_head.empty() ? p.cache.storage : m.storage;
   if (m.policy == Policy::automatic)
-    m.policy =
-        p.phase == Phase::decode && p.cache.storage != Storage::high_only ? Policy::fp4_mass : Policy::block_mean;
+    m.policy = p.phase == Phase::decode && storage != Storage::high_only ? Policy::fp4_mass : Policy::block_mean;
   if (m.arithmetic == Arithmetic::automatic)
     m.arithmetic = Arithmetic::kv4;  // the CPU's; faster units resolve it otherwise
   if (m.policy == Policy::fp4_mass && p.phase == Phase::prefill)
     return unsupported(
         "policy=fp4_mass serves decode and verify steps, where FP4 scores exist before the choice: "
         "policy=auto ranks by block_mean in prefill");
-  THRIFTATTN_RETURN_IF_ERROR(check_stored(m, p.cache));
+  THRIFTATTN_RETURN_IF_ERROR(check_stored(m, p.cache, storage));
 
   for (const Backend& backend : backends()) {
     const std::string reason = backend.refusal(p, machine);
@@ -99,10 +100,13 @@ Result<Plan> plan(const Problem& problem, const Machine& machine) {
 
 std::string to_string(const Plan& plan) {
   const Problem& p = plan.problem;
+  std::string mask = p.causal ? "" : " not causal";
+  if (p.window > 0) mask += fmt::format(" window={}", p.window);
+  if (p.softcap > 0) mask += fmt::format(" softcap={}", p.softcap);
   std::string text = fmt::format(
-      "{}<{}> d={} d_v={} h_q={} h_kv={} b={} s_q<={} s_kv<={} policy={} arithmetic={} tile={} splits={} threads={} "
+      "{}<{}> d={} d_v={} h_q={} h_kv={} b={} s_q<={} s_kv<={}{} policy={} arithmetic={} tile={} splits={} threads={} "
       "workspace={:.1f} MB",
-      plan.kernel, plan.target, p.d, p.d_v, p.h_q, p.h_kv, p.b, p.max_s_q, p.max_s_kv, to_string(p.method.policy),
+      plan.kernel, plan.target, p.d, p.d_v, p.h_q, p.h_kv, p.b, p.max_s_q, p.max_s_kv, mask, to_string(p.method.policy),
       to_string(p.method.arithmetic), plan.rows_per_tile, plan.splits, plan.threads,
       static_cast<double>(plan.workspace_bytes) / 1e6);
   for (const Refusal& r : plan.refused) text += fmt::format(" | {}: refused, {}", r.backend, r.reason);

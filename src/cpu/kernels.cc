@@ -14,6 +14,7 @@
 #define HWY_TARGET_INCLUDE "cpu/kernels.cc"
 #include <hwy/foreach_target.h>  // NOLINT: must come before highway.h
 
+#include <hwy/contrib/math/math-inl.h>
 #include <hwy/highway.h>
 
 #include <algorithm>
@@ -28,6 +29,7 @@ namespace thriftattn::cpu {
 namespace HWY_NAMESPACE {
 
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
+constexpr float kLog2e = 1.44269504088896341f;
 
 // A walk over one head's promoted pages, page by page.
 struct TierCursor {
@@ -89,10 +91,29 @@ void decode_v(const BlockTask& t, const PageRef& page, Tier tier, int64_t tokens
                              page.residual + l.v_scales, nullptr, tile);
 }
 
-// Tokens of page `p` that row r sees: the first so many of it.
-int64_t visible_tokens(const BlockTask& t, int64_t p, int r) {
-  const int64_t end = t.causal ? std::min(t.s_kv, t.first_position + r % t.period + 1) : t.s_kv;
-  return std::clamp<int64_t>(end - p * kPageTokens, 0, kPageTokens);
+// Tokens [first, end) of page `p` that row r sees, counted in the page.
+struct Visible {
+  int64_t first, end;
+};
+Visible visible_tokens(const BlockTask& t, int64_t p, int r) {
+  const int64_t position = t.first_position + r % t.period, page = p * kPageTokens;
+  return {std::clamp<int64_t>(t.mask.first_token(position) - page, 0, kPageTokens),
+          std::clamp<int64_t>(t.mask.end_token(position, t.s_kv) - page, 0, kPageTokens)};
+}
+
+// The part of a row's scores that its mask hides becomes -inf.
+void hide(const Visible& visible, float* row) {
+  const DF df;
+  const int64_t n = static_cast<int64_t>(hn::Lanes(df));
+  const VF hidden = hn::Set(df, kMinusInf);
+  for (int64_t i = 0; i < visible.first; i += n) {
+    const auto before = hn::FirstN(df, static_cast<size_t>(std::min(n, visible.first - i)));
+    hn::StoreU(hn::IfThenElse(before, hidden, hn::LoadU(df, row + i)), df, row + i);
+  }
+  for (int64_t i = visible.end / n * n; i < kPageTokens; i += n) {
+    const auto kept = hn::FirstN(df, static_cast<size_t>(std::max<int64_t>(0, visible.end - i)));
+    hn::StoreU(hn::IfThenElse(kept, hn::LoadU(df, row + i), hidden), df, row + i);
+  }
 }
 
 // s[rows, 64] = scaled, masked log2 scores of rows [first, first + rows) against page p.
@@ -110,17 +131,17 @@ void score_tile(const BlockTask& t, int64_t p, Tier tier, const float* tile, int
   }
   const float* q = (quantised ? t.q4 : t.q) + static_cast<int64_t>(first) * d;
   multiply(t.rows, d, kPageTokens, q, d, tile, kPageTokens, s, kPageTokens, apart);
-  const VF scale = hn::Set(df, t.scale_log2);
+  const VF scale = hn::Set(df, t.softcap > 0 ? t.sm_scale / t.softcap : t.sm_scale * kLog2e);
+  const VF cap = hn::Set(df, t.softcap * kLog2e);
   for (int r = 0; r < t.rows; ++r) {
     float* row = s + r * kPageTokens;
-    const int64_t visible = visible_tokens(t, p, r);
     for (int64_t i = 0; i < kPageTokens; i += n) {
       VF x = hn::Mul(hn::LoadU(df, row + i), scale);
-      if (visible < i + n)
-        x = hn::IfThenElse(hn::FirstN(df, static_cast<size_t>(std::max<int64_t>(0, visible - i))), x,
-                           hn::Set(df, kMinusInf));
+      if (t.softcap > 0) x = hn::Mul(hn::Tanh(df, x), cap);
       hn::StoreU(x, df, row + i);
     }
+    const Visible visible = visible_tokens(t, p, r);
+    if (visible.first > 0 || visible.end < kPageTokens) hide(visible, row);
   }
 }
 
@@ -342,9 +363,10 @@ void quantize_rows(const Method& method, int64_t rows, int d, const float* q, fl
     for (int c = 0; c < d; ++c) amax = std::max(amax, std::abs(x[c]));
     const int exponent = method.page_scale ? page_exponent(amax, method.format, method.scales) : 0;
     for (int c0 = 0; c0 < d; c0 += group) {
-      for (int i = 0; i < group; ++i) block[i] = x[c0 + i] * pow2(exponent);
+      const int n = std::min(group, d - c0);  // the last group of a d that is no multiple of 32 ends in zeros
+      for (int i = 0; i < group; ++i) block[i] = i < n ? x[c0 + i] * pow2(exponent) : 0.0f;
       const float scale = decode_scale(method.format, encode_block(method.format, method.scales, block, codes));
-      for (int i = 0; i < group; ++i) y[c0 + i] = e2m1_decode(codes[i]) * scale * pow2(-exponent);
+      for (int i = 0; i < n; ++i) y[c0 + i] = e2m1_decode(codes[i]) * scale * pow2(-exponent);
     }
   }
 }

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "format/params.h"
+#include "format/selection.h"
 
 namespace thriftattn::cpu {
 
@@ -35,14 +36,14 @@ struct BlockTask {
   DType high_dtype;
   bool centring;
   bool mma4;
-  float scale_log2;  // sm_scale * log2(e)
+  float sm_scale, softcap;  // softcap 0 = none
 
   const PageRef* pages;          // of the sequence
   int64_t first_page, end_page;  // to read, tail included
   int64_t s_kv;
   int64_t first_position;  // of row 0; row r stands at first_position + r % period
   int period;
-  bool causal;
+  Mask mask;
   Tier rest;  // of the full pages that are not promoted
 
   int heads, rows;

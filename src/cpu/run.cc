@@ -140,6 +140,7 @@ class Run {
         pool_(pool),
         call_(call),
         group_(problem_.h_q / problem_.h_kv),
+        mask_{problem_.causal, problem_.window},
         mma4_(problem_.method.arithmetic == Arithmetic::mma4),
         details_(call.stats && (problem_.stats || call.select_only)) {}
 
@@ -152,7 +153,7 @@ class Run {
     for (int64_t i = most; i-- > 0;)  // the last blocks see most pages: longest tasks first
       for (size_t s = 0; s < call_.sequences.size(); ++s) {
         if (i >= query_blocks(Phase::prefill, call_.sequences[s].s_q, call_.sequences[s].s_kv)) continue;
-        for (int g = 0; g < problem_.h_kv; ++g)
+        for (const int g : call_.kv_heads)
           for (int h = 0; h < group_; h += step)
             tasks.push_back({static_cast<int64_t>(s), g, h, std::min(step, group_ - h), i});
       }
@@ -173,7 +174,7 @@ class Run {
   }
 
   void decode() {
-    const int64_t units = static_cast<int64_t>(call_.sequences.size()) * problem_.h_kv;
+    const int64_t units = std::ssize(call_.sequences) * std::ssize(call_.kv_heads);
     const bool score_first = scores_first(problem_) && !call_.given && ranks(problem_);
     start_stats(units);
     pool_.parallel_for(units, [&](int64_t u, int w) { load_unit(u, score_first, w); });
@@ -189,8 +190,8 @@ class Run {
     }
     pool_.parallel_for(units, [&](int64_t u, int) { finish_unit(u); });
     for (size_t u = 0; u < task_stats_.size(); ++u) {
-      const int64_t s = static_cast<int64_t>(u) / problem_.h_kv;
-      const int g = static_cast<int>(u) % problem_.h_kv;
+      const int64_t s = static_cast<int64_t>(u) / std::ssize(call_.kv_heads);
+      const int g = call_.kv_heads[u % call_.kv_heads.size()];
       if (call_.sequences[s].s_q == 0) continue;  // it has no query block
       add_stats(task_stats_[u], 0, call_.sequences[s].first_block + g, s, g, true);
     }
@@ -212,6 +213,10 @@ class Run {
         if (!rows.finite[i]) std::fill(q, q + d, 0.0f);  // NaN stays within its row
       }
     rows.clear(heads * count, problem_.d_v);
+    for (int64_t i = 0; i < heads * count && call_.sinks; ++i) {
+      rows.m[i] = call_.sinks[first_head + i / count] * kLog2e;
+      rows.l[i] = rows.l_high[i] = 1;  // a sink's mass is as exact as that of 16-bit pages
+    }
     if (mma4_) kernels_.quantize_rows(problem_.method, heads * count, d, rows.q.data(), rows.q4.data());
   }
 
@@ -236,10 +241,11 @@ class Run {
   }
 
   // Scores the pages of one block before reading them: the maximum over `heads` runs of `count` rows from `first`.
-  float rank(const Rows& rows, int64_t first, int64_t count, int heads, const PageRef* pages, int64_t n,
+  float rank(const Rows& rows, int64_t first, int64_t count, int heads, const PageRef* pages, const BlockPages& block,
              Choice& choice) const {
     float mean[kMaxChannels], q_norm = 0;
-    float *score = choice.score.data(), *of_head = choice.share.data();
+    float *score = choice.score.data() + block.first_visible, *of_head = choice.share.data();
+    const int64_t n = block.n();
     std::fill_n(score, n, kMinusInf);
     for (int h = 0; h < heads; ++h) {
       if (!mean_row(rows, first + h * count, count, mean)) continue;
@@ -247,34 +253,36 @@ class Run {
       if (problem_.method.policy == Policy::recent) {
         for (int64_t p = 0; p < n; ++p) score[p] = static_cast<float>(p);
       } else {
-        kernels_.rank(problem_.method.policy, *call_.layout, problem_.cache.high_dtype, mean, problem_.sm_scale, pages,
-                      n, of_head);
+        kernels_.rank(problem_.method.policy, *call_.layout, problem_.cache.high_dtype, mean, problem_.sm_scale,
+                      pages + block.first_visible, n, of_head);
         for (int64_t p = 0; p < n; ++p) score[p] = std::max(score[p], of_head[p]);
       }
     }
     return q_norm;
   }
 
-  // Scores by softmax mass: mean over the rows of a head, maximum over heads. page_log2 holds every page of the rows.
-  float rank_by_mass(const Rows& rows, int64_t first, int64_t count, int heads, int64_t all_pages, int64_t n,
-                     Choice& choice) const {
-    const int64_t stride = max_pages(problem_);
+  // Scores by softmax mass: mean over the rows of a head, maximum over heads from `first_head` on. page_log2 holds the
+  // pages [block.first_visible, end_page) of the rows.
+  float rank_by_mass(const Rows& rows, int64_t first, int64_t count, int first_head, int heads, int64_t end_page,
+                     const BlockPages& block, Choice& choice) const {
+    const int64_t stride = max_pages(problem_), n = block.n(), all_pages = end_page - block.first_visible;
     float mean[kMaxChannels], q_norm = 0;
-    float* score = choice.score.data();
+    float* score = choice.score.data() + block.first_visible;
     double* share = choice.mass.data();
     float* of_row = choice.share.data();
     std::fill_n(score, n, 0.0f);
     for (int h = 0; h < heads; ++h) {
+      const float sink = call_.sinks ? call_.sinks[first_head + h] * kLog2e : kMinusInf;
       if (mean_row(rows, first + h * count, count, mean)) q_norm = std::max(q_norm, norm(mean, problem_.d));
       std::fill_n(share, n, 0.0);
       int64_t seen = 0;
       for (int64_t r = first + h * count; r < first + (h + 1) * count; ++r) {
         if (!rows.finite[r] || all_pages == 0) continue;
         ++seen;
-        const float* page = &rows.page_log2[r * stride];
-        const float top = *std::max_element(page, page + all_pages);
+        const float* page = &rows.page_log2[r * stride + block.first_visible];
+        const float top = std::max(sink, *std::max_element(page, page + all_pages));
         if (top == kMinusInf) continue;
-        double total = 0;
+        double total = std::exp2(sink - top);
         for (int64_t p = 0; p < all_pages; ++p) total += of_row[p] = std::exp2(page[p] - top);
         for (int64_t p = 0; p < n; ++p) share[p] += of_row[p] / total;
       }
@@ -292,14 +300,15 @@ class Run {
     t.high_dtype = problem_.cache.high_dtype;
     t.centring = problem_.cache.centring;
     t.mma4 = mma4_;
-    t.scale_log2 = problem_.sm_scale * kLog2e;
+    t.sm_scale = problem_.sm_scale;
+    t.softcap = problem_.softcap;
     t.pages = pages;
     t.first_page = first_page;
     t.end_page = end_page;
     t.s_kv = s.s_kv;
     t.first_position = first_position;
     t.period = period;
-    t.causal = problem_.causal;
+    t.mask = mask_;
     t.rest = problem_.method.rest;
     t.heads = heads;
     t.rows = rows;
@@ -311,14 +320,13 @@ class Run {
 
   // Pages, tail included, that rows up to position `last` see.
   int64_t end_page(const SequenceCall& s, int64_t last) const {
-    const int64_t tokens = problem_.causal ? std::clamp<int64_t>(last + 1, 0, s.s_kv) : s.s_kv;
-    return (tokens + kPageTokens - 1) / kPageTokens;
+    return (mask_.end_token(last, s.s_kv) + kPageTokens - 1) / kPageTokens;
   }
 
   // In which tier the `oracle` policy scores pages: the best that is stored.
   void best_tiers(const PageRef* pages, const BlockPages& block, Choice& c) const {
     c.count = 0;
-    for (int64_t p = 0; p < block.visible; ++p) {
+    for (int64_t p = block.first_visible; p < block.visible; ++p) {
       const Tier best = pages[p].high ? Tier::fp16 : pages[p].residual ? Tier::fp4x2 : Tier::fp4;
       c.promoted[c.count++] = {static_cast<int32_t>(p), best};
     }
@@ -345,7 +353,7 @@ class Run {
   }
 
   void count(const BlockPages& block, const Choice& c, Worker& w) const {
-    w.pairs += block.visible;
+    w.pairs += block.n();
     w.promoted += c.count;
     w.wanted_not_stored += c.wanted_not_stored;
   }
@@ -361,12 +369,12 @@ class Run {
     const int rows = static_cast<int>(end - first);
     const PageRef* pages = s.pages + g * s.page_stride;
     const int64_t last_page = end_page(s, offset + end - 1);
-    const BlockPages facts = block_pages(offset + first, offset + end - 1, s.s_kv, problem_.causal);
+    const BlockPages facts = block_pages(offset + first, offset + end - 1, s.s_kv, mask_);
     Rows& r = scratch_.rows[w];
     Worker& worker = scratch_.workers[w];
     load_q(s, first, rows, g * group_ + first_head, heads, r);
 
-    BlockTask t = block_task(s, pages, 0, last_page, offset + first, heads, rows, rows, r);
+    BlockTask t = block_task(s, pages, facts.first_visible, last_page, offset + first, heads, rows, rows, r);
     t.page_log2 = r.page_log2.empty() ? nullptr : r.page_log2.data();
     t.page_stride = max_pages(problem_);
     const int64_t blocks = query_blocks(Phase::prefill, s.s_q, s.s_kv);
@@ -384,8 +392,9 @@ class Run {
       } else if (!ranks(problem_)) {
         choose_forced(problem_.method, facts, pages, c);
       } else {
-        const float q_norm = scores_first(problem_) ? rank_by_mass(r, h * rows, rows, 1, last_page, facts.visible, c)
-                                                    : rank(r, h * rows, rows, 1, pages, facts.visible, c);
+        const int head = g * group_ + first_head + h;
+        const float q_norm = scores_first(problem_) ? rank_by_mass(r, h * rows, rows, head, 1, last_page, facts, c)
+                                                    : rank(r, h * rows, rows, 1, pages, facts, c);
         choose(problem_, facts, pages, q_norm, c);
       }
       count(facts, c, worker);
@@ -401,7 +410,7 @@ class Run {
       for (int h = 0; h < heads; ++h) {
         const Choice& c = scratch_.choices[w][h];
         stats.selection.emplace_back(c.result().begin(), c.result().end());
-        head_stats(r, h * rows, rows, pages, last_page, facts.visible, c, stats);
+        head_stats(r, h * rows, rows, pages, last_page, facts, c, stats);
       }
     }
   }
@@ -415,8 +424,9 @@ class Run {
     int64_t rows, offset, end;  // rows of the unit; position of row 0; pages, tail included
   };
   UnitPlace place(int64_t u) const {
-    const SequenceCall& s = call_.sequences[u / problem_.h_kv];
-    const int g = static_cast<int>(u % problem_.h_kv);
+    const int64_t heads = std::ssize(call_.kv_heads);
+    const SequenceCall& s = call_.sequences[u / heads];
+    const int g = call_.kv_heads[u % heads];
     return {s, g, s.pages + g * s.page_stride, group_ * s.s_q, s.s_kv - s.s_q, end_page(s, s.s_kv - 1)};
   }
 
@@ -424,7 +434,7 @@ class Run {
     const UnitPlace at = place(u);
     Unit& unit = scratch_.units[u];
     load_q(at.s, 0, at.s.s_q, at.g * group_, group_, unit.rows_);
-    unit.block = block_pages(at.offset, at.s.s_kv - 1, at.s.s_kv, problem_.causal);
+    unit.block = block_pages(at.offset, at.s.s_kv - 1, at.s.s_kv, mask_);
     Choice& c = unit.choice;
     if (at.s.s_q == 0) {
       c.count = 0;
@@ -442,7 +452,7 @@ class Run {
       }
       return;
     } else {
-      const float q_norm = rank(unit.rows_, 0, at.s.s_q, group_, at.pages, unit.block.visible, c);
+      const float q_norm = rank(unit.rows_, 0, at.s.s_q, group_, at.pages, unit.block, c);
       choose(problem_, unit.block, at.pages, q_norm, c);
     }
     count(unit.block, c, scratch_.workers[w]);
@@ -451,9 +461,10 @@ class Run {
   BlockTask unit_task(int64_t u, int64_t split) {
     const UnitPlace at = place(u);
     Unit& unit = scratch_.units[u];
-    BlockTask t =
-        block_task(at.s, at.pages, at.end * split / plan_.splits, at.end * (split + 1) / plan_.splits, at.offset, 1,
-                   static_cast<int>(at.rows), static_cast<int>(std::max<int64_t>(1, at.s.s_q)), unit.rows_);
+    const int64_t first = unit.block.first_visible, pages = at.end - first;
+    BlockTask t = block_task(at.s, at.pages, first + pages * split / plan_.splits,
+                             first + pages * (split + 1) / plan_.splits, at.offset, 1, static_cast<int>(at.rows),
+                             static_cast<int>(std::max<int64_t>(1, at.s.s_q)), unit.rows_);
     t.promoted[0] = unit.choice.result();
     if (!unit.rows_.page_log2.empty()) {
       t.page_log2 = unit.rows_.page_log2.data();
@@ -485,7 +496,7 @@ class Run {
     Unit& unit = scratch_.units[u];
     if (at.s.s_q == 0) return;
     Choice& c = unit.choice;
-    const float q_norm = rank_by_mass(unit.rows_, 0, at.s.s_q, group_, at.end, unit.block.visible, c);
+    const float q_norm = rank_by_mass(unit.rows_, 0, at.s.s_q, at.g * group_, group_, at.end, unit.block, c);
     choose(problem_, unit.block, at.pages, q_norm, c);
     count(unit.block, c, scratch_.workers[w]);
   }
@@ -513,7 +524,7 @@ class Run {
       TaskStats& stats = task_stats_[u];
       stats.selection.emplace_back(unit.choice.result().begin(), unit.choice.result().end());
       for (int h = 0; h < group_; ++h)
-        head_stats(r, h * at.s.s_q, at.s.s_q, at.pages, at.end, unit.block.visible, unit.choice, stats);
+        head_stats(r, h * at.s.s_q, at.s.s_q, at.pages, at.end, unit.block, unit.choice, stats);
     }
   }
 
@@ -534,27 +545,28 @@ class Run {
   }
 
   // The rows of one query head of one block.
-  void head_stats(const Rows& r, int64_t first, int64_t count, const PageRef* pages, int64_t all_pages, int64_t visible,
-                  const Choice& c, TaskStats& stats) const {
+  void head_stats(const Rows& r, int64_t first, int64_t count, const PageRef* pages, int64_t end_page,
+                  const BlockPages& block, const Choice& c, TaskStats& stats) const {
     if (call_.select_only || !problem_.stats || count == 0) return;
     const int64_t stride = max_pages(problem_);
     stats.page_mass.resize(stride, 0.0);
-    std::vector<double> mass(all_pages);  // of this head, summed over its rows
+    std::vector<double> mass(end_page);  // of this head, summed over its rows
     for (int64_t i = first; i < first + count; ++i) {
       if (!(r.l[i] > 0) || !r.finite[i]) continue;
       stats.mass_above_fp4 += r.l_high[i] / r.l[i];
       const float total = r.m[i] + std::log2(r.l[i]);
-      for (int64_t p = 0; p < all_pages; ++p) mass[p] += std::exp2(r.page_log2[i * stride + p] - total);
+      for (int64_t p = block.first_visible; p < end_page; ++p)
+        mass[p] += std::exp2(r.page_log2[i * stride + p] - total);
     }
     float mean[kMaxChannels];
     mean_row(r, first, count, mean);
     const float q_norm = norm(mean, problem_.d);
     size_t next = 0;
-    for (int64_t p = 0; p < all_pages; ++p) {
+    for (int64_t p = block.first_visible; p < end_page; ++p) {
       stats.page_mass[p] += mass[p];
       while (next < static_cast<size_t>(c.count) && c.promoted[next].page < p) ++next;
       const bool promoted = next < static_cast<size_t>(c.count) && c.promoted[next].page == p;
-      if (p < visible && !promoted && problem_.method.rest == Tier::fp4)
+      if (p < block.visible && !promoted && problem_.method.rest == Tier::fp4)
         stats.error_estimate += error_contribution(pages[p], static_cast<float>(mass[p] / static_cast<double>(count)),
                                                    problem_.sm_scale, q_norm);
     }
@@ -592,8 +604,9 @@ class Run {
       rows += s.s_q;
       blocks += query_blocks(problem_.phase, s.s_q, s.s_kv);
     }
-    out.mass_above_fp4 = rows ? mass_above_fp4_ / static_cast<double>(rows * problem_.h_q) : 0;
-    out.error_estimate = blocks ? error_estimate_ / static_cast<double>(blocks * problem_.h_q) : 0;
+    const int64_t heads = std::ssize(call_.kv_heads) * group_;
+    out.mass_above_fp4 = rows ? mass_above_fp4_ / static_cast<double>(rows * heads) : 0;
+    out.error_estimate = blocks ? error_estimate_ / static_cast<double>(blocks * heads) : 0;
     out.page_mass.assign(page_mass_.size(), 0.0f);
     const int64_t per_sequence = problem_.h_kv * max_pages(problem_);
     for (size_t i = 0; i < page_mass_.size(); ++i) {
@@ -609,6 +622,7 @@ class Run {
   ThreadPool& pool_;
   const AttentionCall& call_;
   const int group_;
+  const Mask mask_;
   const bool mma4_;
   const bool details_;                 // whether anybody asks for more than the counts
   std::vector<TaskStats> task_stats_;  // empty where nobody does

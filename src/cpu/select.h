@@ -39,10 +39,11 @@ Tier forced_tier(const Method& method, const PageRef& page);
 // Marks the forced pages alone, as `promoted`.
 void choose_forced(const Method& method, const BlockPages& block, const PageRef* pages, Choice& choice);
 
-// Chooses by choice.score[0, block.visible). q_norm is |q_mean|, for the error estimate. Ties go to the lower page.
+// Chooses by choice.score[block.first_visible, block.visible). q_norm is |q_mean|, for the error estimate. Ties go to
+// the lower page.
 void choose(const Problem& problem, const BlockPages& block, const PageRef* pages, float q_norm, Choice& choice);
 
-// One page's part of the error estimate (docs/design.md, section 2): share * (sm_scale |q| eps_k |v| + eps_v).
+// One page's part of the error estimate (docs/design.md, section 2): share * (|sm_scale| |q| eps_k |v| + eps_v).
 float error_contribution(const PageRef& page, float share, float sm_scale, float q_norm);
 
 }  // namespace thriftattn::cpu

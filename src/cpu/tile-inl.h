@@ -134,39 +134,44 @@ HWY_INLINE void multiply_registers(int64_t depth, const float* HWY_RESTRICT a, i
     for (int j = 0; j < NV; ++j) hn::StoreU(sum[r][j], df, c + r * c_stride + j * n);
 }
 
-// c[rows, columns] (+)= a[rows, depth] b[depth, columns]; columns is a multiple of 64.
+// The same for any number of rows.
+template <int NV>
+void multiply_columns(int64_t rows, int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+                      float* c, int64_t c_stride, bool accumulate) {
+  constexpr int kRows = 6;
+  int64_t r = 0;
+  for (; r + kRows <= rows; r += kRows)
+    multiply_registers<kRows, NV>(depth, a + r * a_stride, a_stride, b, b_stride, c + r * c_stride, c_stride,
+                                  accumulate);
+  a += r * a_stride;
+  c += r * c_stride;
+  switch (rows - r) {
+    case 5:
+      return multiply_registers<5, NV>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
+    case 4:
+      return multiply_registers<4, NV>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
+    case 3:
+      return multiply_registers<3, NV>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
+    case 2:
+      return multiply_registers<2, NV>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
+    case 1:
+      return multiply_registers<1, NV>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
+    default:
+      return;
+  }
+}
+
+// c[rows, columns] (+)= a[rows, depth] b[depth, columns]; columns is a multiple of 16.
 inline void multiply(int64_t rows, int64_t depth, int64_t columns, const float* a, int64_t a_stride, const float* b,
                      int64_t b_stride, float* c, int64_t c_stride, bool accumulate) {
   // 6 x 4 accumulators, 4 rows of b and a broadcast fit 32 registers; 6 x 2 fit 16.
-  constexpr int kRows = 6, kVectors = HWY_MAX_BYTES >= 64 ? 4 : 2;
-  const int64_t step = kVectors * static_cast<int64_t>(hn::Lanes(DF()));
-  for (int64_t j = 0; j < columns; j += step) {
-    int64_t r = 0;
-    for (; r + kRows <= rows; r += kRows)
-      multiply_registers<kRows, kVectors>(depth, a + r * a_stride, a_stride, b + j, b_stride, c + r * c_stride + j,
-                                          c_stride, accumulate);
-    const float* ar = a + r * a_stride;
-    float* cr = c + r * c_stride + j;
-    switch (rows - r) {
-      case 5:
-        multiply_registers<5, kVectors>(depth, ar, a_stride, b + j, b_stride, cr, c_stride, accumulate);
-        break;
-      case 4:
-        multiply_registers<4, kVectors>(depth, ar, a_stride, b + j, b_stride, cr, c_stride, accumulate);
-        break;
-      case 3:
-        multiply_registers<3, kVectors>(depth, ar, a_stride, b + j, b_stride, cr, c_stride, accumulate);
-        break;
-      case 2:
-        multiply_registers<2, kVectors>(depth, ar, a_stride, b + j, b_stride, cr, c_stride, accumulate);
-        break;
-      case 1:
-        multiply_registers<1, kVectors>(depth, ar, a_stride, b + j, b_stride, cr, c_stride, accumulate);
-        break;
-      default:
-        break;
-    }
-  }
+  constexpr int kVectors = HWY_MAX_BYTES >= 64 ? 4 : 2;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(DF())), step = kVectors * lanes;
+  int64_t j = 0;
+  for (; j + step <= columns; j += step)
+    multiply_columns<kVectors>(rows, depth, a, a_stride, b + j, b_stride, c + j, c_stride, accumulate);
+  for (; j < columns; j += lanes)
+    multiply_columns<1>(rows, depth, a, a_stride, b + j, b_stride, c + j, c_stride, accumulate);
 }
 
 inline float dot_high(DType type, const float* a, const uint16_t* b, int64_t n) {

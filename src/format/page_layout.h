@@ -31,7 +31,7 @@ THRIFTATTN_HD constexpr int64_t round_up(int64_t n, int64_t multiple) {
 // depths of 16 lanes, and 4 depths at a time form the 4-byte operands of integer dot products.
 struct PlaneLayout {
   int depth = 0;  // a multiple of 32; channels beyond d hold zero codes
-  int lanes = 0;  // a multiple of 32
+  int lanes = 0;  // a multiple of 16
   int group = 0;  // depths that share a scale: 16 (nvfp4) or 32 (mxfp4)
 
   THRIFTATTN_HD constexpr int64_t code_bytes() const { return static_cast<int64_t>(depth) * lanes / 2; }
@@ -80,6 +80,9 @@ struct PageLayout {
   }
 };
 
+// Head sizes that the layout serves, K and V alike.
+THRIFTATTN_HD constexpr bool is_head_dim(int64_t d) { return d >= 16 && d <= kMaxChannels && d % 16 == 0; }
+
 THRIFTATTN_HD constexpr PageLayout page_layout(int d, int d_v, Fp4Format format, bool mean, bool min_max,
                                                bool variance) {
   PageLayout l;
@@ -87,7 +90,7 @@ THRIFTATTN_HD constexpr PageLayout page_layout(int d, int d_v, Fp4Format format,
   l.d_v = d_v;
   const int group = block_size(format);
   l.k = {static_cast<int>(round_up(d, 32)), kPageTokens, group};
-  l.v = {kPageTokens, static_cast<int>(round_up(d_v, 32)), group};
+  l.v = {kPageTokens, d_v, group};
   l.k_scales = l.k.code_bytes();
   l.v_codes = l.k.bytes();
   l.v_scales = l.v_codes + l.v.code_bytes();

@@ -29,9 +29,11 @@ struct AttentionCall {
   const Problem* problem = nullptr;  // resolved
   const PageLayout* layout = nullptr;
   std::span<const SequenceCall> sequences;
+  std::span<const int> kv_heads;     // to compute, ascending; never empty
   View q;                            // [sum s_q, h_q, d]
   MutableView out;                   // [sum s_q, h_q, d_v]
   float* lse = nullptr;              // [sum s_q, h_q] or null
+  const float* sinks = nullptr;      // [h_q] or null
   const Selection* given = nullptr;  // or null: select
   bool select_only = false;          // fill stats->selection and nothing else
   Stats* stats = nullptr;            // or null

@@ -57,16 +57,17 @@ void quantise_p(const Method& method, const double* scores, double* p, size_t to
 
 // out[d_v] of one row.
 std::vector<double> weighted_values(const Input& input, const Head& head, const std::vector<double>& scores,
-                                    const Softmax& row, const std::vector<Tier>& tiers) {
+                                    const Softmax& row, double sink, const std::vector<Tier>& tiers) {
   const size_t d_v = static_cast<size_t>(input.d_v);
   const bool quantised = input.method.arithmetic == Arithmetic::mma4 || input.method.arithmetic == Arithmetic::mma8;
   std::vector<double> out(d_v, 0.0), p = row.p;
-  double running_max = -INFINITY;
+  double running_max = sink;
   for (size_t first = 0; first < scores.size(); first += kPageTokens) {
     const size_t page = first / kPageTokens, tokens = std::min<size_t>(kPageTokens, scores.size() - first);
     const Tier tier = page < tiers.size() ? tiers[page] : Tier::fp16;
-    if (tier == Tier::none) continue;
-    running_max = std::max(running_max, *std::max_element(&scores[first], &scores[first] + tokens));
+    const double page_max = *std::max_element(&scores[first], &scores[first] + tokens);
+    if (page_max == -INFINITY) continue;  // skipped, or outside the row's window
+    running_max = std::max(running_max, page_max);
     if (tier == Tier::fp4 && quantised) {
       quantise_p(input.method, &scores[first], &p[first], tokens, row.max, running_max);
     }
@@ -94,7 +95,7 @@ double block_error(const Input& input, const Head& head, const QueryBlock& block
   for (size_t j = 0; j < tiers.size(); ++j) {
     const Page& page = head.pages[j];
     if (tiers[j] != Tier::fp4) continue;
-    error += mean_mass[j] * (input.sm_scale * std::sqrt(q_squared) * page.eps_k * page.v_norm + page.eps_v);
+    error += mean_mass[j] * (std::fabs(input.sm_scale) * std::sqrt(q_squared) * page.eps_k * page.v_norm + page.eps_v);
   }
   return error;
 }
@@ -123,12 +124,14 @@ Output attend(const Input& input, const Selection& selection) {
       std::vector<double> mean_mass(static_cast<size_t>(full_pages(input) + 1), 0.0);
       for (int64_t r = block.first_row; r < block.end_row; ++r) {
         const std::vector<double> scores = row_scores(input, head, h, r, tiers);
-        const Softmax row = softmax(scores);
+        const double sink = sink_of(input, h);
+        const Softmax row = softmax(scores, sink);
         if (row.sum == 0) continue;
         const size_t at = static_cast<size_t>(r) * h_q + static_cast<size_t>(h);
-        const std::vector<double> out = weighted_values(input, head, scores, row, tiers);
+        const std::vector<double> out = weighted_values(input, head, scores, row, sink, tiers);
         std::copy(out.begin(), out.end(), result.out.begin() + static_cast<int64_t>(at * d_v));
         result.lse[at] = row.max + std::log(row.sum);
+        result.mass_above_fp4 += row.sink / row.sum / (rows * input.h_q);  // as exact as 16 bit
         const std::vector<double> shares = page_shares(input, row);
         for (size_t j = 0; j < shares.size(); ++j) {
           mean_mass[j] += shares[j] / block_rows;

@@ -17,8 +17,11 @@ struct Input {
   const float* v = nullptr;  // [s_kv, h_kv, d_v]
   int64_t s_q = 0, s_kv = 0;
   int h_q = 1, h_kv = 1, d = 128, d_v = 128;
-  bool causal = true;  // row r sees tokens <= s_kv - s_q + r
+  bool causal = true;  // row r, at position s_kv - s_q + r, sees no later token
+  int64_t window = 0;  // it sees tokens less than so many positions away; 0 = all
   double sm_scale = 1;
+  double softcap = 0;            // 0 = none
+  const float* sinks = nullptr;  // [h_q] or null
   Phase phase = Phase::prefill;
   Method method;  // arithmetic `automatic` means kv4
   DType high_dtype = DType::f16;
@@ -30,12 +33,14 @@ struct QueryBlock {
   int head = 0;           // query head in prefill, KV head in decode
   int64_t first_row = 0;  // rows [first_row, end_row)
   int64_t end_row = 0;
-  int64_t pages = 0;  // full pages that it can see, `n`
+  int64_t first_page = 0, pages = 0;  // full pages that it can see: [first_page, pages); `n` is their number
 };
 std::vector<QueryBlock> query_blocks(const Input& input);  // in the order of Selection
 
-// What a policy thinks of the pages [0, pages) of one query block.
+// What a policy thinks of the pages [0, pages) of one query block; those before first_page are no candidates and score
+// -inf.
 struct Estimate {
+  int64_t first_page = 0;
   std::vector<double> score;         // the policy's, of which the largest are promoted
   std::vector<double> share;         // estimated share of the softmax mass
   std::vector<double> contribution;  // estimated error if the page is read in fp4

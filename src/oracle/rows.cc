@@ -41,10 +41,10 @@ std::vector<double> row_scores(const Input& input, const Head& head, int query_h
   const std::vector<float> q(q_row, q_row + d);
   const std::vector<double> q_fp4 = quantised_query(input, q);
   std::vector<double> scores;
-  for (int64_t t = 0; t < visible_tokens(input, row); ++t) {
+  for (int64_t t = 0; t < end_token(input, row); ++t) {
     const size_t j = static_cast<size_t>(t / kPageTokens), in_page = static_cast<size_t>(t % kPageTokens) * d;
     const Tier tier = j < tiers.size() ? tiers[j] : Tier::fp16;
-    if (tier == Tier::none) {
+    if (tier == Tier::none || t < first_token(input, row)) {
       scores.push_back(-INFINITY);
       continue;
     }
@@ -60,17 +60,18 @@ std::vector<double> row_scores(const Input& input, const Head& head, int query_h
         dot += exact * head.pages[j].k_centre[c] + q_fp4[c] * plane[in_page + c];
       }
     }
-    scores.push_back(input.sm_scale * dot);
+    scores.push_back(capped(input, input.sm_scale * dot));
   }
   return scores;
 }
 
-Softmax softmax(const std::vector<double>& scores) {
+Softmax softmax(const std::vector<double>& scores, double sink) {
   Softmax row;
   row.p.assign(scores.size(), 0.0);
-  row.max = -INFINITY;
+  row.max = sink;
   for (double score : scores) row.max = std::max(row.max, score);
   if (row.max == -INFINITY) return row;
+  row.sum = row.sink = std::exp(sink - row.max);
   for (size_t t = 0; t < scores.size(); ++t) row.sum += row.p[t] = std::exp(scores[t] - row.max);
   return row;
 }

@@ -73,7 +73,7 @@ std::vector<bool> forced_pages(const Input& input, const QueryBlock& block) {
   const int64_t first = floor_page(position(input, block.first_row));
   const int64_t last = floor_page(position(input, block.end_row - 1));
   std::vector<bool> forced(static_cast<size_t>(block.pages), false);
-  for (int64_t j = 0; j < block.pages; ++j) {
+  for (int64_t j = block.first_page; j < block.pages; ++j) {
     const bool diagonal = force.diagonal && j >= first && j <= last;
     const bool previous = j < first && j >= first - force.previous;
     forced[static_cast<size_t>(j)] = j < force.sink || diagonal || previous;
@@ -114,7 +114,8 @@ std::vector<double> mass_scores(const Input& input, const Head& head, const Quer
                                 const std::vector<Tier>& tiers) {
   std::vector<double> mean(static_cast<size_t>(block.pages), 0.0);
   for (int64_t r = block.first_row; r < block.end_row; ++r) {
-    const auto shares = page_shares(input, softmax(row_scores(input, head, query_head, r, tiers)));
+    const auto shares =
+        page_shares(input, softmax(row_scores(input, head, query_head, r, tiers), sink_of(input, query_head)));
     for (size_t j = 0; j < mean.size(); ++j)
       mean[j] += shares[j] / static_cast<double>(block.end_row - block.first_row);
   }
@@ -127,8 +128,11 @@ Estimate estimate(const Input& input, const std::vector<Head>& heads, const Quer
   const Head& head = heads[static_cast<size_t>(group.kv)];
   const size_t n = static_cast<size_t>(block.pages);
   Estimate e;
+  e.first_page = block.first_page;
   e.forced = forced_pages(input, block);
-  e.score.assign(n, policy == Policy::none ? 0.0 : -INFINITY);
+  const size_t first = static_cast<size_t>(block.first_page);
+  e.score.assign(n, -INFINITY);
+  if (policy == Policy::none) std::fill(e.score.begin() + block.first_page, e.score.end(), 0.0);
   double q_norm = 0;
   const bool weighs = policy == Policy::fp4_mass || policy == Policy::oracle;
   for (int h = group.first; h < group.end && policy != Policy::none; ++h) {
@@ -142,14 +146,19 @@ Estimate estimate(const Input& input, const std::vector<Head>& heads, const Quer
         scores[j] = policy == Policy::recent ? static_cast<double>(j) : summary_score(input, policy, q, head.pages[j]);
       }
     }
-    for (size_t j = 0; j < n; ++j) e.score[j] = std::max(e.score[j], scores[j]);
+    for (size_t j = first; j < n; ++j) e.score[j] = std::max(e.score[j], scores[j]);
   }
-  const Softmax soft = softmax(e.score);
-  const double total = std::accumulate(e.score.begin(), e.score.end(), 0.0);
+  std::vector<double> logits;  // a soft-cap bends what a page's score is worth, not which is larger
+  for (double score : e.score) logits.push_back(capped(input, score));
+  for (size_t j = 0; j < first; ++j) logits[j] = -INFINITY;
+  const Softmax soft = softmax(logits);
+  const double total = std::accumulate(e.score.begin() + block.first_page, e.score.end(), 0.0);
   for (size_t j = 0; j < n; ++j) {
     const Page& page = head.pages[j];
-    e.share.push_back(weighs ? (total > 0 ? e.score[j] / total : 0.0) : soft.p[j] / soft.sum);
-    e.contribution.push_back(e.share[j] * (input.sm_scale * q_norm * page.eps_k * page.v_norm + page.eps_v));
+    const double share = weighs ? (total > 0 ? e.score[j] / total : 0.0) : soft.p[j] / soft.sum;
+    e.share.push_back(j < first ? 0.0 : share);
+    const double per_mass = std::fabs(input.sm_scale) * q_norm * page.eps_k * page.v_norm + page.eps_v;
+    e.contribution.push_back(e.share[j] * per_mass);
   }
   return e;
 }
@@ -189,10 +198,10 @@ int64_t budget_pages(const Input& input, int64_t n, int64_t forced) {
 // Forced pages first, then by rank, as far as the budget goes.
 std::vector<int64_t> chosen_pages(const Input& input, const Estimate& e) {
   const Budget& budget = input.method.budget;
-  const int64_t n = static_cast<int64_t>(e.score.size());
+  const int64_t n = static_cast<int64_t>(e.score.size()) - e.first_page;
   const auto& rank = budget.kind == Budget::Kind::tolerance ? e.contribution : e.score;
   std::vector<int64_t> order(static_cast<size_t>(n));
-  std::iota(order.begin(), order.end(), 0);
+  std::iota(order.begin(), order.end(), e.first_page);
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
     const size_t i = static_cast<size_t>(a), j = static_cast<size_t>(b);
     if (e.forced[i] != e.forced[j]) return static_cast<bool>(e.forced[i]);
@@ -228,9 +237,9 @@ std::vector<QueryBlock> query_blocks(const Input& input) {
         const int64_t end = (floor_page(position(input, row)) + 1) * kPageTokens - position(input, 0);
         block.end_row = std::min(end, input.s_q);
       }
-      const int64_t last = position(input, block.end_row - 1);
-      block.pages =
-          input.causal ? std::min(full_pages(input), std::max<int64_t>(floor_page(last) + 1, 0)) : full_pages(input);
+      block.pages = std::min(full_pages(input), floor_page(end_token(input, block.end_row - 1) - 1) + 1);
+      block.pages = std::max<int64_t>(block.pages, 0);
+      block.first_page = std::min(block.pages, floor_page(first_token(input, row)));
       row = block.end_row;
       blocks.push_back(block);
     }

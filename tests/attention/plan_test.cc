@@ -120,8 +120,8 @@ void expect_refused(Change change, const std::vector<std::string>& words, Machin
 }
 
 TEST(Plan, RefusalsNameTheValueAndWhatIsSupported) {
-  expect_refused([](Problem& p) { p.d = p.cache.d = 100; }, {"100", "64 and 128"});
-  expect_refused([](Problem& p) { p.d_v = p.cache.d_v = 96; }, {"96", "64 and 128"});
+  expect_refused([](Problem& p) { p.d = p.cache.d = 100; }, {"100", "multiples of 16 from 16 to 256"});
+  expect_refused([](Problem& p) { p.d_v = p.cache.d_v = 272; }, {"272", "multiples of 16 from 16 to 256"});
   expect_refused([](Problem& p) { p.h_q = 7; }, {"7", "2"});
   expect_refused([](Problem& p) { p.h_q = 0; }, {"0"});
   expect_refused([](Problem& p) { p.b = 0; }, {"b 0"});

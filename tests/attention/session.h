@@ -100,6 +100,10 @@ inline Method method(const std::string& spec) {
 struct Call {
   Phase phase = Phase::prefill;
   bool causal = true;
+  int64_t window = 0;
+  float softcap = 0;
+  float sm_scale = 0;
+  bool sinks = false;  // learned ones, of the order of the scores
   bool stats = false;
   const Selection* given = nullptr;
   int threads = 2;
@@ -123,6 +127,7 @@ class Session {
     EXPECT_TRUE(made.ok()) << made.status().message();
     cache_.emplace(std::move(*made));
     seq_ = cache_->new_sequence();
+    for (int h = 0; h < tokens.shape.h_q; ++h) sinks_.push_back(3.0f - 1.5f * static_cast<float>(h));
   }
 
   KvCache& cache() { return *cache_; }
@@ -150,6 +155,9 @@ class Session {
     p.d = tokens_.shape.d;
     p.d_v = tokens_.shape.d_v;
     p.causal = call.causal;
+    p.window = call.window;
+    p.softcap = call.softcap;
+    p.sm_scale = call.sm_scale;
     p.method = method_;
     p.cache = cache_->config();
     p.stats = call.stats;
@@ -164,7 +172,7 @@ class Session {
       const size_t all = static_cast<size_t>(rows * tokens_.shape.h_q);
       ran.out.assign(all * static_cast<size_t>(tokens_.shape.d_v), NAN);  // poison: run must write every element
       ran.lse.assign(all, NAN);
-      AttendArgs args = arguments(rows);
+      AttendArgs args = arguments(rows, call);
       args.q = tokens_.q_view(s - rows, rows);
       args.out = mutable_view(ran.out.data(), rows, tokens_.shape.h_q, tokens_.shape.d_v);
       args.lse = ran.lse.data();
@@ -179,7 +187,7 @@ class Session {
     Ran ran;
     Selection result;
     run_plan(rows, call, ran, [&](const Plan& plan, Workspace& workspace) {
-      AttendArgs args = arguments(rows);
+      AttendArgs args = arguments(rows, call);
       args.q = tokens_.q_view(length() - rows, rows);
       auto selected = select(plan, workspace, pool(), args);
       if (selected.ok()) result = *selected;
@@ -201,7 +209,10 @@ class Session {
     in.d = tokens_.shape.d;
     in.d_v = tokens_.shape.d_v;
     in.causal = call.causal;
-    in.sm_scale = static_cast<double>(1.0f / std::sqrt(static_cast<float>(in.d)));
+    in.window = call.window;
+    in.softcap = static_cast<double>(call.softcap);
+    in.sm_scale = static_cast<double>(call.sm_scale ? call.sm_scale : 1.0f / std::sqrt(static_cast<float>(in.d)));
+    in.sinks = call.sinks ? sinks_.data() : nullptr;
     in.phase = call.phase;
     in.method = method_;
     in.high_dtype = cache_->config().high_dtype;
@@ -210,9 +221,10 @@ class Session {
   }
 
  private:
-  AttendArgs arguments(int64_t rows) {
+  AttendArgs arguments(int64_t rows, const Call& call) {
     s_q_ = rows;
     AttendArgs args;
+    args.sinks = call.sinks ? sinks_.data() : nullptr;
     args.cache = &*cache_;
     args.seqs = {&seq_, 1};
     args.s_q = {&s_q_, 1};
@@ -237,6 +249,7 @@ class Session {
   std::optional<KvCache> cache_;
   SeqId seq_ = 0;
   int64_t s_q_ = 0, appended_ = 0;
+  std::vector<float> sinks_;  // [h_q]
 };
 
 // Largest |a - b| over the largest |v|; infinite where one of them is not finite.
@@ -259,7 +272,7 @@ inline Selection promote_all(const oracle::Input& input, Tier tier) {
   Selection selection;
   selection.first.push_back(0);
   for (const oracle::QueryBlock& block : oracle::query_blocks(input)) {
-    for (int32_t j = 0; j < block.pages; ++j) selection.pages.push_back({j, tier});
+    for (int64_t j = block.first_page; j < block.pages; ++j) selection.pages.push_back({static_cast<int32_t>(j), tier});
     selection.first.push_back(static_cast<int64_t>(selection.pages.size()));
   }
   return selection;
