@@ -324,7 +324,7 @@ TEST(Cache, RefusesWrongConfigs) {
   };
   ASSERT_TRUE(KvCache::create({}).ok());
   refused([](CacheConfig& c) { c.d = 100; }, "100");
-  refused([](CacheConfig& c) { c.d_v = 32; }, "32");
+  refused([](CacheConfig& c) { c.d_v = 272; }, "272");
   refused([](CacheConfig& c) { c.layers = 0; }, "0");
   refused([](CacheConfig& c) { c.h_kv = 0; }, "0");
   refused([](CacheConfig& c) { c.high_dtype = DType::f32; }, "f32");

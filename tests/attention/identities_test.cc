@@ -28,20 +28,47 @@ const Step kSteps[] = {{"prefill", Phase::prefill, 500},
                        {"verify16", Phase::decode, 16}};
 constexpr int64_t kTokens = 500;
 
-class Identity : public ::testing::TestWithParam<Step> {
+// Head sizes and masks: every one of either, not every pair.
+struct Setting {
+  const char* name;
+  int d, d_v;
+  int64_t window;
+  float softcap;
+  bool sinks;
+};
+const Setting kSettings[] = {
+    {"d64", 64, 64, 0, 0, false},
+    {"d64_window", 64, 64, 100, 0, false},
+    {"d64_softcap", 64, 64, 0, 4, false},
+    {"d64_sinks", 64, 64, 0, 0, true},
+    {"d80_window_softcap_sinks", 80, 80, 90, 3, true},
+    {"d96_window", 96, 96, 200, 0, false},
+    {"d128", 128, 128, 0, 0, false},
+    {"d192_dv128_sinks", 192, 128, 0, 0, true},
+    {"d192_softcap", 192, 192, 0, 4, false},
+    {"d256_window_softcap", 256, 256, 130, 4, false},
+};
+Call masked(const Setting& setting) {
+  Call c;
+  c.window = setting.window;
+  c.softcap = setting.softcap;
+  c.sinks = setting.sinks;
+  return c;
+}
+
+class Identity : public ::testing::TestWithParam<std::tuple<Step, Setting>> {
  protected:
   // A session that appended everything, the last rows as a step of their own.
   Session session(const std::string& spec, const Tokens& tokens) const {
     Session s(method(spec), tokens);
-    const int64_t before = tokens.s - GetParam().rows;
-    s.append(before);
+    s.append(tokens.s - rows());
     s.settle();
-    s.append(GetParam().rows);
+    s.append(rows());
     return s;
   }
   Call call() const {
-    Call c;
-    c.phase = GetParam().phase;
+    Call c = masked(setting());
+    c.phase = phase();
     return c;
   }
   Call given(const Selection& selection) const {
@@ -49,20 +76,29 @@ class Identity : public ::testing::TestWithParam<Step> {
     c.given = &selection;
     return c;
   }
-  int64_t rows() const { return GetParam().rows; }
-  Tokens tokens_ = attention_like({4, 2, 64, 64}, kTokens);
+  int64_t rows() const { return std::get<0>(GetParam()).rows; }
+  Phase phase() const { return std::get<0>(GetParam()).phase; }
+  const Setting& setting() const { return std::get<1>(GetParam()); }
+  Shape shape() const { return {4, 2, setting().d, setting().d_v}; }
+  size_t d_v() const { return static_cast<size_t>(setting().d_v); }
+  Tokens tokens_ = attention_like(shape(), kTokens);
 };
-INSTANTIATE_TEST_SUITE_P(Steps, Identity, ::testing::ValuesIn(kSteps),
-                         [](const auto& step) { return std::string(step.param.name); });
+INSTANTIATE_TEST_SUITE_P(Steps, Identity,
+                         ::testing::Combine(::testing::ValuesIn(kSteps), ::testing::ValuesIn(kSettings)),
+                         [](const auto& test) {
+                           return std::string(std::get<0>(test.param).name) + "_" + std::get<1>(test.param).name;
+                         });
 
-// A selection that promotes about a third of the pages, in the tiers given, otherwise without sense.
+// A selection that promotes the first page of each block, not the second, and about a third of the others, in the tiers
+// given; otherwise without sense.
 Selection random_selection(const oracle::Input& input, const std::vector<Tier>& tiers, uint32_t seed = 1) {
   std::mt19937 random(seed);
   Selection selection;
   selection.first.push_back(0);
   for (const oracle::QueryBlock& block : oracle::query_blocks(input)) {
-    for (int32_t j = 0; j < block.pages; ++j) {
-      if (random() % 3 == 0) selection.pages.push_back({j, tiers[random() % tiers.size()]});
+    for (auto j = static_cast<int32_t>(block.first_page); j < block.pages; ++j) {
+      const int64_t nth = j - block.first_page;
+      if (nth == 0 || (nth > 1 && random() % 3 == 0)) selection.pages.push_back({j, tiers[random() % tiers.size()]});
     }
     selection.first.push_back(static_cast<int64_t>(selection.pages.size()));
   }
@@ -107,7 +143,7 @@ TEST_P(Identity, Fp4DiffersFromFp16) {  // else the two above would say nothing
 // out = merge(attend(promoted), attend(rest)). The tail, which every call reads, is in both; so the parts are made on
 // a sequence of whole pages.
 TEST_P(Identity, FusedIsTheMergeOfPromotedAndRest) {
-  const Tokens tokens = attention_like({4, 2, 64, 64}, 64 * 8, 2);
+  const Tokens tokens = attention_like(shape(), 64 * 8, 2);
   for (const char* spec :
        {"thrift", "thrift:storage=dual", "thrift:arithmetic=mma4", "thrift:storage=dual,format=mxfp4"}) {
     const int64_t n_rows = std::min(rows(), tokens.s);
@@ -123,7 +159,7 @@ TEST_P(Identity, FusedIsTheMergeOfPromotedAndRest) {
     for (Promoted& p : rest_only.pages) p.tier = Tier::none;
     const auto blocks = oracle::query_blocks(in);
     for (size_t b = 0; b < blocks.size(); ++b) {
-      for (int32_t j = 0, i = 0; j < blocks[b].pages; ++j) {
+      for (auto j = static_cast<int32_t>(blocks[b].first_page), i = 0; j < blocks[b].pages; ++j) {
         const int64_t at = some.first[b] + i;
         const bool is_promoted = at < some.first[b + 1] && some.pages[static_cast<size_t>(at)].page == j;
         promoted_only.pages.push_back({j, is_promoted ? some.pages[static_cast<size_t>(at)].tier : Tier::none});
@@ -131,8 +167,10 @@ TEST_P(Identity, FusedIsTheMergeOfPromotedAndRest) {
       }
       promoted_only.first.push_back(static_cast<int64_t>(promoted_only.pages.size()));
     }
+    Call without_sinks = given(rest_only);
+    without_sinks.sinks = false;  // a sink initialises exactly one state
     const Ran whole = fused.attend(n_rows, given(some)), top = fused.attend(n_rows, given(promoted_only)),
-              rest = fused.attend(n_rows, given(rest_only));
+              rest = fused.attend(n_rows, without_sinks);
     std::vector<double> merged(whole.out.size());
     size_t both = 0;
     for (size_t row = 0; row < whole.lse.size(); ++row) {
@@ -140,8 +178,8 @@ TEST_P(Identity, FusedIsTheMergeOfPromotedAndRest) {
       const double wa = std::exp(a - m), wb = std::exp(b - m);
       both += std::isfinite(a) && std::isfinite(b);
       ASSERT_NEAR(whole.lse[row], m + std::log(wa + wb), 1e-5) << spec;
-      for (size_t c = 0; c < 64; ++c) {
-        merged[row * 64 + c] = (wa * top.out[row * 64 + c] + wb * rest.out[row * 64 + c]) / (wa + wb);
+      for (size_t i = row * d_v(); i < (row + 1) * d_v(); ++i) {
+        merged[i] = (wa * top.out[i] + wb * rest.out[i]) / (wa + wb);
       }
     }
     EXPECT_GT(both, whole.lse.size() / 2);
@@ -155,7 +193,7 @@ TEST_P(Identity, PagesMayLieAnywhereInMemory) {
     Session shuffled(method(spec), tokens_);
     // Sequences that interleave and are freed leave holes, which the pages of ours then fill out of order.
     KvCache& cache = shuffled.cache();
-    const Tokens noise = attention_like({4, 2, 64, 64}, 64 * 4, 99);
+    const Tokens noise = attention_like(shape(), 64 * 4, 99);
     std::vector<SeqId> others;
     for (int i = 0; i < 6; ++i) others.push_back(cache.new_sequence());
     for (int64_t page = 0; page < 4; ++page) {
@@ -200,15 +238,15 @@ TEST_P(Identity, RepeatedHeadsEqualGroupedHeads) {
     }
     return out;
   };
-  wide.k = repeat(tokens_.k, 64);
-  wide.v = repeat(tokens_.v, 64);
+  wide.k = repeat(tokens_.k, setting().d);
+  wide.v = repeat(tokens_.v, setting().d_v);
   for (const char* spec : {"thrift", "fp4:arithmetic=mma4", "fp16"}) {
     Session grouped = session(spec, tokens_), repeated = session(spec, wide);
     const Selection some = spec == std::string("thrift")
                                ? random_selection(grouped.oracle_input(rows(), call()), {Tier::fp4x2})
                                : promote_none(grouped.oracle_input(rows(), call()));
     Selection each = some;
-    if (GetParam().phase == Phase::decode) {
+    if (phase() == Phase::decode) {
       each = {{0}, {}};
       for (size_t h = 0; h < 4; ++h) {
         each.pages.insert(each.pages.end(), some.pages.begin() + some.first[h / 2],
@@ -222,21 +260,24 @@ TEST_P(Identity, RepeatedHeadsEqualGroupedHeads) {
 }
 
 TEST(Splits, TheirNumberOnlyReordersSums) {
-  const Tokens tokens = attention_like({4, 2, 64, 64}, kTokens);
-  for (const char* spec : {"thrift", "thrift:policy=block_mean", "fp16", "topk"}) {
-    for (int64_t rows : {1, 2, 16}) {
-      Session s(method(spec), tokens);
-      s.append(tokens.s);
-      Call call;
-      call.phase = Phase::decode;
-      call.splits = 1;
-      const Ran whole = s.attend(rows, call);
-      for (int splits : {2, 3, 5, 8, 50}) {  // 50: more than there are pages
-        call.splits = splits;
-        const Ran parts = s.attend(rows, call);
-        EXPECT_EQ(parts.plan.splits, splits);
-        EXPECT_LE(distance(parts.out, whole.out, tokens), kReordered) << spec << ", " << splits;
-        for (size_t i = 0; i < whole.lse.size(); ++i) EXPECT_NEAR(parts.lse[i], whole.lse[i], 1e-5);
+  for (const Setting& setting : kSettings) {
+    SCOPED_TRACE(setting.name);
+    const Tokens tokens = attention_like({4, 2, setting.d, setting.d_v}, kTokens);
+    for (const char* spec : {"thrift", "thrift:policy=block_mean", "fp16", "topk"}) {
+      for (int64_t rows : {1, 2, 16}) {
+        Session s(method(spec), tokens);
+        s.append(tokens.s);
+        Call call = masked(setting);
+        call.phase = Phase::decode;
+        call.splits = 1;
+        const Ran whole = s.attend(rows, call);
+        for (int splits : {2, 3, 5, 8, 50}) {  // 50: more than there are pages
+          call.splits = splits;
+          const Ran parts = s.attend(rows, call);
+          EXPECT_EQ(parts.plan.splits, splits);
+          EXPECT_LE(distance(parts.out, whole.out, tokens), kReordered) << spec << ", " << splits;
+          for (size_t i = 0; i < whole.lse.size(); ++i) EXPECT_NEAR(parts.lse[i], whole.lse[i], 1e-5);
+        }
       }
     }
   }
@@ -246,7 +287,7 @@ TEST_P(Identity, ARerunAndTheNumberOfThreadsChangeNoBit) {
   for (const char* spec : {"thrift", "thrift:policy=block_mean,arithmetic=mma4", "fp16", "quest"}) {
     Session s = session(spec, tokens_);
     Call plain = call();
-    plain.splits = GetParam().phase == Phase::decode ? 3 : 0;
+    plain.splits = phase() == Phase::decode ? 3 : 0;
     plain.stats = true;
     const Ran first = s.attend(rows(), plain);
     for (int threads : {2, 5}) {
@@ -276,18 +317,18 @@ TEST_P(Identity, NanAndInfInQStayInTheirRow) {
     const int64_t bad = tokens_.s - rows() + rows() / 2;  // one row, head 1; the others of the block must not see it
     const size_t bad_row = static_cast<size_t>(rows() / 2 * 4 + 1);
     for (const float poison : {std::nanf(""), -INFINITY}) {
-      dirty.q_at(bad)[64 + 9] = poison;
+      dirty.q_at(bad)[setting().d + 9] = poison;
       Session clean = session(spec, tokens_), session_of_dirty = session(spec, dirty);
       const bool ranks = std::string(spec) != "fp16";
       const Selection some = promote_none(clean.oracle_input(rows(), call()));
       const Call fixed = ranks ? given(some) : call();
       const Ran want = clean.attend(rows(), fixed), got = session_of_dirty.attend(rows(), fixed);
       for (size_t row = 0; row < got.lse.size(); ++row) {
-        for (size_t c = 0; c < 64; ++c) {
+        for (size_t i = row * d_v(); i < (row + 1) * d_v(); ++i) {
           if (row == bad_row) {
-            ASSERT_TRUE(std::isnan(got.out[row * 64 + c])) << spec;
+            ASSERT_TRUE(std::isnan(got.out[i])) << spec;
           } else {
-            ASSERT_EQ(got.out[row * 64 + c], want.out[row * 64 + c]) << spec << ", row " << row;
+            ASSERT_EQ(got.out[i], want.out[i]) << spec << ", row " << row;
           }
         }
       }
@@ -295,7 +336,7 @@ TEST_P(Identity, NanAndInfInQStayInTheirRow) {
       const Ran free = session_of_dirty.attend(rows(), call());
       for (size_t row = 0; row < free.lse.size(); ++row) {
         ASSERT_EQ(std::isfinite(free.lse[row]), row != bad_row) << spec;
-        ASSERT_EQ(std::isfinite(free.out[row * 64]), row != bad_row) << spec;
+        ASSERT_EQ(std::isfinite(free.out[row * d_v()]), row != bad_row) << spec;
       }
     }
   }
@@ -305,14 +346,14 @@ TEST_P(Identity, NanAndInfInQStayInTheirRow) {
 // -----------------------------------------------------------------------------------------------
 
 // Attends to the whole sequence in chunks, each after its own append, and returns all outputs.
-Ran in_chunks(const std::string& spec, const Tokens& tokens, const std::vector<int64_t>& chunks, Phase phase) {
+Ran in_chunks(const std::string& spec, const Tokens& tokens, const std::vector<int64_t>& chunks, Phase phase,
+              Call call = {}) {
   Session session(method(spec), tokens);
   Ran all;
   size_t next = 0;
   while (session.length() < tokens.s) {
     const int64_t rows = std::min(chunks[next++ % chunks.size()], tokens.s - session.length());
     session.append(rows);
-    Call call;
     call.phase = phase;
     const Ran ran = session.attend(rows, call);
     session.settle();
@@ -325,26 +366,33 @@ Ran in_chunks(const std::string& spec, const Tokens& tokens, const std::vector<i
 }
 
 TEST(Chunks, OfWholeBlocksEqualOneShotBitForBit) {
-  const Tokens tokens = attention_like({4, 2, 64, 64}, 64 * 7 + 11);
-  for (const char* spec : {"thrift", "thrift:storage=dual", "thrift:arithmetic=mma4", "thrift:policy=quest,budget=0.4",
-                           "fp16", "topk", "fp4", "thrift:force=none,budget=0.3"}) {
-    const Ran one = in_chunks(spec, tokens, {tokens.s}, Phase::prefill);
-    for (const std::vector<int64_t>& chunks : {std::vector<int64_t>{64}, {128, 64}, {192}}) {
-      // A method that reads the tail in 16 bit and the full page in FP4 sees no difference here, because every chunk
-      // ends on a page border.
-      const Ran many = in_chunks(spec, tokens, chunks, Phase::prefill);
-      EXPECT_EQ(one.out, many.out) << spec << ", chunks of " << chunks[0];
-      EXPECT_EQ(one.lse, many.lse) << spec;
-      EXPECT_EQ(one.stats.promoted, many.stats.promoted) << spec;
+  for (const Setting& setting : kSettings) {
+    SCOPED_TRACE(setting.name);
+    const Tokens tokens = attention_like({4, 2, setting.d, setting.d_v}, 64 * 7 + 11);
+    for (const char* spec : {"thrift", "thrift:storage=dual", "thrift:arithmetic=mma4",
+                             "thrift:policy=quest,budget=0.4", "fp16", "topk", "fp4", "thrift:force=none,budget=0.3"}) {
+      const Ran one = in_chunks(spec, tokens, {tokens.s}, Phase::prefill, masked(setting));
+      for (const std::vector<int64_t>& chunks : {std::vector<int64_t>{64}, {128, 64}, {192}}) {
+        // A method that reads the tail in 16 bit and the full page in FP4 sees no difference here, because every chunk
+        // ends on a page border.
+        const Ran many = in_chunks(spec, tokens, chunks, Phase::prefill, masked(setting));
+        EXPECT_EQ(one.out, many.out) << spec << ", chunks of " << chunks[0];
+        EXPECT_EQ(one.lse, many.lse) << spec;
+        EXPECT_EQ(one.stats.promoted, many.stats.promoted) << spec;
+      }
     }
   }
 }
 
 TEST(Chunks, OfAnySizeEqualOneShotInFp16) {
-  const Tokens tokens = attention_like({4, 2, 64, 64}, 300);
-  const Ran one = in_chunks("fp16", tokens, {tokens.s}, Phase::prefill);
-  for (const std::vector<int64_t>& chunks : {std::vector<int64_t>{1}, {7, 100}, {63, 65}, {299}}) {
-    EXPECT_LE(distance(in_chunks("fp16", tokens, chunks, Phase::prefill).out, one.out, tokens), kReordered);
+  for (const Setting& setting : kSettings) {
+    SCOPED_TRACE(setting.name);
+    const Tokens tokens = attention_like({4, 2, setting.d, setting.d_v}, 300);
+    const Ran one = in_chunks("fp16", tokens, {tokens.s}, Phase::prefill, masked(setting));
+    for (const std::vector<int64_t>& chunks : {std::vector<int64_t>{1}, {7, 100}, {63, 65}, {299}}) {
+      const Ran many = in_chunks("fp16", tokens, chunks, Phase::prefill, masked(setting));
+      EXPECT_LE(distance(many.out, one.out, tokens), kReordered);
+    }
   }
 }
 
@@ -390,79 +438,93 @@ TEST(Chunks, PrefillAndDecodeSpendTheSameBudget) {
 }
 
 TEST(Chunks, DecodeTokenByTokenEqualsPrefillInFp16) {
-  const Tokens tokens = attention_like({4, 2, 64, 64}, 200);
-  const Ran prefill = in_chunks("fp16", tokens, {tokens.s}, Phase::prefill);
-  for (int64_t step : {1, 5, 16}) {
-    EXPECT_LE(distance(in_chunks("fp16", tokens, {step}, Phase::decode).out, prefill.out, tokens), kReordered);
+  for (const Setting& setting : kSettings) {
+    SCOPED_TRACE(setting.name);
+    const Tokens tokens = attention_like({4, 2, setting.d, setting.d_v}, 200);
+    const Ran prefill = in_chunks("fp16", tokens, {tokens.s}, Phase::prefill, masked(setting));
+    for (int64_t step : {1, 5, 16}) {
+      const Ran decode = in_chunks("fp16", tokens, {step}, Phase::decode, masked(setting));
+      EXPECT_LE(distance(decode.out, prefill.out, tokens), kReordered);
+    }
   }
 }
 
 TEST(Chunks, AVerifyStepEqualsItsRowsOneByOneForAGivenSelection) {
-  const Tokens tokens = attention_like({4, 2, 64, 64}, 64 * 6 + 30);
-  for (const char* spec : {"thrift:storage=dual", "fp4", "fp16"}) {
-    Session session(method(spec), tokens);
-    session.append(tokens.s);
-    Call call;
-    call.phase = Phase::decode;
-    const Selection none = promote_none(session.oracle_input(16, call));
-    if (spec != std::string("fp16")) call.given = &none;
-    const Ran verify = session.attend(16, call), last = session.attend(1, call);
-    const std::vector<float> row(verify.out.end() - 4 * 64, verify.out.end());
-    EXPECT_LE(distance(row, last.out, tokens), kReordered) << spec;
+  for (const Setting& setting : kSettings) {
+    SCOPED_TRACE(setting.name);
+    const Tokens tokens = attention_like({4, 2, setting.d, setting.d_v}, 64 * 6 + 30);
+    for (const char* spec : {"thrift:storage=dual", "fp4", "fp16"}) {
+      Session session(method(spec), tokens);
+      session.append(tokens.s);
+      Call call = masked(setting);
+      call.phase = Phase::decode;
+      const Selection none = promote_none(session.oracle_input(16, call));
+      if (spec != std::string("fp16")) call.given = &none;
+      const Ran verify = session.attend(16, call), last = session.attend(1, call);
+      const std::vector<float> row(verify.out.end() - 4 * setting.d_v, verify.out.end());
+      EXPECT_LE(distance(row, last.out, tokens), kReordered) << spec;
+    }
   }
 }
 
 TEST(Batch, SequencesOfAnyLengthEqualEachAlone) {
   const Shape shape{4, 2, 64, 64};
-  for (const char* spec : {"thrift", "fp16", "paper", "topk"}) {
-    for (const Phase phase : {Phase::prefill, Phase::decode}) {
-      const std::vector<int64_t> lengths = {300, 1, 64, 0, 129, 500}, rows = {10, 1, 2, 0, 16, 3};
-      const CacheConfig config = CacheConfig::for_method(method(spec), 1, 2, 64, 64);
-      auto cache = KvCache::create(config);
-      ASSERT_TRUE(cache.ok());
-      std::vector<Tokens> all;
-      std::vector<SeqId> seqs;
-      std::vector<float> q, expected;
-      for (size_t i = 0; i < lengths.size(); ++i) {
-        all.push_back(attention_like(shape, std::max<int64_t>(lengths[i], 1), static_cast<uint32_t>(i)));
-        seqs.push_back(cache->new_sequence());
-        ASSERT_OK(cache->append(seqs[i], 0, all[i].k_view(0, lengths[i]), all[i].v_view(0, lengths[i]), pool()));
-        const float* from = all[i].q.data() + (lengths[i] - rows[i]) * 4 * 64;
-        q.insert(q.end(), from, from + rows[i] * 4 * 64);
-        if (rows[i] == 0) continue;
-        Session alone(method(spec), all[i]);
-        alone.append(lengths[i]);
-        Call call;
-        call.phase = phase;
-        call.splits = phase == Phase::decode ? 2 : 0;
-        const Ran ran = alone.attend(rows[i], call);
-        expected.insert(expected.end(), ran.out.begin(), ran.out.end());
+  for (const Setting& setting : {kSettings[0], kSettings[1], kSettings[2], kSettings[3]}) {
+    SCOPED_TRACE(setting.name);
+    const std::vector<float> sinks = {3.0f, 1.5f, 0.0f, -1.5f};  // as a Session's
+    for (const char* spec : {"thrift", "fp16", "paper", "topk"}) {
+      for (const Phase phase : {Phase::prefill, Phase::decode}) {
+        const std::vector<int64_t> lengths = {300, 1, 64, 0, 129, 500}, rows = {10, 1, 2, 0, 16, 3};
+        const CacheConfig config = CacheConfig::for_method(method(spec), 1, 2, 64, 64);
+        auto cache = KvCache::create(config);
+        ASSERT_TRUE(cache.ok());
+        std::vector<Tokens> all;
+        std::vector<SeqId> seqs;
+        std::vector<float> q, expected;
+        for (size_t i = 0; i < lengths.size(); ++i) {
+          all.push_back(attention_like(shape, std::max<int64_t>(lengths[i], 1), static_cast<uint32_t>(i)));
+          seqs.push_back(cache->new_sequence());
+          ASSERT_OK(cache->append(seqs[i], 0, all[i].k_view(0, lengths[i]), all[i].v_view(0, lengths[i]), pool()));
+          const float* from = all[i].q.data() + (lengths[i] - rows[i]) * 4 * 64;
+          q.insert(q.end(), from, from + rows[i] * 4 * 64);
+          if (rows[i] == 0) continue;
+          Session alone(method(spec), all[i]);
+          alone.append(lengths[i]);
+          Call call = masked(setting);
+          call.phase = phase;
+          call.splits = phase == Phase::decode ? 2 : 0;
+          const Ran ran = alone.attend(rows[i], call);
+          expected.insert(expected.end(), ran.out.begin(), ran.out.end());
+        }
+        Problem problem;
+        problem.phase = phase;
+        problem.b = static_cast<int>(lengths.size());
+        problem.max_s_q = 16;
+        problem.max_s_kv = 640;
+        problem.h_q = 4;
+        problem.h_kv = 2;
+        problem.d = problem.d_v = 64;
+        problem.window = setting.window;
+        problem.softcap = setting.softcap;
+        problem.method = method(spec);
+        problem.cache = config;
+        auto planned = plan(problem, Machine::here(2));
+        ASSERT_TRUE(planned.ok()) << planned.status().message();
+        if (phase == Phase::decode) planned->splits = 2;
+        auto workspace = Workspace::create(*planned);
+        ASSERT_TRUE(workspace.ok());
+        std::vector<float> out(q.size(), NAN);
+        AttendArgs args;
+        args.cache = &*cache;
+        args.seqs = seqs;
+        args.s_q = rows;
+        args.q = view(q.data(), 32, 4, 64);
+        args.out = mutable_view(out.data(), 32, 4, 64);
+        args.sinks = setting.sinks ? sinks.data() : nullptr;
+        ASSERT_OK(run(*planned, *workspace, pool(), args));
+        // A plan for longer sequences may cut them elsewhere: the same sums in another order.
+        EXPECT_LE(distance(out, expected, all[0]), 3 * kReordered) << spec;
       }
-      Problem problem;
-      problem.phase = phase;
-      problem.b = static_cast<int>(lengths.size());
-      problem.max_s_q = 16;
-      problem.max_s_kv = 640;
-      problem.h_q = 4;
-      problem.h_kv = 2;
-      problem.d = problem.d_v = 64;
-      problem.method = method(spec);
-      problem.cache = config;
-      auto planned = plan(problem, Machine::here(2));
-      ASSERT_TRUE(planned.ok()) << planned.status().message();
-      if (phase == Phase::decode) planned->splits = 2;
-      auto workspace = Workspace::create(*planned);
-      ASSERT_TRUE(workspace.ok());
-      std::vector<float> out(q.size(), NAN);
-      AttendArgs args;
-      args.cache = &*cache;
-      args.seqs = seqs;
-      args.s_q = rows;
-      args.q = view(q.data(), 32, 4, 64);
-      args.out = mutable_view(out.data(), 32, 4, 64);
-      ASSERT_OK(run(*planned, *workspace, pool(), args));
-      // A plan for longer sequences may cut them elsewhere: the same sums in another order.
-      EXPECT_LE(distance(out, expected, all[0]), 3 * kReordered) << spec;
     }
   }
 }

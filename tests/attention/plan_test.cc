@@ -129,6 +129,10 @@ TEST(Plan, RefusalsNameTheValueAndWhatIsSupported) {
   expect_refused([](Problem& p) { p.max_s_q = 17; }, {"17", "16 rows"}, kMachine, Phase::decode);
   expect_refused([](Problem& p) { p.sm_scale = NAN; }, {"sm_scale", "nan"});
   expect_refused([](Problem& p) { p.d = 64; }, {"64", "128"});
+  expect_refused([](Problem& p) { p.window = -1; }, {"window -1", "0"});
+  expect_refused([](Problem& p) { p.softcap = -2; }, {"softcap -2", "positive"});
+  expect_refused([](Problem& p) { p.softcap = NAN; }, {"softcap nan", "positive"});
+  expect_refused([](Problem& p) { p.softcap = INFINITY; }, {"softcap inf", "positive"});
   expect_refused([](Problem& p) { p.cache.h_kv = 4; }, {"4", "2"});
   expect_refused([](Problem& p) { p.method = method("thrift:arithmetic=mma8"); }, {"cpu", "mma8", "kv4"});
   expect_refused([](Problem& p) { p.method = method("thrift:policy=fp4_mass"); }, {"fp4_mass", "decode"});
