@@ -107,7 +107,7 @@ struct AttendArgs {
   Stats* stats = nullptr;            // may be null; the counts are added to, the rest describes this call
 };
 
-// Scratch memory of a plan: made once, used by one run at a time.
+// Scratch memory of a plan: made once, used by one run at a time. Serves every plan of the same sizes and method.
 class Workspace {
  public:
   static Result<Workspace> create(const Plan& plan);

@@ -29,6 +29,7 @@ std::span<const Backend> backends() {
 Machine Machine::here(int threads) { return {threads, cpu::targets()}; }
 
 struct Workspace::Buffers {
+  Plan plan;  // that this was made for
   const Backend* backend = nullptr;
   std::shared_ptr<void> scratch;
   std::vector<PageRef> pages;  // [b, h_kv, max pages]
@@ -47,6 +48,7 @@ Result<Workspace> Workspace::create(const Plan& plan) {
   if (backend == all.end()) return invalid_argument(fmt::format("the plan names no backend ('{}')", plan.backend));
   try {
     auto buffers = std::make_unique<Buffers>();
+    buffers->plan = plan;
     buffers->backend = &*backend;
     buffers->scratch = backend->scratch(plan);
     const Problem& p = plan.problem;
@@ -68,6 +70,15 @@ bool pages_alike(const CacheConfig& a, const CacheConfig& b) {
          a.storage_by_head == b.storage_by_head && a.format == b.format && a.scales == b.scales &&
          a.centring == b.centring && a.page_scale == b.page_scale && a.mean == b.mean && a.min_max == b.min_max &&
          a.variance == b.variance;
+}
+
+// Whether scratch memory made for one plan serves the other: all sizes that it follows from.
+bool sizes_alike(const Plan& a, const Plan& b) {
+  const Problem &p = a.problem, &q = b.problem;
+  return a.backend == b.backend && a.kernel == b.kernel && a.rows_per_tile == b.rows_per_tile && a.splits == b.splits &&
+         a.threads == b.threads && p.phase == q.phase && p.b == q.b && p.max_s_q == q.max_s_q &&
+         p.max_s_kv == q.max_s_kv && p.h_q == q.h_q && p.h_kv == q.h_kv && p.d == q.d && p.d_v == q.d_v &&
+         p.stats == q.stats && p.method == q.method;
 }
 
 Status check_heads(const Problem& p, const AttendArgs& a) {
@@ -177,6 +188,9 @@ Status run_call(const Plan& plan, Workspace& workspace, ThreadPool& pool, const 
   const Problem& p = plan.problem;
   THRIFTATTN_RETURN_IF_ERROR(check_args(p, a));
   Workspace::Buffers& w = workspace.buffers();
+  if (!sizes_alike(plan, w.plan))
+    return invalid_argument(
+        fmt::format("the workspace was made for another plan: {}, not {}", to_string(w.plan), to_string(plan)));
   const CacheState& state = a.cache->state();
   const int64_t stride = (p.max_s_kv + kPageTokens - 1) / kPageTokens;
   w.sequences.clear();

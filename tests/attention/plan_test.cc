@@ -262,5 +262,34 @@ TEST_F(RunArguments, AGivenTierThatIsNotStored) {
   expect_refused({"page 0", "fp4x2"});
 }
 
+TEST(Workspace, OfAnotherPlanIsRefused) {
+  const Tokens tokens = attention_like({4, 2, 64, 64}, 300);
+  Session session(method("thrift"), tokens);
+  session.append(300);
+  Call call;
+  call.phase = Phase::decode;
+  Problem p = session.problem(1, call);
+  const auto small = plan(p, kMachine);
+  p.max_s_kv = 3000;
+  const auto large = plan(p, kMachine);
+  ASSERT_TRUE(small.ok() && large.ok());
+  auto workspace = Workspace::create(*small);
+  ASSERT_TRUE(workspace.ok());
+  std::vector<float> out(4 * 64);
+  const SeqId seq = session.seq();
+  const int64_t s_q = 1;
+  AttendArgs args;
+  args.cache = &session.cache();
+  args.seqs = {&seq, 1};
+  args.s_q = {&s_q, 1};
+  args.q = tokens.q_view(299, 1);
+  args.out = mutable_view(out.data(), 1, 4, 64);
+  ThreadPool threads(kMachine.threads);
+  EXPECT_OK(run(*small, *workspace, threads, args));
+  const Status refused = run(*large, *workspace, threads, args);
+  EXPECT_EQ(refused.code(), Code::invalid_argument);
+  EXPECT_NE(refused.message().find("s_kv<=3000"), std::string::npos) << refused.message();
+}
+
 }  // namespace
 }  // namespace thriftattn::testing

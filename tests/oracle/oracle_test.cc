@@ -48,33 +48,69 @@ std::vector<int> pages_of(const Selection& selection, size_t block) {
   return pages;
 }
 
-TEST(Oracle, Fp16MethodIsSoftmaxAttention) {
+struct MaskCase {
+  bool causal;
+  int64_t window;
+  double softcap;
+  bool sinks;
+};
+const MaskCase kMasks[] = {{true, 0, 0, false},  {false, 0, 0, false},  {true, 20, 0, false}, {true, 200, 0, true},
+                           {false, 30, 0, true}, {true, 0, 1.5, false}, {true, 65, 0.7, true}};
+
+TEST(Oracle, Fp16MethodIsSoftmaxAttentionUnderEveryMask) {
   const Data data = make("fp16", 70, 150);
-  const Input& in = data.input;
-  Input wide = in;
-  wide.high_dtype = DType::f32;  // no rounding at all
-  const Output got = attend(wide, select(wide));
-  for (int64_t r = 0; r < in.s_q; ++r) {
-    for (int h = 0; h < in.h_q; ++h) {
-      std::vector<double> out(static_cast<size_t>(in.d_v), 0.0);
-      double sum = 0;
-      for (int64_t t = 0; t <= in.s_kv - in.s_q + r; ++t) {
-        double score = 0;
-        for (int c = 0; c < in.d; ++c) score += in.sm_scale * in.q[(r * in.h_q + h) * in.d + c] * in.k[t * in.d + c];
-        sum += std::exp(score);
-        for (int c = 0; c < in.d_v; ++c) out[static_cast<size_t>(c)] += std::exp(score) * in.v[t * in.d_v + c];
-      }
-      ASSERT_NEAR(got.lse[static_cast<size_t>(r * in.h_q + h)], std::log(sum), 1e-12);
-      for (int c = 0; c < in.d_v; ++c) {
-        const size_t at = static_cast<size_t>((r * in.h_q + h) * in.d_v + c);
-        ASSERT_NEAR(got.out[at], out[static_cast<size_t>(c)] / sum, 1e-12);
+  const std::vector<float> sinks = {0.5f, -2};
+  for (const MaskCase& mask : kMasks) {
+    Input in = data.input;
+    in.high_dtype = DType::f32;  // no rounding at all
+    in.causal = mask.causal;
+    in.window = mask.window;
+    in.softcap = mask.softcap;
+    in.sinks = mask.sinks ? sinks.data() : nullptr;
+    const Output got = attend(in, select(in));
+    double sink_mass = 0;
+    for (int64_t r = 0; r < in.s_q; ++r) {
+      for (int h = 0; h < in.h_q; ++h) {
+        std::vector<double> out(static_cast<size_t>(in.d_v), 0.0);
+        const double sink = mask.sinks ? std::exp(static_cast<double>(sinks[static_cast<size_t>(h)])) : 0;
+        double sum = sink;
+        for (int64_t t = 0; t < in.s_kv; ++t) {
+          const int64_t ahead = t - (in.s_kv - in.s_q + r);
+          if ((mask.causal && ahead > 0) || (mask.window > 0 && std::abs(ahead) >= mask.window)) continue;
+          double score = 0;
+          for (int c = 0; c < in.d; ++c) score += in.sm_scale * in.q[(r * in.h_q + h) * in.d + c] * in.k[t * in.d + c];
+          if (mask.softcap > 0) score = mask.softcap * std::tanh(score / mask.softcap);
+          sum += std::exp(score);
+          for (int c = 0; c < in.d_v; ++c) out[static_cast<size_t>(c)] += std::exp(score) * in.v[t * in.d_v + c];
+        }
+        sink_mass += sink / sum / static_cast<double>(in.s_q * in.h_q);
+        ASSERT_NEAR(got.lse[static_cast<size_t>(r * in.h_q + h)], std::log(sum), 1e-12);
+        for (int c = 0; c < in.d_v; ++c) {
+          const size_t at = static_cast<size_t>((r * in.h_q + h) * in.d_v + c);
+          ASSERT_NEAR(got.out[at], out[static_cast<size_t>(c)] / sum, 1e-12);
+        }
       }
     }
+    EXPECT_NEAR(got.mass_above_fp4, 1.0, 1e-12);
+    double mass = 0;
+    for (double share : got.page_mass) mass += share;
+    EXPECT_NEAR(mass, 1.0 - sink_mass, 1e-12);
   }
-  EXPECT_NEAR(got.mass_above_fp4, 1.0, 1e-12);
-  double mass = 0;
-  for (double share : got.page_mass) mass += share;
-  EXPECT_NEAR(mass, 1.0, 1e-12);
+}
+
+TEST(OracleSelect, PagesOutsideTheWindowAreNoCandidatesAndCannotBeForced) {
+  Data data = make("thrift:budget=0.5", 64, 64 * 10);
+  data.input.phase = Phase::decode;
+  data.input.s_q = 1;
+  data.input.window = 150;  // of the row at 639: tokens 490..639, pages 7, 8 and 9
+  const auto blocks = query_blocks(data.input);
+  EXPECT_EQ(blocks[0].first_page, 7);
+  EXPECT_EQ(blocks[0].pages, 10);
+  EXPECT_EQ(pages_of(select(data.input), 0), (std::vector<int>{8, 9}));  // half of three, rounded up: the forced two
+  data.input.window = 128;                                               // from token 512 on
+  EXPECT_EQ(query_blocks(data.input)[0].first_page, 8);
+  data.input.window = 129;
+  EXPECT_EQ(query_blocks(data.input)[0].first_page, 7);
 }
 
 TEST(Oracle, RowsWithoutAVisibleKeyAreEmpty) {
