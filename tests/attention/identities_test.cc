@@ -21,6 +21,7 @@ struct Step {
   Phase phase;
   int64_t rows;
 };
+std::ostream& operator<<(std::ostream& out, const Step& step) { return out << step.name; }
 const Step kSteps[] = {{"prefill", Phase::prefill, 500},
                        {"chunk", Phase::prefill, 77},
                        {"decode", Phase::decode, 1},
@@ -36,6 +37,7 @@ struct Setting {
   float softcap;
   bool sinks;
 };
+std::ostream& operator<<(std::ostream& out, const Setting& setting) { return out << setting.name; }
 const Setting kSettings[] = {
     {"d64", 64, 64, 0, 0, false},
     {"d64_window", 64, 64, 100, 0, false},

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
+#include <ostream>
 #include <random>
 #include <string>
 #include <vector>
@@ -20,6 +21,9 @@ namespace thriftattn::testing {
 struct Shape {
   int h_q = 4, h_kv = 2, d = 64, d_v = 64;
 };
+inline std::ostream& operator<<(std::ostream& out, const Shape& s) {
+  return out << s.h_q << "/" << s.h_kv << " heads of " << s.d << "/" << s.d_v;
+}
 
 // A sequence: queries, keys and values of all its tokens.
 struct Tokens {
