@@ -93,23 +93,30 @@ struct Linear::Panels {
     return it->second;
   }
 
-  void fill(Panel* panel, std::span<const Tensor> tensors);
+  void fill(Panel* panel, std::span<const Tensor> tensors, Rows stored);
   void multiply(const float* x, int64_t rows, float* y, const Panel& panel);
 };
 
-// Gathers the panel's rows from the stacked tensors and puts them into oneDNN's layout for full tiles.
-void Linear::Panels::fill(Panel* panel, std::span<const Tensor> tensors) {
+// Gathers the panel's part of the stacked tensors and puts it into oneDNN's layout for full tiles.
+void Linear::Panels::fill(Panel* panel, std::span<const Tensor> tensors, Rows stored) {
   std::vector<float> rows(panel->columns * inputs);
-  int64_t top = 0;  // first row of the tensor in the stack
-  for (const Tensor& t : tensors) {
-    const int64_t from = std::max(panel->first, top), to = std::min(panel->first + panel->columns, top + t.shape[0]);
-    if (from < to) t.read((from - top) * inputs, (to - from) * inputs, &rows[(from - panel->first) * inputs]);
-    top += t.shape[0];
+  if (stored == Rows::inputs) {
+    for (int64_t i = 0; i < inputs; ++i) {
+      tensors[0].read(i * outputs + panel->first, panel->columns, &rows[i * panel->columns]);
+    }
+  } else {
+    int64_t top = 0;  // first row of the tensor in the stack
+    for (const Tensor& t : tensors) {
+      const int64_t from = std::max(panel->first, top), to = std::min(panel->first + panel->columns, top + t.shape[0]);
+      if (from < to) t.read((from - top) * inputs, (to - from) * inputs, &rows[(from - panel->first) * inputs]);
+      top += t.shape[0];
+    }
   }
   const memory::desc any({inputs, panel->columns}, type, memory::format_tag::any);
   const memory::desc layout =
       describe(type, kTileRows, inputs, panel->columns, outputs, !bias.empty(), any).weights_desc();
-  const memory plain({{inputs, panel->columns}, memory::data_type::f32, memory::format_tag::ba}, engine(), rows.data());
+  const auto order = stored == Rows::inputs ? memory::format_tag::ab : memory::format_tag::ba;
+  const memory plain({{inputs, panel->columns}, memory::data_type::f32, order}, engine(), rows.data());
   panel->weights = memory(layout, engine());
   dnnl::stream stream(engine());
   dnnl::reorder(plain, panel->weights).execute(stream, const_cast<memory&>(plain), panel->weights);
@@ -184,13 +191,13 @@ int64_t Linear::inputs() const { return panels_->inputs; }
 int64_t Linear::outputs() const { return panels_->outputs; }
 
 Result<Linear> Linear::create(std::span<const Tensor> weights, std::span<const Tensor> biases, Compute compute,
-                              ThreadPool& pool) {
+                              ThreadPool& pool, Rows stored) {
   Linear out;
   out.panels_ = std::make_unique<Panels>();
   Panels& p = *out.panels_;
   p.type = compute == Compute::bf16 ? memory::data_type::bf16 : memory::data_type::f32;
-  p.inputs = weights[0].shape[1];
-  for (const Tensor& t : weights) p.outputs += t.shape[0];
+  p.inputs = weights[0].shape[stored == Rows::inputs ? 0 : 1];
+  for (const Tensor& t : weights) p.outputs += t.shape[stored == Rows::inputs ? 1 : 0];
   for (const Tensor& t : biases) {
     p.bias.resize(p.bias.size() + t.shape[0]);
     t.read(0, t.shape[0], &p.bias[p.bias.size() - t.shape[0]]);
@@ -199,7 +206,7 @@ Result<Linear> Linear::create(std::span<const Tensor> weights, std::span<const T
     p.panels.push_back({first, std::min(kPanelColumns, p.outputs - first), {}});
   }
   THRIFTATTN_RETURN_IF_ERROR(
-      on_pool(pool, std::ssize(p.panels), false, [&](int64_t i) { p.fill(&p.panels[i], weights); }));
+      on_pool(pool, std::ssize(p.panels), false, [&](int64_t i) { p.fill(&p.panels[i], weights, stored); }));
   return out;
 }
 

@@ -16,12 +16,15 @@
 
 namespace thriftattn::model {
 
+// How a checkpoint lays a weight out: a row per output channel, or, in experts, a row per input channel.
+enum class Rows : uint8_t { outputs, inputs };
+
 class Linear {
  public:
   // The rows of `weights`, each [n_i, inputs], one below the other; `biases` has as many tensors, each [n_i], or none.
-  // F32 and F16 weights are rounded to BF16 where compute = bf16.
+  // With Rows::inputs there is one weight, [inputs, n]. F32 and F16 weights are rounded to BF16 where compute = bf16.
   static Result<Linear> create(std::span<const Tensor> weights, std::span<const Tensor> biases, Compute compute,
-                               ThreadPool& pool);
+                               ThreadPool& pool, Rows stored = Rows::outputs);
   Linear();
   Linear(Linear&&) noexcept;
   Linear& operator=(Linear&&) noexcept;

@@ -137,6 +137,14 @@ void Tensor::read(int64_t first, int64_t count, float* out) const {
   }
 }
 
+Tensor Tensor::at(int64_t i) const {
+  Tensor t = *this;
+  t.bytes = bytes / shape[0];
+  t.data = data + i * t.bytes;
+  t.shape.erase(t.shape.begin());
+  return t;
+}
+
 Status Safetensors::add_file(const std::string& path) {
   THRIFTATTN_ASSIGN_OR_RETURN(mapping, Mapping::open(path));
   uint64_t header_bytes = 0;

@@ -24,6 +24,8 @@ struct Tensor {
   int64_t elements() const;
   // Copies elements [first, first + count) as floats; F16 and BF16 widen exactly.
   void read(int64_t first, int64_t count, float* out) const;
+  // Element i of the first dimension, i < shape[0]: a view of the same bytes.
+  Tensor at(int64_t i) const;
 };
 
 // "[256, 64]"
@@ -31,6 +33,8 @@ std::string shape_to_string(const std::vector<int64_t>& shape);
 
 class Safetensors {
  public:
+  Safetensors() = default;  // no tensors
+
   // Opens `dir`/model.safetensors, or the shards that `dir`/model.safetensors.index.json lists. Refused, naming file
   // and tensor: a header that is cut short, too long or no JSON; offsets outside the file, overlapping or with gaps;
   // bytes that differ from shape times dtype; a tensor that is not in the shard that the index names.
@@ -43,7 +47,6 @@ class Safetensors {
 
  private:
   struct Mapping;
-  Safetensors() = default;
   Status add_file(const std::string& path);
 
   std::string dir_;

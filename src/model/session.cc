@@ -34,52 +34,74 @@ class Buffer {
 };
 
 struct Activations {
-  RopeAngles angles;
+  RopeAngles angles, local_angles;
   Buffer x, qkv, attended;                       // of all rows of a step
   Buffer normed, projected, gate_up, activated;  // of one chunk of rows
   Buffer logits;
 };
 
-Problem problem_for(const ModelConfig& c, Phase phase, const Method& method, const CacheConfig& cache,
-                    int64_t max_tokens, int64_t max_step, bool stats) {
-  Problem p;
-  p.phase = phase;
-  p.max_s_q = phase == Phase::decode ? std::min<int64_t>(max_step, kMaxDecodeRows) : max_step;
-  p.max_s_kv = max_tokens;
-  p.h_q = c.h_q;
-  p.h_kv = c.h_kv;
-  p.d = c.d;
-  p.d_v = c.d_v;
-  p.method = method;
-  p.cache = cache;
-  p.stats = stats;
-  return p;
+// A plan, or why there is none, and its scratch memory from the first use on.
+struct Planned {
+  Result<Plan> plan;
+  std::optional<Workspace> workspace;
+};
+
+// The KV heads of a layer that run under one plan.
+struct Part {
+  size_t plan;                // of PhasePlans::plans
+  std::vector<int> kv_heads;  // empty = all
+};
+
+// Everything of a phase: its distinct plans, and which of them each layer runs.
+struct PhasePlans {
+  std::vector<Planned> plans;
+  std::vector<std::vector<Part>> layers;
+
+  // The first plan that is refused, or the first layer's.
+  const Result<Plan>& told() const {
+    const auto refused = std::find_if(plans.begin(), plans.end(), [](const Planned& p) { return !p.plan.ok(); });
+    return refused == plans.end() ? plans.front().plan : refused->plan;
+  }
+};
+
+// `problem` has all but the windows.
+PhasePlans plan_layers(const ModelConfig& c, Problem problem, const Machine& machine) {
+  PhasePlans out;
+  std::vector<int64_t> windows;  // of the plans
+  for (const int64_t window : c.windows) {
+    problem.window = window < problem.max_s_kv ? window : 0;  // a window that holds everything is none
+    size_t i = 0;
+    while (i < out.plans.size() && windows[i] != problem.window) ++i;
+    if (i == out.plans.size()) {
+      windows.push_back(problem.window);
+      out.plans.push_back({thriftattn::plan(problem, machine), {}});
+    }
+    out.layers.push_back({{i, {}}});
+  }
+  return out;
 }
 
 }  // namespace
 
 struct Session::State {
-  // Everything of a phase: the plan, or why there is none, and its scratch memory from the first use on.
-  struct PhasePlan {
-    Result<Plan> plan;
-    std::optional<Workspace> workspace;
-  };
-
   const Model* model;
   ThreadPool* pool;
   Method method;
   int64_t max_tokens, max_step;
+  Attention replaced;  // SessionOptions::attention
   KvCache cache;
-  PhasePlan prefill, decode;
-  std::vector<float> frequencies;
+  PhasePlans prefill, decode;
+  std::vector<float> frequencies, local_frequencies;
   Stats stats = {};
 
   Activations buffers = {};
 
-  PhasePlan& of(Phase phase) { return phase == Phase::decode ? decode : prefill; }
+  PhasePlans& of(Phase phase) { return phase == Phase::decode ? decode : prefill; }
   Status check(SeqId seq, std::span<const int32_t> tokens, Phase phase);
   Status forward(SeqId seq, std::span<const int32_t> tokens, Phase phase, LogitRows rows, const LogitSink& sink,
                  const Advance& advance);
+  Status attend(Phase phase, const LayerStep& step);
+  Status mlp(const LayerWeights& l, const float* x, int64_t rows, float* y);
   Status write_logits(const float* hidden, int64_t n, LogitRows rows, const LogitSink& sink);
 };
 
@@ -98,22 +120,19 @@ Status Session::State::forward(SeqId seq, std::span<const int32_t> tokens, Phase
   float *k = q + q_width, *v = k + k_width;  // q, k and v of a token stand side by side
   float* attended = buffers.attended.at_least(n * out_width);
   float *normed = buffers.normed.at_least(chunk * hidden), *projected = buffers.projected.at_least(chunk * hidden);
-  float* gate_up = buffers.gate_up.at_least(chunk * 2 * c.intermediate);
-  float* activated = buffers.activated.at_least(chunk * c.intermediate);
-  const View k_view{k, DType::f32, n, c.h_kv, c.d, qkv_width, c.d},
-      v_view{v, DType::f32, n, c.h_kv, c.d_v, qkv_width, c.d_v};
+  LayerStep step;
+  step.seq = seq;
+  step.past = past;
+  step.q = {q, DType::f32, n, c.h_q, c.d, qkv_width, c.d};
+  step.k = {k, DType::f32, n, c.h_kv, c.d, qkv_width, c.d};
+  step.v = {v, DType::f32, n, c.h_kv, c.d_v, qkv_width, c.d_v};
+  step.out = mutable_view(attended, n, c.h_q, c.d_v);
 
-  PhasePlan& at = of(phase);
-  AttendArgs attend;
-  attend.cache = &cache;
-  attend.seqs = {&seq, 1};
-  attend.s_q = {&n, 1};
-  attend.q = {q, DType::f32, n, c.h_q, c.d, qkv_width, c.d};
-  attend.out = mutable_view(attended, n, c.h_q, c.d_v);
-  attend.stats = &stats;
-
-  embed(w.embedding, tokens, x, *pool);
-  rope_angles(frequencies, past, n, &buffers.angles, *pool);
+  embed(w.embedding, tokens, c.embedding_scale, x, *pool);
+  rope_angles(frequencies, c.rope.attention_factor, past, n, &buffers.angles, *pool);
+  if (c.local_rope) {
+    rope_angles(local_frequencies, c.local_rope->attention_factor, past, n, &buffers.local_angles, *pool);
+  }
   for (int layer = 0; layer < c.layers; ++layer) {
     const LayerWeights& l = w.layers[layer];
     for (int64_t i = 0; i < n; i += chunk) {
@@ -125,28 +144,66 @@ Status Session::State::forward(SeqId seq, std::span<const int32_t> tokens, Phase
       rms_norm(q, n, c.h_q, c.d, qkv_width, l.q_norm.data(), c.norm_eps, q, *pool);
       rms_norm(k, n, c.h_kv, c.d, qkv_width, l.k_norm.data(), c.norm_eps, k, *pool);
     }
-    rope(buffers.angles, q, n, c.h_q, c.d, qkv_width, *pool);
-    rope(buffers.angles, k, n, c.h_kv, c.d, qkv_width, *pool);
+    const RopeAngles& angles = c.local_rope && c.windows[layer] > 0 ? buffers.local_angles : buffers.angles;
+    rope(angles, q, n, c.h_q, c.d, qkv_width, *pool);
+    rope(angles, k, n, c.h_kv, c.d, qkv_width, *pool);
+    if (c.temperature_beta != 0) {
+      grow_by_position(c.temperature_beta, c.rope.original_max_positions, past, q, n, q_width, qkv_width, *pool);
+    }
 
-    THRIFTATTN_RETURN_IF_ERROR(cache.append(seq, layer, k_view, v_view, *pool));
-    attend.layer = layer;
-    THRIFTATTN_RETURN_IF_ERROR(run(*at.plan, *at.workspace, *pool, attend));
+    step.layer = layer;
+    THRIFTATTN_RETURN_IF_ERROR(cache.append(seq, layer, step.k, step.v, *pool));
+    THRIFTATTN_RETURN_IF_ERROR(attend(phase, step));
     THRIFTATTN_RETURN_IF_ERROR(cache.settle(seq, layer));
 
     for (int64_t i = 0; i < n; i += chunk) {
       const int64_t m = std::min(chunk, n - i);
       float* rows_of_x = x + i * hidden;
+      const auto norm = [&](const float* from, const std::vector<float>& weight, float* to) {
+        rms_norm(from, m, 1, hidden, hidden, weight.data(), c.norm_eps, to, *pool);
+      };
       THRIFTATTN_RETURN_IF_ERROR(l.o.apply(attended + i * out_width, m, projected, *pool));
+      if (c.output_norms) norm(projected, l.attention_output_norm, projected);
       add(rows_of_x, projected, m, hidden, *pool);
-      rms_norm(rows_of_x, m, 1, hidden, hidden, l.mlp_norm.data(), c.norm_eps, normed, *pool);
-      THRIFTATTN_RETURN_IF_ERROR(l.gate_up.apply(normed, m, gate_up, *pool));
-      silu_multiply(gate_up, m, c.intermediate, activated, *pool);
-      THRIFTATTN_RETURN_IF_ERROR(l.down.apply(activated, m, projected, *pool));
+      norm(rows_of_x, l.mlp_norm, normed);
+      THRIFTATTN_RETURN_IF_ERROR(mlp(l, normed, m, projected));
+      if (c.output_norms) norm(projected, l.mlp_output_norm, projected);
       add(rows_of_x, projected, m, hidden, *pool);
     }
     if (advance && !advance(static_cast<double>(layer + 1) / c.layers)) return Status(Code::cancelled, "cancelled");
   }
   return write_logits(x, n, rows, sink);
+}
+
+// Every part of the layer's KV heads under its own plan.
+Status Session::State::attend(Phase phase, const LayerStep& step) {
+  if (replaced) return replaced(step);
+  const std::vector<float>& sinks = model->weights().layers[step.layer].sinks;
+  AttendArgs args;
+  args.cache = &cache;
+  args.layer = step.layer;
+  args.seqs = {&step.seq, 1};
+  args.s_q = {&step.q.tokens, 1};
+  args.q = step.q;
+  args.out = step.out;
+  args.sinks = sinks.empty() ? nullptr : sinks.data();
+  args.stats = &stats;
+  for (const Part& part : of(phase).layers[step.layer]) {
+    Planned& at = of(phase).plans[part.plan];
+    args.kv_heads = part.kv_heads;
+    THRIFTATTN_RETURN_IF_ERROR(run(*at.plan, *at.workspace, *pool, args));
+  }
+  return {};
+}
+
+Status Session::State::mlp(const LayerWeights& l, const float* x, int64_t rows, float* y) {
+  const ModelConfig& c = model->config();
+  if (c.experts > 0) return apply(l.experts, c, x, rows, y, *pool);
+  float* gate_up = buffers.gate_up.at_least(rows * 2 * c.intermediate);
+  float* activated = buffers.activated.at_least(rows * c.intermediate);
+  THRIFTATTN_RETURN_IF_ERROR(l.gate_up.apply(x, rows, gate_up, *pool));
+  gate_multiply(c.activation, gate_up, rows, c.intermediate, activated, *pool);
+  return l.down.apply(activated, rows, y, *pool);
 }
 
 Status Session::State::write_logits(const float* x, int64_t n, LogitRows rows, const LogitSink& sink) {
@@ -159,6 +216,7 @@ Status Session::State::write_logits(const float* x, int64_t n, LogitRows rows, c
     float *normed = buffers.normed.at_least(m * c.hidden), *logits = buffers.logits.at_least(m * c.vocab);
     rms_norm(x + i * c.hidden, m, 1, c.hidden, c.hidden, w.norm.data(), c.norm_eps, normed, *pool);
     THRIFTATTN_RETURN_IF_ERROR(w.logits.apply(normed, m, logits, *pool));
+    if (c.logit_softcap != 0) soft_cap(c.logit_softcap, logits, m, c.vocab, *pool);
     sink(i, m, logits);
   }
   return {};
@@ -202,13 +260,26 @@ Result<Session> Session::create(const Model& model, const Method& method, const 
   cache_config.min_max |= for_prefill.min_max;
   cache_config.variance |= for_prefill.variance;
   cache_config.max_bytes = options.max_cache_bytes;
+  Problem problem;
+  problem.max_s_kv = max_tokens;
+  problem.h_q = c.h_q;
+  problem.h_kv = c.h_kv;
+  problem.d = c.d;
+  problem.d_v = c.d_v;
+  problem.sm_scale = static_cast<float>(c.sm_scale);
+  problem.softcap = static_cast<float>(c.attention_softcap);
+  problem.cache = cache_config;
+  problem.stats = options.collect_stats;
   const Machine machine = Machine::here(pool.size());
-  const auto plan_for = [&](Phase phase, const Method& m) {
-    return thriftattn::plan(problem_for(c, phase, m, cache_config, max_tokens, max_step, options.collect_stats),
-                            machine);
+  const auto plan_phase = [&](Phase phase, const Method& of_phase, int64_t max_rows) {
+    problem.phase = phase;
+    problem.method = of_phase;
+    problem.max_s_q = max_rows;
+    return plan_layers(c, problem, machine);
   };
-  Result<Plan> prefill = plan_for(Phase::prefill, prefill_method), decode = plan_for(Phase::decode, method);
-  if (!prefill.ok() && !decode.ok()) return prefill.status();
+  PhasePlans prefill = plan_phase(Phase::prefill, prefill_method, max_step),
+             decode = plan_phase(Phase::decode, method, std::min<int64_t>(max_step, kMaxDecodeRows));
+  if (!prefill.told().ok() && !decode.told().ok() && !options.attention) return prefill.told().status();
   THRIFTATTN_ASSIGN_OR_RETURN(cache, KvCache::create(cache_config));
   return Session(std::unique_ptr<State>(new State{
       .model = &model,
@@ -216,10 +287,12 @@ Result<Session> Session::create(const Model& model, const Method& method, const 
       .method = method,
       .max_tokens = max_tokens,
       .max_step = max_step,
+      .replaced = options.attention,
       .cache = std::move(cache),
-      .prefill = {std::move(prefill), {}},
-      .decode = {std::move(decode), {}},
+      .prefill = std::move(prefill),
+      .decode = std::move(decode),
       .frequencies = rope_frequencies(c.rope, c.d),
+      .local_frequencies = rope_frequencies(c.local_rope.value_or(c.rope), c.d),
   }));
 }
 
@@ -230,13 +303,14 @@ Session::~Session() = default;
 
 Status Session::forward(SeqId seq, std::span<const int32_t> tokens, Phase phase, LogitRows rows, const LogitSink& sink,
                         const Advance& advance) {
-  State::PhasePlan& at = state_->of(phase);
-  if (!at.plan.ok()) return at.plan.status();
+  PhasePlans& at = state_->of(phase);
+  if (!at.told().ok() && !state_->replaced) return at.told().status();
   THRIFTATTN_RETURN_IF_ERROR(state_->check(seq, tokens, phase));
   try {
-    if (!at.workspace) {
-      THRIFTATTN_ASSIGN_OR_RETURN(workspace, Workspace::create(*at.plan));
-      at.workspace = std::move(workspace);
+    for (Planned& p : at.plans) {
+      if (p.workspace || !p.plan.ok()) continue;
+      THRIFTATTN_ASSIGN_OR_RETURN(workspace, Workspace::create(*p.plan));
+      p.workspace = std::move(workspace);
     }
     return state_->forward(seq, tokens, phase, rows, sink, advance);
   } catch (const std::bad_alloc&) {
@@ -293,7 +367,7 @@ const Model& Session::model() const { return *state_->model; }
 const Method& Session::method() const { return state_->method; }
 const KvCache& Session::cache() const { return state_->cache; }
 int64_t Session::vocab() const { return state_->model->config().vocab; }
-const Result<Plan>& Session::plan(Phase phase) const { return state_->of(phase).plan; }
+const Result<Plan>& Session::plan(Phase phase) const { return state_->of(phase).told(); }
 const Stats& Session::stats() const { return state_->stats; }
 
 }  // namespace thriftattn::model

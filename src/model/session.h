@@ -21,6 +21,16 @@
 
 namespace thriftattn::model {
 
+// Attention of one layer over a step's tokens and all before them.
+struct LayerStep {
+  SeqId seq = 0;
+  int layer = 0;
+  int64_t past = 0;  // tokens of the sequence before the step
+  View q, k, v;      // the step's, F32, K after RoPE: [n, h_q, d], [n, h_kv, d], [n, h_kv, d_v]
+  MutableView out;   // [n, h_q, d_v], F32
+};
+using Attention = std::function<Status(const LayerStep&)>;
+
 struct SessionOptions {
   int64_t max_tokens = 0;  // of one sequence; 0 = the model's positions
   int64_t max_step = 0;    // tokens of one forward; 0 = max_tokens
@@ -28,6 +38,9 @@ struct SessionOptions {
   std::optional<Method> prefill_method = {};
   int64_t max_cache_bytes = 0;  // 0 = no limit
   bool collect_stats = false;   // fill the costly part of Stats too (Problem::stats)
+  // For tests and experiments: computes attention in place of the method's kernels. What an architecture asks of it
+  // (window, scale, soft-cap, sinks) is in Model::config() and weights(). The cache is filled all the same.
+  Attention attention = nullptr;
 };
 
 // The rows of a step whose logits are wanted.
@@ -69,7 +82,8 @@ class Session {
   const Method& method() const;
   const KvCache& cache() const;
   int64_t vocab() const;
-  // The plan of a phase, or why there is none.
+  // The plan of a phase, or why there is none. Where layers differ in their window, each kind has a plan of its own;
+  // this is the first layer's, or the first that is refused.
   const Result<Plan>& plan(Phase phase) const;
   // Sums over all forwards and layers since the session was made.
   const Stats& stats() const;

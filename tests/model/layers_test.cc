@@ -55,7 +55,7 @@ TEST(Layers, SiluMultiplyFollowsItsDefinitionForAnyGate) {
   x[1] = -1000;
   x[2] = 0;
   std::vector<float> y(kOdd);
-  silu_multiply(x.data(), 1, kOdd, y.data(), pool);
+  gate_multiply(Activation::silu, x.data(), 1, kOdd, y.data(), pool);
   for (int64_t c = 0; c < kOdd; ++c) {
     const double want = x[c] / (1 + std::exp(-double{x[c]})) * x[kOdd + c];
     EXPECT_NEAR(y[c], want, 1e-6 + 1e-6 * std::abs(want)) << x[c];
@@ -69,7 +69,7 @@ TEST(Layers, RopeTurnsPairsByThePositionsAngle) {
   auto y = x;
   RopeAngles angles;
   const auto frequencies = rope_frequencies({.theta = 10000}, d);
-  rope_angles(frequencies, 100, rows, &angles, pool);
+  rope_angles(frequencies, 1, 100, rows, &angles, pool);
   rope(angles, y.data(), rows, heads, d, stride, pool);
   for (int row = 0; row < rows; ++row) {
     for (int h = 0; h < heads; ++h) {

@@ -6,7 +6,10 @@
 #include <cmath>
 #include <filesystem>
 #include <fstream>
+#include <map>
 #include <nlohmann/json.hpp>
+
+#include "model/weights.h"
 
 namespace thriftattn::model {
 namespace {
@@ -15,24 +18,47 @@ namespace fs = std::filesystem;
 using Json = nlohmann::json;
 
 constexpr int64_t kVocab = 300;
-const char* const kVariants[] = {"f32-tied", "bf16-llama3", "f16-linear"};
 
-std::string folder(const std::string& variant) { return THRIFTATTN_SOURCE_DIR "/tests/data/tiny-llama-" + variant; }
+struct Folder {
+  const char* name;
+  // The largest error of one logit, of order 1, through an FP16 cache: `moved` to float32, twice what the two golden
+  // files differ by; `same` to float32 with the same roundings, where F32 noise crosses a rounding boundary of the
+  // cache.
+  double moved, same;
+};
+const Folder kFolders[] = {
+    {"llama-f32-tied", 5e-3, 1e-3},
+    {"llama-bf16-llama3", 5e-3, 1e-3},
+    {"llama-f16-linear", 5e-3, 1e-3},
+    {"qwen2", 5e-3, 1e-3},
+    {"qwen3", 8e-3, 1e-3},
+    {"mistral", 8e-3, 1e-3},
+    {"ministral", 1e-2, 1e-3},
+    {"ministral3", 1e-2, 1e-3},
+    {"gemma2", 5e-3, 1e-3},
+    {"gemma3", 1e-2, 1e-3},
+    {"gpt-oss", 5e-3, 1e-3},
+};
+
+std::string folder(const std::string& name) { return THRIFTATTN_SOURCE_DIR "/tests/data/tiny-" + name; }
 
 struct Golden {
   std::vector<int32_t> tokens;
-  std::vector<float> logits;            // [tokens / 2, vocab], rows 1, 3, 5, ...: everything in float32
+  int64_t every = 0;                    // the logits are of rows every - 1, 2 every - 1, ...
+  std::vector<float> logits;            // [tokens / every, vocab]: everything in float32
   std::vector<float> logits_f16_cache;  // the same with keys and values rounded to FP16
 };
 
-Golden golden(const std::string& variant) {
+Golden golden(const std::string& name) {
   Golden g;
-  g.tokens = Json::parse(std::ifstream(folder(variant) + "/golden.json"))["tokens"].get<std::vector<int32_t>>();
-  const auto read = [&](const char* name) {
-    std::vector<float> out(g.tokens.size() / 2 * kVocab);
+  const Json json = Json::parse(std::ifstream(folder(name) + "/golden.json"));
+  g.tokens = json["tokens"].get<std::vector<int32_t>>();
+  g.every = json.value("every", 2);
+  const auto read = [&](const char* file_name) {
+    std::vector<float> out(g.tokens.size() / g.every * kVocab);
     const auto bytes = static_cast<std::streamsize>(out.size() * sizeof(float));
-    std::ifstream file(folder(variant) + "/" + name, std::ios::binary);
-    EXPECT_TRUE(file.read(reinterpret_cast<char*>(out.data()), bytes)) << name;
+    std::ifstream file(folder(name) + "/" + file_name, std::ios::binary);
+    EXPECT_TRUE(file.read(reinterpret_cast<char*>(out.data()), bytes)) << file_name;
     return out;
   };
   g.logits = read("logits.bin");
@@ -40,11 +66,12 @@ Golden golden(const std::string& variant) {
   return g;
 }
 
-std::vector<float> odd_rows(const std::vector<float>& logits) {
+// Rows every - 1, 2 every - 1, ... of `logits`.
+std::vector<float> golden_rows(const std::vector<float>& logits, const Golden& g) {
   std::vector<float> out;
-  for (size_t at = kVocab; at < logits.size(); at += 2 * kVocab) {
-    out.insert(out.end(), logits.begin() + static_cast<int64_t>(at),
-               logits.begin() + static_cast<int64_t>(at) + kVocab);
+  for (size_t end = g.every * kVocab; end <= logits.size(); end += g.every * kVocab) {
+    out.insert(out.end(), logits.begin() + static_cast<int64_t>(end) - kVocab,
+               logits.begin() + static_cast<int64_t>(end));
   }
   return out;
 }
@@ -61,8 +88,8 @@ double distance(const std::vector<float>& a, const std::vector<float>& b) {
 
 // A tiny model with threads of its own.
 struct Tiny {
-  explicit Tiny(const std::string& variant, Compute compute = Compute::f32, int threads = 2) : pool(threads) {
-    auto loaded = Model::load(folder(variant), compute, pool);
+  explicit Tiny(const std::string& name, Compute compute = Compute::f32, int threads = 2) : pool(threads) {
+    auto loaded = Model::load(folder(name), compute, pool);
     EXPECT_TRUE(loaded.ok()) << loaded.status().message();
     model = std::make_unique<Model>(std::move(*loaded));
   }
@@ -95,73 +122,183 @@ std::vector<float> one_shot(Session& session, std::span<const int32_t> tokens) {
   return feed(session, session.new_sequence(), tokens, Phase::prefill, std::ssize(tokens));
 }
 
-// The cache rounds K and V to FP16, a relative 5e-4, which moves these logits (|logit| up to 5) by up to 3.6e-3: the
-// difference of the two golden files.
-constexpr double kFp16Cache = 5e-3;
+// Attention by its definition, in double precision over keys and values that stay in F32.
+class ExactAttention {
+ public:
+  explicit ExactAttention(const Model& model) : model_(&model) {}
+
+  Status operator()(const LayerStep& step) {
+    const ModelConfig& c = model_->config();
+    const std::vector<float>& sinks = model_->weights().layers[step.layer].sinks;
+    Past& past = past_[{step.seq, step.layer}];
+    EXPECT_EQ(std::ssize(past.k), step.past * c.h_kv * c.d);
+    for (int64_t i = 0; i < step.k.tokens; ++i) {
+      for (int g = 0; g < c.h_kv; ++g) {
+        const auto *k = reinterpret_cast<const float*>(step.k.at(i, g)),
+                   *v = reinterpret_cast<const float*>(step.v.at(i, g));
+        past.k.insert(past.k.end(), k, k + c.d);
+        past.v.insert(past.v.end(), v, v + c.d_v);
+      }
+    }
+    for (int64_t i = 0; i < step.q.tokens; ++i) {
+      const int64_t position = step.past + i, window = c.windows[step.layer];
+      const int64_t first = window ? std::max<int64_t>(0, position - window + 1) : 0;
+      for (int h = 0; h < c.h_q; ++h) {
+        const int g = h / (c.h_q / c.h_kv);
+        const auto* q = reinterpret_cast<const float*>(step.q.at(i, h));
+        auto* out = reinterpret_cast<float*>(step.out.at(i, h));
+        std::vector<double> scores, sum(c.d_v);
+        for (int64_t j = first; j <= position; ++j) {
+          double score = 0;
+          for (int t = 0; t < c.d; ++t) score += double{q[t]} * past.k[(j * c.h_kv + g) * c.d + t];
+          score *= c.sm_scale;
+          scores.push_back(c.attention_softcap ? c.attention_softcap * std::tanh(score / c.attention_softcap) : score);
+        }
+        double l = sinks.empty() ? 0 : std::exp(double{sinks[h]});
+        for (int64_t j = first; j <= position; ++j) {
+          const double p = std::exp(scores[j - first]);
+          l += p;
+          for (int t = 0; t < c.d_v; ++t) sum[t] += p * past.v[(j * c.h_kv + g) * c.d_v + t];
+        }
+        for (int t = 0; t < c.d_v; ++t) out[t] = static_cast<float>(sum[t] / l);
+      }
+    }
+    return {};
+  }
+
+ private:
+  struct Past {
+    std::vector<float> k, v;  // [tokens, h_kv, d], [tokens, h_kv, d_v]
+  };
+  const Model* model_;
+  std::map<std::pair<SeqId, int>, Past> past_;
+};
+
+constexpr double kExact = 1e-3;
 // Two ways through the same roundings: they differ where F32 noise crosses a rounding boundary of the cache.
 constexpr double kSameRoundings = 1e-3;
 
-void expect_golden(const std::string& variant, const std::vector<float>& logits, const Golden& g) {
-  const double exact = distance(odd_rows(logits), g.logits), rounded = distance(odd_rows(logits), g.logits_f16_cache);
-  std::printf("%s: largest difference to float32 %.2g, to float32 with an FP16 cache %.2g\n", variant.c_str(), exact,
-              rounded);
-  EXPECT_LT(exact, kFp16Cache) << variant;
-  EXPECT_LT(rounded, kSameRoundings) << variant;
+// A prefill of part of the tokens, which ends within a page, and decode steps of one token.
+std::vector<float> part_by_part(Session& session, std::span<const int32_t> tokens, int64_t prefilled) {
+  const SeqId seq = session.new_sequence();
+  auto logits = feed(session, seq, tokens.first(prefilled), Phase::prefill, prefilled);
+  const auto rest = feed(session, seq, tokens.subspan(prefilled), Phase::decode, 1);
+  logits.insert(logits.end(), rest.begin(), rest.end());
+  return logits;
+}
+
+TEST(GoldenLogits, WithExactAttentionTheForwardPassEqualsTransformers) {
+  for (const Folder& f : kFolders) {
+    Tiny tiny(f.name);
+    Session session = tiny.session("fp16", {.attention = ExactAttention(*tiny.model)});
+    const Golden g = golden(f.name);
+    const double whole = distance(golden_rows(one_shot(session, g.tokens), g), g.logits);
+    const double parts = distance(golden_rows(part_by_part(session, g.tokens, 70), g), g.logits);
+    std::printf("%-18s largest difference: prefill %.2g, prefill and decode %.2g\n", f.name, whole, parts);
+    EXPECT_LT(whole, kExact) << f.name;
+    EXPECT_LT(parts, kExact) << f.name;
+  }
+}
+
+void expect_golden(const Folder& f, const char* how, const std::vector<float>& logits, const Golden& g) {
+  const double moved = distance(golden_rows(logits, g), g.logits),
+               same = distance(golden_rows(logits, g), g.logits_f16_cache);
+  std::printf("%-18s %s: largest difference to float32 %.2g, to float32 with an FP16 cache %.2g\n", f.name, how, moved,
+              same);
+  EXPECT_LT(moved, f.moved) << f.name;
+  EXPECT_LT(same, f.same) << f.name;
 }
 
 TEST(GoldenLogits, PrefillEqualsTransformers) {
-  for (const char* variant : kVariants) {
-    Tiny tiny(variant);
+  for (const Folder& f : kFolders) {
+    Tiny tiny(f.name);
     Session session = tiny.session("fp16");
-    const Golden g = golden(variant);
-    expect_golden(variant, one_shot(session, g.tokens), g);
+    const Golden g = golden(f.name);
+    expect_golden(f, "prefill", one_shot(session, g.tokens), g);
   }
 }
 
 TEST(GoldenLogits, DecodeTokenByTokenEqualsTransformers) {
-  for (const char* variant : kVariants) {
-    Tiny tiny(variant);
+  for (const Folder& f : kFolders) {
+    Tiny tiny(f.name);
     Session session = tiny.session("fp16");
-    const Golden g = golden(variant);
-    expect_golden(variant, feed(session, session.new_sequence(), g.tokens, Phase::decode, 1), g);
+    const Golden g = golden(f.name);
+    expect_golden(f, "decode", feed(session, session.new_sequence(), g.tokens, Phase::decode, 1), g);
+    expect_golden(f, "prefill and decode", part_by_part(session, g.tokens, 70), g);
   }
 }
 
 TEST(GoldenLogits, Bf16ProductsStayNear) {
   if (!has_native_bf16()) GTEST_SKIP() << "no native BF16 here";
-  for (const char* variant : kVariants) {
-    Tiny tiny(variant, Compute::bf16);
+  for (const Folder& f : kFolders) {
+    Tiny tiny(f.name, Compute::bf16);
     Session session = tiny.session("fp16");
-    const Golden g = golden(variant);
-    const auto logits = odd_rows(one_shot(session, g.tokens));
+    const Golden g = golden(f.name);
+    const auto logits = golden_rows(one_shot(session, g.tokens), g);
     double squares = 0;
     for (size_t i = 0; i < logits.size(); ++i) squares += std::pow(logits[i] - g.logits[i], 2);
-    EXPECT_LT(std::sqrt(squares / static_cast<double>(logits.size())), 0.05) << variant;  // logits: about 1.2
+    const double error = std::sqrt(squares / static_cast<double>(logits.size()));
+    std::printf("%-18s root of the mean squared difference: %.2g\n", f.name, error);
+    EXPECT_LT(error, 0.05) << f.name;  // logits: about 1.2
   }
 }
 
-TEST(GoldenLogits, EveryRopeFormMatters) {
-  // The tolerance would be worthless if logits did not depend on what the variants change.
-  const Golden g = golden("bf16-llama3");
-  const fs::path copy = fs::path(testing::TempDir()) / "rope_form";
-  fs::remove_all(copy);
-  fs::copy(folder("bf16-llama3"), copy, fs::copy_options::recursive);
-  Json config = Json::parse(std::ifstream(copy / "config.json"));
-  config["rope_parameters"] = {{"rope_type", "default"}, {"rope_theta", 10000.0}};
-  std::ofstream(copy / "config.json") << config;
+// The tolerance would be worthless if logits did not depend on what the architectures differ in.
+TEST(GoldenLogits, EveryChoiceOfAnArchitectureMatters) {
+  struct Change {
+    const char* folder;
+    Json patch;  // of config.json
+  };
+  const Json nothing = nullptr;
+  const Change changes[] = {
+      {"llama-bf16-llama3", {{"rope_parameters", {{"rope_type", "default"}}}}},
+      {"qwen2", {{"use_sliding_window", false}, {"layer_types", nothing}}},
+      {"qwen2", {{"sliding_window", 41}}},
+      {"mistral", {{"sliding_window", nothing}}},
+      {"mistral", {{"sliding_window", 39}}},
+      {"ministral", {{"layer_types", {"sliding_attention", "sliding_attention", "full_attention"}}}},
+      {"ministral", {{"rope_parameters", {{"rope_type", "linear"}}}}},
+      {"ministral", {{"rope_parameters", {{"attention_factor", 1.0}}}}},
+      {"ministral3", {{"rope_parameters", {{"mscale_all_dim", 1.0}}}}},
+      {"ministral3", {{"rope_parameters", {{"beta_fast", 32.0}}}}},
+      {"ministral3", {{"rope_parameters", {{"beta_slow", 1.0}}}}},
+      {"ministral3", {{"rope_parameters", {{"llama_4_scaling_beta", 0.0}}}}},
+      {"gemma2", {{"attn_logit_softcapping", nothing}}},
+      {"gemma2", {{"final_logit_softcapping", nothing}}},
+      {"gemma2", {{"query_pre_attn_scalar", 64}}},
+      {"gemma2", {{"hidden_activation", "silu"}}},
+      {"gemma3", {{"rope_parameters", {{"full_attention", {{"factor", 1.0}}}}}}},
+      {"gemma3", {{"rope_parameters", {{"sliding_attention", {{"rope_theta", 1e6}}}}}}},
+      {"gpt-oss", {{"rope_parameters", {{"truncate", true}}}}},
+      {"gpt-oss", {{"swiglu_limit", 7.0}}},
+      {"gpt-oss", {{"num_experts_per_tok", 3}}},
+  };
+  const fs::path copy = fs::path(testing::TempDir()) / "changed_model";
   ThreadPool pool(2);
-  const auto model = Model::load(copy.string(), Compute::f32, pool);
-  ASSERT_TRUE(model.ok()) << model.status().message();
-  auto session = Session::create(*model, *parse_method("fp16"), {}, pool);
-  ASSERT_TRUE(session.ok());
-  EXPECT_GT(distance(odd_rows(one_shot(*session, g.tokens)), g.logits), 10 * kFp16Cache);
+  for (const Change& change : changes) {
+    fs::remove_all(copy);
+    fs::copy(folder(change.folder), copy, fs::copy_options::recursive);
+    Json config = Json::parse(std::ifstream(copy / "config.json"));
+    config.merge_patch(change.patch);
+    for (const auto& [key, value] : change.patch.items()) {
+      if (value.is_null()) config[key] = nullptr;  // a patch would drop the key
+    }
+    std::ofstream(copy / "config.json") << config;
+    const Golden g = golden(change.folder);
+    const auto model = Model::load(copy.string(), Compute::f32, pool);
+    ASSERT_TRUE(model.ok()) << model.status().message();
+    auto session = Session::create(*model, *parse_method("fp16"), {.attention = ExactAttention(*model)}, pool);
+    ASSERT_TRUE(session.ok()) << session.status().message();
+    EXPECT_GT(distance(golden_rows(one_shot(*session, g.tokens), g), g.logits), 10 * kExact)
+        << change.folder << " " << change.patch;
+  }
   fs::remove_all(copy);
 }
 
 TEST(Session, ChunkedAndOneShotPrefillAgree) {
-  Tiny tiny("f32-tied");
+  Tiny tiny("llama-f32-tied");
   Session session = tiny.session("fp16");
-  const Golden g = golden("f32-tied");
+  const Golden g = golden("llama-f32-tied");
   const auto whole = one_shot(session, g.tokens);
   for (const int64_t step : {16, 64, 100}) {
     EXPECT_LT(distance(feed(session, session.new_sequence(), g.tokens, Phase::prefill, step), whole), kSameRoundings)
@@ -174,10 +311,10 @@ TEST(Session, ChunkedAndOneShotPrefillAgree) {
 }
 
 TEST(Session, ThreadsDoNotChangeTheLogits) {
-  const Golden g = golden("f32-tied");
+  const Golden g = golden("llama-f32-tied");
   std::vector<float> logits[2];
   for (int i = 0; i < 2; ++i) {
-    Tiny tiny("f32-tied", Compute::f32, 1 + 2 * i);
+    Tiny tiny("llama-f32-tied", Compute::f32, 1 + 2 * i);
     Session session = tiny.session("thrift");
     logits[i] = one_shot(session, g.tokens);
   }
@@ -185,9 +322,9 @@ TEST(Session, ThreadsDoNotChangeTheLogits) {
 }
 
 TEST(Session, ForksContinueIndependently) {
-  Tiny tiny("f32-tied");
+  Tiny tiny("llama-f32-tied");
   Session session = tiny.session("thrift");
-  const Golden g = golden("f32-tied");
+  const Golden g = golden("llama-f32-tied");
   const std::span<const int32_t> tokens(g.tokens), context = tokens.first(140), rest = tokens.subspan(140);
   const SeqId seq = session.new_sequence();
   feed(session, seq, context, Phase::prefill, 140);
@@ -207,8 +344,8 @@ TEST(Session, ForksContinueIndependently) {
 }
 
 TEST(Session, ACopiedContextContinuesLikeItsOwn) {
-  Tiny tiny("f32-tied");
-  const Golden g = golden("f32-tied");
+  Tiny tiny("llama-f32-tied");
+  const Golden g = golden("llama-f32-tied");
   const std::span<const int32_t> tokens(g.tokens), context = tokens.first(140), rest = tokens.subspan(140);
   Session reader = tiny.session("fp16");
   const SeqId read = reader.new_sequence();
@@ -228,8 +365,8 @@ TEST(Session, ACopiedContextContinuesLikeItsOwn) {
 }
 
 TEST(Session, ThePrefillMethodReadsTheContextAndTheMethodTheRest) {
-  Tiny tiny("f32-tied");
-  const Golden g = golden("f32-tied");
+  Tiny tiny("llama-f32-tied");
+  const Golden g = golden("llama-f32-tied");
   Session fp16 = tiny.session("fp16"), fp4 = tiny.session("fp4");
   Session mixed = tiny.session("fp4", {.prefill_method = *parse_method("fp16")});
   const auto expected = one_shot(fp16, g.tokens), coarse = one_shot(fp4, g.tokens), got = one_shot(mixed, g.tokens);
@@ -238,9 +375,9 @@ TEST(Session, ThePrefillMethodReadsTheContextAndTheMethodTheRest) {
 }
 
 TEST(Session, LogitRowsChooseWhatTheSinkSees) {
-  Tiny tiny("f32-tied");
+  Tiny tiny("llama-f32-tied");
   Session session = tiny.session("fp16");
-  const Golden g = golden("f32-tied");
+  const Golden g = golden("llama-f32-tied");
   const auto all = one_shot(session, g.tokens);
   int64_t calls = 0;
   std::vector<float> last;
@@ -258,9 +395,9 @@ TEST(Session, LogitRowsChooseWhatTheSinkSees) {
 }
 
 TEST(Session, CancellingStopsBetweenLayers) {
-  Tiny tiny("f32-tied");
+  Tiny tiny("llama-f32-tied");
   Session session = tiny.session("fp16");
-  const Golden g = golden("f32-tied");
+  const Golden g = golden("llama-f32-tied");
   const SeqId seq = session.new_sequence();
   std::vector<double> fractions;
   const auto advance = [&](double fraction) { return fractions.push_back(fraction), false; };
@@ -271,7 +408,7 @@ TEST(Session, CancellingStopsBetweenLayers) {
 }
 
 TEST(Session, StepsThatDoNotFitAreRefusedAndAppendNothing) {
-  Tiny tiny("f32-tied");
+  Tiny tiny("llama-f32-tied");
   Session session = tiny.session("fp16", {.max_tokens = 100, .max_step = 50});
   const SeqId seq = session.new_sequence();
   const std::vector<int32_t> tokens(200, 5);
@@ -298,7 +435,7 @@ TEST(Session, StepsThatDoNotFitAreRefusedAndAppendNothing) {
 TEST(Model, CheckpointsThatDoNotFitTheirConfigAreRefusedByTensor) {
   ThreadPool pool(1);
   const fs::path copy = fs::path(testing::TempDir()) / "bad_model";
-  const auto load_with = [&](const char* key, const Json& value, const char* name = "f32-tied") {
+  const auto load_with = [&](const char* key, const Json& value, const char* name = "llama-f32-tied") {
     fs::remove_all(copy);
     fs::copy(folder(name), copy, fs::copy_options::recursive);
     Json config = Json::parse(std::ifstream(copy / "config.json"));
@@ -313,8 +450,8 @@ TEST(Model, CheckpointsThatDoNotFitTheirConfigAreRefusedByTensor) {
   EXPECT_NE(load_with("tie_word_embeddings", false).find("lm_head.weight is missing"), std::string::npos);
   EXPECT_NE(load_with("attention_bias", true).find("q_proj.bias is missing"), std::string::npos);
   for (const char* key : {"attention_bias", "mlp_bias"}) {
-    EXPECT_NE(load_with(key, false, "bf16-llama3").find("proj.bias: config.json says"), std::string::npos) << key;
-    EXPECT_EQ(load_with(key, true, "bf16-llama3"), "") << key;
+    EXPECT_NE(load_with(key, false, "llama-bf16-llama3").find("proj.bias: config.json says"), std::string::npos) << key;
+    EXPECT_EQ(load_with(key, true, "llama-bf16-llama3"), "") << key;
   }
   EXPECT_NE(load_with("num_hidden_layers", 1).find("num_hidden_layers 1"), std::string::npos);
   EXPECT_NE(load_with("vocab_size", 301).find("embed_tokens"), std::string::npos);
