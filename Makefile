@@ -4,6 +4,7 @@
 #   make test            build and run all tests
 #   make build           the program at build/release/thriftattn
 #   make asan            the fast tests under AddressSanitizer and UndefinedBehaviorSanitizer
+#   make fuzz            every parser of files under libFuzzer, RUNS=200000 inputs each unless told otherwise
 #   make format-check    clang-format over the tracked C++ files; `make format` rewrites them
 
 # Two texts, because the loss on one is known to about 0.002 nats only.
@@ -11,8 +12,9 @@ TEXT ?= build/genesis.txt build/matthew.txt
 MODEL ?= models/pocket-8m
 CONTEXT ?= 16384
 JOBS ?= $(shell nproc)
+RUNS ?= 200000
 
-.PHONY: all build demo test asan format format-check clean
+.PHONY: all build demo test asan fuzz format format-check clean
 
 all: build
 
@@ -41,6 +43,12 @@ asan:
 	cmake --preset asan
 	cmake --build --preset asan -j $(JOBS)
 	ctest --preset asan -j $(JOBS) -LE slow
+
+fuzz:
+	@scripts/setup.sh fuzz
+	cmake --preset fuzz -DTHRIFTATTN_FUZZ_RUNS=$(RUNS)
+	cmake --build --preset fuzz -j $(JOBS)
+	ctest --preset fuzz -j $(JOBS)
 
 format-check:
 	@scripts/setup.sh check

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Installs the Debian packages that a task needs, and does nothing when they are there.
-#   scripts/setup.sh build | test | demo | check ...
+#   scripts/setup.sh build | test | demo | check | fuzz ...
 set -euo pipefail
 
 # ocl-icd-opencl-dev: the CMake file of libdnnl-dev asks for OpenCL and its package does not depend on it.
@@ -11,8 +11,9 @@ for task in "$@"; do
     build) packages+=" $build" ;;
     test) packages+=" $build libgtest-dev python3" ;;
     demo) packages+=" $build bible-kjv" ;;
+    fuzz) packages+=" $build clang libclang-rt-dev python3" ;;
     check) packages+=" git clang-format" ;;
-    *) echo "setup.sh: unknown task '$task': build, test, demo and check are known" >&2; exit 2 ;;
+    *) echo "setup.sh: unknown task '$task': build, test, demo, check and fuzz are known" >&2; exit 2 ;;
   esac
 done
 

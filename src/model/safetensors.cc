@@ -11,6 +11,8 @@
 #include <bit>
 #include <cerrno>
 #include <cstring>
+#include <set>
+#include <string_view>
 
 #include "format/codecs.h"
 #include "model/json_file.h"
@@ -145,20 +147,18 @@ Tensor Tensor::at(int64_t i) const {
   return t;
 }
 
-Status Safetensors::add_file(const std::string& path) {
-  THRIFTATTN_ASSIGN_OR_RETURN(mapping, Mapping::open(path));
+Result<std::vector<Tensor>> parse_safetensors(std::string_view bytes, const std::string& path) {
+  if (bytes.size() < 8) return data_loss(fmt::format("{}: {} bytes are too few for a header", path, bytes.size()));
   uint64_t header_bytes = 0;
-  if (mapping->size < 8) return data_loss(fmt::format("{}: {} bytes are too few for a header", path, mapping->size));
-  std::memcpy(&header_bytes, mapping->data, 8);
-  if (header_bytes > static_cast<uint64_t>(std::min(kMaxHeaderBytes, mapping->size - 8))) {
+  std::memcpy(&header_bytes, bytes.data(), 8);
+  if (header_bytes > std::min<uint64_t>(kMaxHeaderBytes, bytes.size() - 8)) {
     return data_loss(fmt::format("{}: a header of {} bytes does not fit into a file of {} (at most {} are allowed)",
-                                 path, header_bytes, mapping->size, kMaxHeaderBytes));
+                                 path, header_bytes, bytes.size(), kMaxHeaderBytes));
   }
-  const std::string_view text(reinterpret_cast<const char*>(mapping->data) + 8, header_bytes);
-  THRIFTATTN_ASSIGN_OR_RETURN(header, parse_object(text, path + ": header"));
+  THRIFTATTN_ASSIGN_OR_RETURN(header, parse_object(bytes.substr(8, header_bytes), path + ": header"));
 
-  const unsigned char* data = mapping->data + 8 + header_bytes;
-  const int64_t size = mapping->size - 8 - static_cast<int64_t>(header_bytes);
+  const auto* data = reinterpret_cast<const unsigned char*>(bytes.data()) + 8 + header_bytes;
+  const auto size = static_cast<int64_t>(bytes.size() - 8 - header_bytes);
   std::vector<Tensor> found;
   for (const auto& [name, entry] : header.items()) {
     if (name == "__metadata__") continue;
@@ -180,6 +180,28 @@ Status Safetensors::add_file(const std::string& path) {
   if (end != data + size) {
     return data_loss(fmt::format("{}: {} bytes follow the last tensor", path, data + size - end));
   }
+  return found;
+}
+
+Result<std::map<std::string, std::string>> parse_index(std::string_view text, const std::string& path) {
+  THRIFTATTN_ASSIGN_OR_RETURN(index, parse_object(text, path));
+  const Json& map = member(index, "weight_map");
+  if (!map.is_object()) return data_loss(fmt::format("{}: weight_map is missing", path));
+  std::map<std::string, std::string> shards;
+  for (const auto& [tensor, file] : map.items()) {
+    if (!file.is_string() || file.get<std::string>().find('/') != std::string::npos) {
+      return data_loss(
+          fmt::format("{}: tensor {}: {} is not the name of a file in the folder", path, tensor, shown(file)));
+    }
+    shards.emplace(tensor, file.get<std::string>());
+  }
+  return shards;
+}
+
+Status Safetensors::add_file(const std::string& path) {
+  THRIFTATTN_ASSIGN_OR_RETURN(mapping, Mapping::open(path));
+  const std::string_view bytes(reinterpret_cast<const char*>(mapping->data), mapping->size);
+  THRIFTATTN_ASSIGN_OR_RETURN(found, parse_safetensors(bytes, path));
   for (Tensor& t : found) {
     const std::string name = t.name;
     const auto [at, fresh] = tensors_.emplace(name, std::move(t));
@@ -201,21 +223,13 @@ Result<Safetensors> Safetensors::open(const std::string& dir) {
     return not_found(fmt::format("{} has neither model.safetensors nor model.safetensors.index.json", dir));
   }
   THRIFTATTN_ASSIGN_OR_RETURN(text, read_file(index_path));
-  THRIFTATTN_ASSIGN_OR_RETURN(index, parse_object(text, index_path));
-  const Json& map = member(index, "weight_map");
-  if (!map.is_object()) return data_loss(fmt::format("{}: weight_map is missing", index_path));
-  std::map<std::string, std::string> shards;  // file -> a tensor that needs it
-  for (const auto& [tensor, file] : map.items()) {
-    if (!file.is_string() || file.get<std::string>().find('/') != std::string::npos) {
-      return data_loss(
-          fmt::format("{}: tensor {}: {} is not the name of a file in the folder", index_path, tensor, shown(file)));
-    }
-    shards.emplace(file.get<std::string>(), tensor);
-  }
-  for (const auto& [file, tensor] : shards) THRIFTATTN_RETURN_IF_ERROR(out.add_file(dir + "/" + file));
-  for (const auto& [tensor, file] : map.items()) {
+  THRIFTATTN_ASSIGN_OR_RETURN(index, parse_index(text, index_path));
+  std::set<std::string> shards;
+  for (const auto& [tensor, file] : index) shards.insert(file);
+  for (const std::string& file : shards) THRIFTATTN_RETURN_IF_ERROR(out.add_file(dir + "/" + file));
+  for (const auto& [tensor, file] : index) {
     const auto it = out.tensors_.find(tensor);
-    const std::string path = dir + "/" + file.get<std::string>();
+    const std::string path = dir + "/" + file;
     if (it == out.tensors_.end() || it->second.file != path) {
       return data_loss(fmt::format("{}: tensor {} is not in {}", index_path, tensor, path));
     }

@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "thriftattn/status.h"
@@ -31,13 +32,20 @@ struct Tensor {
 // "[256, 64]"
 std::string shape_to_string(const std::vector<int64_t>& shape);
 
+// The tensors of one safetensors file, whose bytes these are; `path` names it in errors. Refused: a header that is cut
+// short, too long or no JSON; offsets outside the file, overlapping or with gaps; bytes that differ from shape times
+// dtype.
+Result<std::vector<Tensor>> parse_safetensors(std::string_view bytes, const std::string& path);
+
+// tensor -> file, as the text of a model.safetensors.index.json has it; `path` names it in errors.
+Result<std::map<std::string, std::string>> parse_index(std::string_view json, const std::string& path);
+
 class Safetensors {
  public:
   Safetensors() = default;  // no tensors
 
   // Opens `dir`/model.safetensors, or the shards that `dir`/model.safetensors.index.json lists. Refused, naming file
-  // and tensor: a header that is cut short, too long or no JSON; offsets outside the file, overlapping or with gaps;
-  // bytes that differ from shape times dtype; a tensor that is not in the shard that the index names.
+  // and tensor: what the two functions above refuse; a tensor that is not in the shard that the index names, or in two.
   static Result<Safetensors> open(const std::string& dir);
 
   // The tensor `name` of exactly this shape, in F32, F16 or BF16.

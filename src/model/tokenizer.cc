@@ -17,7 +17,7 @@
 namespace thriftattn::model {
 namespace {
 
-constexpr int64_t kMaxTokens = 1 << 24;
+constexpr int64_t kMaxTokens = 1 << 20;  // four times the largest vocabulary in use; a table of ids is made
 
 // Byte-level tokens are spelled in visible characters: a byte that is visible in Latin-1 is its own code point, the
 // others follow from U+0100 on in ascending order.
