@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "thriftattn/method.h"
@@ -98,6 +99,17 @@ class KvCache {
   // Copies tokens [first, first + k.tokens) of one layer out of the best form stored of each page.
   Status read(SeqId seq, int layer, int64_t first, const MutableView& k, const MutableView& v) const;
 
+  // Writes a sequence, whose layers must be of one length, and `metadata` (any bytes, up to 512 MiB) to a file of its
+  // own, from which `load` brings back the same records: attention, truncate and all later steps go on bit for bit. An
+  // older file is replaced in one step once the new one is on the disk; after an error it is untouched.
+  Status save(SeqId seq, const std::string& path, std::string_view metadata = {}) const;
+
+  // A new sequence with the content of a saved one, and what was saved with it in `metadata` unless that is null. The
+  // cache's config must be that of the file, max_bytes apart. Refused, with the cache as it was: another config (the
+  // message names the field), a file that is cut short or changed (it names layer, page and KV head), no memory left
+  // under max_bytes.
+  Result<SeqId> load(const std::string& path, std::string* metadata = nullptr);
+
   MemoryUse bytes() const;         // in use now
   int64_t peak_bytes() const;      // the largest total so far
   int64_t reserved_bytes() const;  // taken from the system, free records included
@@ -108,5 +120,18 @@ class KvCache {
   explicit KvCache(std::unique_ptr<CacheState> state);
   std::unique_ptr<CacheState> state_;
 };
+
+// What the header of a saved sequence says.
+struct SavedSequence {
+  uint32_t version = 0;
+  CacheConfig config;  // max_bytes, a cache's own limit, is not saved
+  int64_t tokens = 0;
+  int64_t file_bytes = 0;
+  MemoryUse bytes;  // what loading it into an empty cache takes
+  std::string metadata;
+};
+
+// Reads and checks the header alone.
+Result<SavedSequence> inspect_saved(const std::string& path);
 
 }  // namespace thriftattn

@@ -13,11 +13,7 @@
 #include "thriftattn/threads.h"
 
 namespace thriftattn {
-namespace {
 
-constexpr int64_t pages_for(int64_t tokens) { return (tokens + kPageTokens - 1) / kPageTokens; }
-
-// What the form tables hold of one page: its forms, and the counts of its users.
 int64_t form_table_bytes(const CacheConfig& c) {
   return c.layers * (c.h_kv * int64_t{sizeof(PageForms)} + int64_t{sizeof(int32_t)}) + int64_t{sizeof(int32_t)};
 }
@@ -37,7 +33,6 @@ MemoryUse memory_use(const CacheState& s) {
 
 Status unknown_sequence(SeqId seq) { return not_found(fmt::format("sequence {} does not exist", seq)); }
 
-// Makes sure that `count` take_page calls and `entries` more in `table` succeed; false where no memory is left.
 bool reserve_pages(CacheState& s, int64_t count, std::vector<int32_t>& table, int64_t entries) {
   const auto grow = [](auto& v, size_t more) {
     if (v.capacity() < v.size() + more) v.reserve(std::max(v.size() + more, 2 * v.capacity()));
@@ -55,7 +50,6 @@ bool reserve_pages(CacheState& s, int64_t count, std::vector<int32_t>& table, in
   return true;
 }
 
-// A page id whose records are all empty, held by one sequence.
 int32_t take_page(CacheState& s) {
   if (s.free_pages.empty()) {
     s.free_pages.push_back(static_cast<int32_t>(s.page_users.size()));
@@ -72,6 +66,8 @@ int32_t take_page(CacheState& s) {
 int32_t& high_users(CacheState& s, int32_t page, int layer) {
   return s.high_users[static_cast<int64_t>(page) * s.config.layers + layer];
 }
+
+namespace {
 
 // One sequence gives up the 16-bit form of a page; the last one to do so frees it, for the heads that may lose it.
 void release_high(CacheState& s, int32_t page, int layer) {

@@ -120,4 +120,22 @@ struct CacheState {
   }
 };
 
+inline constexpr int64_t pages_for(int64_t tokens) { return (tokens + kPageTokens - 1) / kPageTokens; }
+
+// What the form tables hold of one page: its forms, and the counts of its users.
+int64_t form_table_bytes(const CacheConfig& config);
+
+MemoryUse memory_use(const CacheState& state);
+
+Status unknown_sequence(SeqId seq);
+
+// Makes sure that `count` take_page calls and `entries` more in `table` succeed; false where no memory is left.
+bool reserve_pages(CacheState& state, int64_t count, std::vector<int32_t>& table, int64_t entries);
+
+// A page id whose records are all empty, held by one sequence.
+int32_t take_page(CacheState& state);
+
+// Sequences whose 16-bit window holds the page in one layer.
+int32_t& high_users(CacheState& state, int32_t page, int layer);
+
 }  // namespace thriftattn
