@@ -65,7 +65,7 @@ FOLDERS = {
     "ministral3": dict(
         architecture="Ministral3", dtype=torch.bfloat16, config=SMALL,
         more=dict(head_dim=48, rope_parameters=dict(
-            YARN, original_max_position_embeddings=32, beta_fast=4.0, beta_slow=0.5, mscale=1.0, mscale_all_dim=0.5,
+            YARN, original_max_position_embeddings=32, beta_fast=1.0, beta_slow=0.1, mscale=1.0, mscale_all_dim=0.5,
             llama_4_scaling_beta=0.3))),
     "gemma2": dict(
         architecture="Gemma2", dtype=torch.bfloat16, config=SMALL,

@@ -9,6 +9,8 @@
 namespace thriftattn::model {
 namespace {
 
+constexpr int64_t kRowGrain = 16;  // a matrix product compiles itself for every number of rows: there must be few
+
 // A token that an expert serves, and how much of it.
 struct Share {
   int64_t row;
@@ -43,17 +45,18 @@ Status apply(const Experts& experts, const ModelConfig& c, const float* x, int64
   std::fill_n(y, rows * hidden, 0.0f);
   std::vector<float> in, gate_up, activated, out;
   for (int e = 0; e < c.experts; ++e) {
-    const auto n = std::ssize(served[e]);
-    if (n == 0) continue;
-    in.resize(n * hidden);
+    const int64_t count = std::ssize(served[e]);
+    if (count == 0) continue;
+    const int64_t n = count < kRowGrain ? count : (count + kRowGrain - 1) / kRowGrain * kRowGrain;
+    in.resize(n * hidden);  // the rows beyond `count` are whatever they were
     out.resize(n * hidden);
     gate_up.resize(n * 2 * c.intermediate);
     activated.resize(n * c.intermediate);
-    for (int64_t i = 0; i < n; ++i) std::copy_n(x + served[e][i].row * hidden, hidden, &in[i * hidden]);
+    for (int64_t i = 0; i < count; ++i) std::copy_n(x + served[e][i].row * hidden, hidden, &in[i * hidden]);
     THRIFTATTN_RETURN_IF_ERROR(experts.all[e].gate_up.apply(in.data(), n, gate_up.data(), pool));
     clamped_swiglu(gate_up.data(), n, c.intermediate, c.swiglu_limit, c.swiglu_alpha, activated.data(), pool);
     THRIFTATTN_RETURN_IF_ERROR(experts.all[e].down.apply(activated.data(), n, out.data(), pool));
-    for (int64_t i = 0; i < n; ++i) {
+    for (int64_t i = 0; i < count; ++i) {
       float* to = y + served[e][i].row * hidden;
       for (int64_t j = 0; j < hidden; ++j) to[j] += served[e][i].weight * out[i * hidden + j];
     }

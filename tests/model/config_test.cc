@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <nlohmann/json.hpp>
 #include <string>
 
@@ -99,12 +100,175 @@ TEST(ModelConfig, WhatIsNotSupportedIsNamedBesideWhatIs) {
     return json;
   };
   expect_error(with("architectures", {"MambaForCausalLM"}), {"MambaForCausalLM", "LlamaForCausalLM"});
-  expect_error(with("hidden_act", "gelu"), {"gelu", "silu"});
-  expect_error(with("rope_scaling", {{"rope_type", "yarn"}, {"factor", 4.0}}), {"yarn", "llama3"});
+  expect_error(with("hidden_act", "gelu"), {"gelu", "silu", "gelu_pytorch_tanh"});
+  for (const char* name : {"Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration", "GemmaForCausalLM"}) {
+    expect_error(with("architectures", {name}), {name, "Gemma3ForCausalLM", "GptOssForCausalLM"});
+  }
+  for (const char* type : {"dynamic", "longrope", "mrope"}) {
+    expect_error(with("rope_scaling", {{"rope_type", type}, {"factor", 4.0}}), {"rope_type", type, "llama3", "yarn"});
+  }
+  expect_error(with("rope_scaling", {{"rope_type", "yarn"}}), {"factor", "missing"});
   expect_error(with("rope_scaling", {{"rope_type", "linear"}}), {"factor", "missing"});
   expect_error(with("partial_rotary_factor", 0.5), {"partial_rotary_factor", "0.5"});
   expect_error(with("quantization_config", {{"quant_method", "awq"}}), {"awq", "BF16"});
+  expect_error(with("quantization_config", {{"quant_method", "mxfp4"}}), {"mxfp4", "BF16"});
+  expect_error(with("layer_types", std::vector<std::string>(8, "sliding_attention")), {"sliding_window"});
   expect_error(with("num_key_value_heads", 3), {"num_key_value_heads", "3", "4"});
+}
+
+// A config of `architecture` with what its family needs beyond Llama.
+Json config_of(const std::string& architecture) {
+  Json json = llama();
+  json["architectures"] = {architecture};
+  json["sliding_window"] = 40;
+  if (architecture.starts_with("Gemma")) {
+    json["query_pre_attn_scalar"] = 144;
+    json["attn_logit_softcapping"] = nullptr;
+    json["final_logit_softcapping"] = 30.0;
+  }
+  if (architecture == "GptOssForCausalLM" || architecture == "Ministral3ForCausalLM") {
+    json["rope_parameters"] = {{"rope_type", "yarn"},
+                               {"factor", 4.0},
+                               {"original_max_position_embeddings", 64},
+                               {"llama_4_scaling_beta", 0.1}};
+  }
+  if (architecture == "GptOssForCausalLM") {
+    json["num_local_experts"] = 8;
+    json["num_experts_per_tok"] = 2;
+  }
+  return json;
+}
+
+TEST(ModelConfig, EveryArchitectureImpliesWhatItsFileDoesNotSay) {
+  EXPECT_EQ(architecture_names().size(), 9);
+  for (const std::string& name : architecture_names()) {
+    const auto c = parse(config_of(name));
+    ASSERT_TRUE(c.ok()) << c.status().message();
+    EXPECT_EQ(c->architecture, name);
+    ASSERT_EQ(c->windows.size(), 8) << name;
+    const bool gemma = name.starts_with("Gemma"), oss = name.starts_with("Gpt"), gemma3 = name.starts_with("Gemma3");
+    EXPECT_EQ(c->qkv_bias, name.starts_with("Qwen2") || oss) << name;
+    EXPECT_EQ(c->o_bias, oss) << name;
+    EXPECT_EQ(c->qk_norm, name.starts_with("Qwen3") || gemma3) << name;
+    EXPECT_EQ(c->norm_offset, gemma ? 1 : 0) << name;
+    EXPECT_EQ(c->output_norms, gemma) << name;
+    EXPECT_EQ(c->embedding_scale, gemma ? 16 : 1) << name;
+    EXPECT_EQ(c->tied_embeddings, gemma) << name;
+    EXPECT_EQ(c->activation, gemma ? Activation::gelu_tanh : Activation::silu) << name;
+    EXPECT_EQ(c->logit_softcap, gemma ? 30 : 0) << name;
+    EXPECT_DOUBLE_EQ(c->sm_scale, gemma ? 1.0 / 12 : 1 / std::sqrt(static_cast<double>(c->d))) << name;
+    EXPECT_EQ(c->local_rope.has_value(), gemma3) << name;
+    EXPECT_EQ(c->temperature_beta, name.starts_with("Ministral3") ? 0.1 : 0) << name;
+    EXPECT_EQ(c->sinks, oss) << name;
+    EXPECT_EQ(c->experts, oss ? 8 : 0) << name;
+    EXPECT_EQ(c->rope.theta, oss ? 150000 : gemma3 ? 1e6 : 10000) << name;
+  }
+}
+
+TEST(ModelConfig, WindowsFollowTheArchitecturesPattern) {
+  const auto windows = [](const Json& json) {
+    const auto c = parse(json);
+    EXPECT_TRUE(c.ok()) << c.status().message();
+    return c.ok() ? c->windows : std::vector<int64_t>();
+  };
+  using Windows = std::vector<int64_t>;
+  const Windows none(8, 0), all(8, 40);
+  EXPECT_EQ(windows(config_of("LlamaForCausalLM")), none);
+  EXPECT_EQ(windows(config_of("MistralForCausalLM")), all);
+  EXPECT_EQ(windows(config_of("MinistralForCausalLM")), all);
+  EXPECT_EQ(windows(config_of("Gemma2ForCausalLM")), (Windows{40, 0, 40, 0, 40, 0, 40, 0}));
+  EXPECT_EQ(windows(config_of("GptOssForCausalLM")), (Windows{40, 0, 40, 0, 40, 0, 40, 0}));
+  Json gemma = config_of("Gemma3ForCausalLM"), mistral = config_of("MistralForCausalLM"),
+       qwen = config_of("Qwen2ForCausalLM");
+  EXPECT_EQ(windows(gemma), (Windows{40, 40, 40, 40, 40, 0, 40, 40}));
+  gemma["sliding_window_pattern"] = 3;
+  EXPECT_EQ(windows(gemma), (Windows{40, 40, 0, 40, 40, 0, 40, 40}));
+  mistral["sliding_window"] = nullptr;
+  EXPECT_EQ(windows(mistral), none);
+  EXPECT_EQ(windows(qwen), none);
+  qwen["use_sliding_window"] = true;
+  expect_error(qwen, {"max_window_layers", "missing"});
+  qwen["max_window_layers"] = 6;
+  EXPECT_EQ(windows(qwen), (Windows{0, 0, 0, 0, 0, 0, 40, 40}));
+  Json types = std::vector<std::string>(8, "full_attention");
+  types[3] = "sliding_attention";
+  qwen["layer_types"] = types;
+  EXPECT_EQ(windows(qwen), (Windows{0, 0, 0, 40, 0, 0, 0, 0}));
+
+  types[5] = "chunked_attention";
+  qwen["layer_types"] = types;
+  expect_error(qwen, {"layer_types", "chunked_attention", "full_attention and sliding_attention"});
+  qwen["layer_types"] = {"full_attention"};
+  expect_error(qwen, {"layer_types", "num_hidden_layers 8"});
+  Json mixed = config_of("MistralForCausalLM");
+  mixed["layer_types"] = std::vector<std::string>(8, "full_attention");
+  expect_error(mixed, {"layer_types", "full_attention", "MistralForCausalLM"});
+}
+
+TEST(ModelConfig, WhatAFamilyNeedsMustBeThere) {
+  const auto without = [](const char* architecture, const char* key) {
+    Json json = config_of(architecture);
+    json.erase(key);
+    expect_error(json, {key, "missing"});
+  };
+  without("MistralForCausalLM", "sliding_window");  // null would be none
+  without("Gemma2ForCausalLM", "attn_logit_softcapping");
+  without("Gemma2ForCausalLM", "final_logit_softcapping");
+  without("Gemma3ForCausalLM", "query_pre_attn_scalar");
+  without("GptOssForCausalLM", "num_local_experts");
+  without("GptOssForCausalLM", "rope_parameters");
+  without("Ministral3ForCausalLM", "rope_parameters");
+  Json json = config_of("Gemma3ForCausalLM");
+  json["attn_logit_softcapping"] = 50.0;
+  expect_error(json, {"attn_logit_softcapping", "50", "null"});
+  json = config_of("Gemma3ForCausalLM");
+  json["use_bidirectional_attention"] = true;
+  expect_error(json, {"use_bidirectional_attention", "false"});
+  json = config_of("GptOssForCausalLM");
+  json["num_experts_per_tok"] = 9;
+  expect_error(json, {"num_experts_per_tok", "9", "8"});
+  json["num_experts_per_tok"] = 2;
+  json["hidden_act"] = "gelu_pytorch_tanh";
+  expect_error(json, {"hidden_act", "gelu_pytorch_tanh", "silu"});
+}
+
+TEST(ModelConfig, LocalAndGlobalRopeInBothSpellings) {
+  Json old_form = config_of("Gemma3ForCausalLM"), new_form = old_form;
+  old_form["rope_theta"] = 5e5;
+  old_form["rope_local_base_freq"] = 2e4;
+  old_form["rope_scaling"] = {{"rope_type", "linear"}, {"factor", 8.0}};
+  new_form["rope_parameters"] = {{"full_attention", {{"rope_type", "linear"}, {"factor", 8.0}, {"rope_theta", 5e5}}},
+                                 {"sliding_attention", {{"rope_type", "default"}, {"rope_theta", 2e4}}}};
+  for (const Json& json : {old_form, new_form}) {
+    const auto c = parse(json);
+    ASSERT_TRUE(c.ok()) << c.status().message();
+    EXPECT_EQ(c->rope.scaling, RopeConfig::Scaling::linear);
+    EXPECT_EQ(c->rope.theta, 5e5);
+    EXPECT_EQ(c->rope.factor, 8);
+    EXPECT_EQ(c->local_rope->scaling, RopeConfig::Scaling::none);
+    EXPECT_EQ(c->local_rope->theta, 2e4);
+  }
+  new_form["rope_parameters"] = {{"rope_type", "default"}, {"rope_theta", 5e5}};
+  expect_error(new_form, {"rope_parameters", "full_attention", "sliding_attention"});
+}
+
+TEST(ModelConfig, YarnTakesItsSharpnessFromWhatIsSaid) {
+  Json json = llama();
+  json["rope_scaling"] = {{"type", "yarn"}, {"factor", 4.0}, {"original_max_position_embeddings", 8192}};
+  Json& scaling = json["rope_scaling"];
+  const double fitted = 0.1 * std::log(4.0) + 1;
+  EXPECT_DOUBLE_EQ(parse(json)->rope.attention_factor, fitted);
+  EXPECT_EQ(parse(json)->rope.beta_fast, 32);
+  EXPECT_EQ(parse(json)->rope.beta_slow, 1);
+  EXPECT_TRUE(parse(json)->rope.truncate);
+  scaling["mscale"] = 1.0;
+  EXPECT_DOUBLE_EQ(parse(json)->rope.attention_factor, fitted);  // of one alone nothing follows
+  scaling["mscale_all_dim"] = 0.5;
+  EXPECT_DOUBLE_EQ(parse(json)->rope.attention_factor, fitted / (0.05 * std::log(4.0) + 1));
+  scaling["attention_factor"] = 1.25;
+  EXPECT_EQ(parse(json)->rope.attention_factor, 1.25);
+  scaling["factor"] = 0;
+  expect_error(json, {"factor", "0"});
 }
 
 TEST(ModelConfig, LyingValuesAreRefused) {

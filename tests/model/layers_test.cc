@@ -6,8 +6,10 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numbers>
 #include <random>
 
+#include "model/experts.h"
 #include "model/linear.h"
 #include "model/nll.h"
 #include "model/sampling.h"
@@ -62,6 +64,60 @@ TEST(Layers, SiluMultiplyFollowsItsDefinitionForAnyGate) {
   }
 }
 
+TEST(Layers, GeluMultiplyFollowsItsDefinitionForAnyGate) {
+  ThreadPool pool(1);
+  auto x = noise(2 * kOdd, 6);
+  x[0] = 1000;
+  x[1] = -1000;
+  x[2] = 0;
+  std::vector<float> y(kOdd);
+  gate_multiply(Activation::gelu_tanh, x.data(), 1, kOdd, y.data(), pool);
+  for (int64_t c = 0; c < kOdd; ++c) {
+    const double g = x[c], z = std::sqrt(2 / std::numbers::pi) * (g + 0.044715 * g * g * g);
+    const double want = g * (1 + std::tanh(z)) / 2 * x[kOdd + c];
+    EXPECT_NEAR(y[c], want, 1e-6 + 1e-6 * std::abs(want)) << x[c];
+  }
+}
+
+TEST(Layers, ClampedSwigluFollowsItsDefinition) {
+  ThreadPool pool(2);
+  const int64_t rows = 3;
+  auto x = noise(rows * 2 * kOdd, 7);
+  for (float& v : x) v *= 3;  // beyond the limit on both sides
+  std::vector<float> y(rows * kOdd);
+  clamped_swiglu(x.data(), rows, kOdd, 2.5, 1.702, y.data(), pool);
+  for (int64_t i = 0; i < rows * kOdd; ++i) {
+    const double gate = std::min<double>(x[2 * i], 2.5), up = std::clamp<double>(x[2 * i + 1], -2.5, 2.5);
+    const double want = (up + 1) * gate / (1 + std::exp(-1.702 * gate));
+    EXPECT_NEAR(y[i], want, 1e-6 + 1e-6 * std::abs(want));
+  }
+}
+
+TEST(Layers, SoftCapBendsAndKeepsSigns) {
+  ThreadPool pool(2);
+  auto x = noise(2 * kOdd, 8);
+  x[0] = 1e6f;
+  x[1] = -1e6f;
+  auto y = x;
+  soft_cap(1.5, y.data(), 2, kOdd, pool);
+  for (int64_t i = 0; i < 2 * kOdd; ++i) EXPECT_NEAR(y[i], 1.5 * std::tanh(double{x[i]} / 1.5), 2e-6) << x[i];
+}
+
+TEST(Layers, RowsGrowByTheirPosition) {
+  ThreadPool pool(2);
+  const int64_t rows = 70, stride = kOdd + 3;
+  const auto x = noise(rows * stride, 9);
+  auto y = x;
+  grow_by_position(0.3, 32, 100, y.data(), rows, kOdd, stride, pool);
+  for (int64_t row = 0; row < rows; ++row) {
+    const double growth = 1 + 0.3 * std::log(1 + std::floor(static_cast<double>(100 + row) / 32));
+    for (int64_t c = 0; c < stride; ++c) {
+      const float was = x[row * stride + c];
+      EXPECT_NEAR(y[row * stride + c], c < kOdd ? was * growth : was, 2e-6);
+    }
+  }
+}
+
 TEST(Layers, RopeTurnsPairsByThePositionsAngle) {
   ThreadPool pool(2);
   const int d = 64, heads = 2, rows = 70, stride = heads * d + 5;
@@ -99,6 +155,32 @@ TEST(Layers, Llama3ScalingKeepsFastAndStretchesSlowChannels) {
   EXPECT_GT(between, 0);
 }
 
+TEST(Layers, YarnKeepsFastAndStretchesSlowChannels) {
+  RopeConfig scaled{
+      .scaling = RopeConfig::Scaling::yarn, .theta = 150000, .factor = 32, .original_max_positions = 4096};
+  const int d = 64;
+  const auto plain = rope_frequencies({.theta = 150000}, d);
+  for (const bool truncate : {true, false}) {
+    scaled.truncate = truncate;
+    const auto f = rope_frequencies(scaled, d);
+    // The paper's ramp over channels, between those that turn 32 times and once within the original context.
+    const auto channel = [&](double turns) {
+      return d * std::log(4096 / (turns * 2 * std::numbers::pi)) / (2 * std::log(150000.0));
+    };
+    const double low = truncate ? std::floor(channel(32)) : channel(32),
+                 high = truncate ? std::ceil(channel(1)) : channel(1);
+    int between = 0;
+    for (int c = 0; c < d / 2; ++c) {
+      const double divided = std::clamp((c - low) / (high - low), 0.0, 1.0);
+      EXPECT_NEAR(f[c], plain[c] * (1 - divided + divided / 32), 1e-6 * plain[c]) << c;
+      between += divided > 0 && divided < 1;
+    }
+    EXPECT_GT(between, 5);
+    EXPECT_EQ(f.front(), plain.front());
+    EXPECT_FLOAT_EQ(f.back(), plain.back() / 32);
+  }
+}
+
 TEST(Linear, StackedWeightsAndBiasesMultiplyAsOneMatrix) {
   ThreadPool pool(2);
   const int64_t inputs = 70, rows = 300, parts[] = {40, 260, 33};  // across panels and tiles, none of them full
@@ -132,6 +214,62 @@ TEST(Linear, StackedWeightsAndBiasesMultiplyAsOneMatrix) {
       EXPECT_LT(worst, compute == Compute::f32 ? 3e-5 : 0.25) << n << " rows";  // |y| is about 8
     }
   }
+}
+
+TEST(Linear, AWeightStoredByInputsIsTheSameMatrix) {
+  ThreadPool pool(2);
+  const int64_t inputs = 70, outputs = 333, rows = 5;
+  const auto by_output = noise(outputs * inputs, 11), bias = noise(outputs, 12), x = noise(rows * inputs, 13);
+  std::vector<float> by_input(by_output.size());
+  for (int64_t o = 0; o < outputs; ++o) {
+    for (int64_t i = 0; i < inputs; ++i) by_input[i * outputs + o] = by_output[o * inputs + i];
+  }
+  const Tensor one[] = {tensor(by_output, {outputs, inputs})}, other[] = {tensor(by_input, {inputs, outputs})};
+  const Tensor biases[] = {tensor(bias, {outputs})};
+  const auto a = Linear::create(one, biases, Compute::f32, pool),
+             b = Linear::create(other, biases, Compute::f32, pool, Rows::inputs);
+  ASSERT_TRUE(a.ok() && b.ok());
+  ASSERT_EQ(b->inputs(), inputs);
+  ASSERT_EQ(b->outputs(), outputs);
+  std::vector<float> of_a(rows * outputs), of_b(rows * outputs);
+  ASSERT_TRUE(a->apply(x.data(), rows, of_a.data(), pool).ok());
+  ASSERT_TRUE(b->apply(x.data(), rows, of_b.data(), pool).ok());
+  EXPECT_EQ(of_a, of_b);
+}
+
+// Experts that give back their index: the output is the mean of the chosen indices by their shares.
+TEST(Experts, TheHighestScoresShareATokenByTheirSoftmax) {
+  ThreadPool pool(2);
+  ModelConfig c;
+  c.hidden = 2;
+  c.intermediate = 1;
+  c.experts = 4;
+  c.experts_per_token = 2;
+  c.swiglu_limit = 7;
+  c.swiglu_alpha = 1.702;
+  // The scores of x are (x0, x1, x1, 0).
+  const std::vector<float> router = {1, 0, 0, 1, 0, 1, 0, 0}, no_bias(4), nothing(4), zero(2);
+  const Tensor router_weight[] = {tensor(router, {4, 2})}, router_bias[] = {tensor(no_bias, {4})};
+  Experts experts;
+  experts.router = std::move(*Linear::create(router_weight, router_bias, Compute::f32, pool));
+  for (int e = 0; e < c.experts; ++e) {
+    const std::vector<float> given = {static_cast<float>(e), 1};
+    const Tensor up[] = {tensor(nothing, {2, 2})}, up_bias[] = {tensor(zero, {2})};
+    const Tensor down[] = {tensor(zero, {1, 2})}, down_bias[] = {tensor(given, {2})};
+    experts.all.push_back({std::move(*Linear::create(up, up_bias, Compute::f32, pool, Rows::inputs)),
+                           std::move(*Linear::create(down, down_bias, Compute::f32, pool, Rows::inputs))});
+  }
+  std::vector<float> x;
+  for (int i = 0; i < 40; ++i) x.insert(x.end(), {2, 1});  // experts 0 and, of equals, 1
+  x.insert(x.end(), {-5, 1});                              // 1 and 2, equally
+  x.insert(x.end(), {-5, -1});                             // 3, then 1
+  std::vector<float> y(x.size(), std::numeric_limits<float>::quiet_NaN());
+  ASSERT_TRUE(apply(experts, c, x.data(), 42, y.data(), pool).ok());
+  const double share = 1 / (1 + std::exp(-1.0));
+  for (int i = 0; i < 40; ++i) EXPECT_NEAR(y[2 * i], 1 - share, 1e-6);
+  EXPECT_NEAR(y[80], 1.5, 1e-6);
+  EXPECT_NEAR(y[82], 3 * share + 1 * (1 - share), 1e-6);
+  for (int i = 0; i < 42; ++i) EXPECT_NEAR(y[2 * i + 1], 1, 1e-6);  // shares add up
 }
 
 TEST(Linear, ThreadsDoNotChangeTheResult) {

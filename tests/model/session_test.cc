@@ -19,26 +19,9 @@ using Json = nlohmann::json;
 
 constexpr int64_t kVocab = 300;
 
-struct Folder {
-  const char* name;
-  // The largest error of one logit, of order 1, through an FP16 cache: `moved` to float32, twice what the two golden
-  // files differ by; `same` to float32 with the same roundings, where F32 noise crosses a rounding boundary of the
-  // cache.
-  double moved, same;
-};
-const Folder kFolders[] = {
-    {"llama-f32-tied", 5e-3, 1e-3},
-    {"llama-bf16-llama3", 5e-3, 1e-3},
-    {"llama-f16-linear", 5e-3, 1e-3},
-    {"qwen2", 5e-3, 1e-3},
-    {"qwen3", 8e-3, 1e-3},
-    {"mistral", 8e-3, 1e-3},
-    {"ministral", 1e-2, 1e-3},
-    {"ministral3", 1e-2, 1e-3},
-    {"gemma2", 5e-3, 1e-3},
-    {"gemma3", 1e-2, 1e-3},
-    {"gpt-oss", 5e-3, 1e-3},
-};
+// Every architecture; tests/data/tiny-*.
+const char* const kModels[] = {"llama-f32-tied", "llama-bf16-llama3", "llama-f16-linear", "qwen2",  "qwen3",  "mistral",
+                               "ministral",      "ministral3",        "gemma2",           "gemma3", "gpt-oss"};
 
 std::string folder(const std::string& name) { return THRIFTATTN_SOURCE_DIR "/tests/data/tiny-" + name; }
 
@@ -174,8 +157,12 @@ class ExactAttention {
   std::map<std::pair<SeqId, int>, Past> past_;
 };
 
-constexpr double kExact = 1e-3;
-// Two ways through the same roundings: they differ where F32 noise crosses a rounding boundary of the cache.
+// Both compute in F32: these logits, of order 1, differ by up to 2e-5.
+constexpr double kExact = 1e-4;
+// The cache rounds K and V to FP16, a relative 5e-4, which moves these logits by up to 5.6e-3: the difference of the
+// two golden files.
+constexpr double kFp16Cache = 8e-3;
+// Two ways through the same roundings: they differ where F32 noise crosses a rounding boundary of the cache; 4e-4.
 constexpr double kSameRoundings = 1e-3;
 
 // A prefill of part of the tokens, which ends within a page, and decode steps of one token.
@@ -188,58 +175,58 @@ std::vector<float> part_by_part(Session& session, std::span<const int32_t> token
 }
 
 TEST(GoldenLogits, WithExactAttentionTheForwardPassEqualsTransformers) {
-  for (const Folder& f : kFolders) {
-    Tiny tiny(f.name);
+  for (const char* name : kModels) {
+    Tiny tiny(name);
     Session session = tiny.session("fp16", {.attention = ExactAttention(*tiny.model)});
-    const Golden g = golden(f.name);
+    const Golden g = golden(name);
     const double whole = distance(golden_rows(one_shot(session, g.tokens), g), g.logits);
     const double parts = distance(golden_rows(part_by_part(session, g.tokens, 70), g), g.logits);
-    std::printf("%-18s largest difference: prefill %.2g, prefill and decode %.2g\n", f.name, whole, parts);
-    EXPECT_LT(whole, kExact) << f.name;
-    EXPECT_LT(parts, kExact) << f.name;
+    std::printf("%-18s largest difference: prefill %.2g, prefill and decode %.2g\n", name, whole, parts);
+    EXPECT_LT(whole, kExact) << name;
+    EXPECT_LT(parts, kExact) << name;
   }
 }
 
-void expect_golden(const Folder& f, const char* how, const std::vector<float>& logits, const Golden& g) {
+void expect_golden(const char* name, const char* how, const std::vector<float>& logits, const Golden& g) {
   const double moved = distance(golden_rows(logits, g), g.logits),
                same = distance(golden_rows(logits, g), g.logits_f16_cache);
-  std::printf("%-18s %s: largest difference to float32 %.2g, to float32 with an FP16 cache %.2g\n", f.name, how, moved,
+  std::printf("%-18s %s: largest difference to float32 %.2g, to float32 with an FP16 cache %.2g\n", name, how, moved,
               same);
-  EXPECT_LT(moved, f.moved) << f.name;
-  EXPECT_LT(same, f.same) << f.name;
+  EXPECT_LT(moved, kFp16Cache) << name;
+  EXPECT_LT(same, kSameRoundings) << name;
 }
 
 TEST(GoldenLogits, PrefillEqualsTransformers) {
-  for (const Folder& f : kFolders) {
-    Tiny tiny(f.name);
+  for (const char* name : kModels) {
+    Tiny tiny(name);
     Session session = tiny.session("fp16");
-    const Golden g = golden(f.name);
-    expect_golden(f, "prefill", one_shot(session, g.tokens), g);
+    const Golden g = golden(name);
+    expect_golden(name, "prefill", one_shot(session, g.tokens), g);
   }
 }
 
 TEST(GoldenLogits, DecodeTokenByTokenEqualsTransformers) {
-  for (const Folder& f : kFolders) {
-    Tiny tiny(f.name);
+  for (const char* name : kModels) {
+    Tiny tiny(name);
     Session session = tiny.session("fp16");
-    const Golden g = golden(f.name);
-    expect_golden(f, "decode", feed(session, session.new_sequence(), g.tokens, Phase::decode, 1), g);
-    expect_golden(f, "prefill and decode", part_by_part(session, g.tokens, 70), g);
+    const Golden g = golden(name);
+    expect_golden(name, "decode", feed(session, session.new_sequence(), g.tokens, Phase::decode, 1), g);
+    expect_golden(name, "prefill and decode", part_by_part(session, g.tokens, 70), g);
   }
 }
 
 TEST(GoldenLogits, Bf16ProductsStayNear) {
   if (!has_native_bf16()) GTEST_SKIP() << "no native BF16 here";
-  for (const Folder& f : kFolders) {
-    Tiny tiny(f.name, Compute::bf16);
+  for (const char* name : kModels) {
+    Tiny tiny(name, Compute::bf16);
     Session session = tiny.session("fp16");
-    const Golden g = golden(f.name);
+    const Golden g = golden(name);
     const auto logits = golden_rows(one_shot(session, g.tokens), g);
     double squares = 0;
     for (size_t i = 0; i < logits.size(); ++i) squares += std::pow(logits[i] - g.logits[i], 2);
     const double error = std::sqrt(squares / static_cast<double>(logits.size()));
-    std::printf("%-18s root of the mean squared difference: %.2g\n", f.name, error);
-    EXPECT_LT(error, 0.05) << f.name;  // logits: about 1.2
+    std::printf("%-18s root of the mean squared difference: %.2g\n", name, error);
+    EXPECT_LT(error, 0.05) << name;  // logits: about 1.2
   }
 }
 
@@ -289,7 +276,7 @@ TEST(GoldenLogits, EveryChoiceOfAnArchitectureMatters) {
     ASSERT_TRUE(model.ok()) << model.status().message();
     auto session = Session::create(*model, *parse_method("fp16"), {.attention = ExactAttention(*model)}, pool);
     ASSERT_TRUE(session.ok()) << session.status().message();
-    EXPECT_GT(distance(golden_rows(one_shot(*session, g.tokens), g), g.logits), 10 * kExact)
+    EXPECT_GT(distance(golden_rows(one_shot(*session, g.tokens), g), g.logits), 1e-2)
         << change.folder << " " << change.patch;
   }
   fs::remove_all(copy);
@@ -308,6 +295,37 @@ TEST(Session, ChunkedAndOneShotPrefillAgree) {
     EXPECT_LT(distance(feed(session, session.new_sequence(), g.tokens, Phase::decode, step), whole), kSameRoundings)
         << step;
   }
+}
+
+TEST(Session, LayersOfBothKindsReadThroughEveryMethod) {
+  for (const char* name : {"ministral", "gemma2", "gemma3", "gpt-oss"}) {
+    Tiny tiny(name);
+    const Golden g = golden(name);
+    Session reference = tiny.session("fp16");
+    const auto expected = one_shot(reference, g.tokens);
+    // Of two full pages, the first is a sink and the second the previous one: all are promoted.
+    for (const char* method : {"thrift:budget=1,storage=dual", "thrift", "quest", "window"}) {
+      Session session = tiny.session(method);
+      EXPECT_LT(distance(part_by_part(session, g.tokens, 70), expected), kSameRoundings) << name << " " << method;
+    }
+    Session coarse = tiny.session("fp4");
+    EXPECT_GT(distance(part_by_part(coarse, g.tokens, 70), expected), 10 * kSameRoundings) << name;
+    for (const int64_t step : {16, 100}) {
+      EXPECT_LT(distance(feed(reference, reference.new_sequence(), g.tokens, Phase::prefill, step), expected),
+                kSameRoundings)
+          << name << " " << step;
+    }
+  }
+}
+
+TEST(Session, AWindowThatHoldsTheWholeContextIsNone) {
+  Tiny tiny("mistral");
+  const Golden g = golden("mistral");
+  const std::span<const int32_t> tokens = std::span<const int32_t>(g.tokens).first(40);
+  Session narrow = tiny.session("fp16", {.max_tokens = 40}), wide = tiny.session("fp16", {.max_tokens = 41});
+  EXPECT_EQ(narrow.plan(Phase::prefill)->problem.window, 0);
+  EXPECT_EQ(wide.plan(Phase::prefill)->problem.window, 40);
+  EXPECT_LT(distance(one_shot(narrow, tokens), one_shot(wide, tokens)), 1e-5);
 }
 
 TEST(Session, ThreadsDoNotChangeTheLogits) {
@@ -457,6 +475,47 @@ TEST(Model, CheckpointsThatDoNotFitTheirConfigAreRefusedByTensor) {
   EXPECT_NE(load_with("vocab_size", 301).find("embed_tokens"), std::string::npos);
   EXPECT_EQ(load_with("vocab_size", 300), "");
   EXPECT_EQ(Model::load("/nonexistent", Compute::f32, pool).status().code(), Code::not_found);
+}
+
+// Adds a tensor of one F32 to the only safetensors file of a folder.
+void add_tensor(const fs::path& dir, const std::string& name) {
+  std::ifstream in(dir / "model.safetensors", std::ios::binary);
+  uint64_t bytes = 0;
+  in.read(reinterpret_cast<char*>(&bytes), 8);
+  std::string text(bytes, ' ');
+  in.read(text.data(), static_cast<std::streamsize>(bytes));
+  std::string data((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
+  Json header = Json::parse(text);
+  header[name] = {{"dtype", "F32"}, {"shape", {1}}, {"data_offsets", {data.size(), data.size() + 4}}};
+  text = header.dump();
+  bytes = text.size();
+  std::ofstream out(dir / "model.safetensors", std::ios::binary);
+  out.write(reinterpret_cast<const char*>(&bytes), 8);
+  out << text << data << std::string(4, '\0');
+}
+
+TEST(Model, TensorsThatNothingReadsAreRefused) {
+  ThreadPool pool(1);
+  const fs::path copy = fs::path(testing::TempDir()) / "extra_tensor";
+  const auto load_with = [&](const char* name, const std::string& tensor) {
+    fs::remove_all(copy);
+    fs::copy(folder(name), copy, fs::copy_options::recursive);
+    add_tensor(copy, tensor);
+    const auto model = Model::load(copy.string(), Compute::f32, pool);
+    fs::remove_all(copy);
+    return model.ok() ? std::string() : model.status().message();
+  };
+  const auto has = [](const std::string& text, const std::string& part) {
+    EXPECT_NE(text.find(part), std::string::npos) << text;
+  };
+  has(load_with("llama-f32-tied", "model.layers.0.self_attn.q_norm.weight"),
+      "model.layers.0.self_attn.q_norm.weight: LlamaForCausalLM");
+  has(load_with("mistral", "model.layers.1.self_attn.q_proj.bias"), "there is no bias");
+  has(load_with("qwen3", "model.layers.2.input_layernorm.weight"), "num_hidden_layers 2");
+  has(load_with("gpt-oss", "model.layers.1.mlp.experts.down_proj_blocks"), "MXFP4 weights are not supported: F32");
+  EXPECT_EQ(load_with("mistral", "model.layers.0.self_attn.rotary_emb.inv_freq"), "");
+  EXPECT_EQ(load_with("mistral", "lm_head.weight"), "");  // its embeddings are tied
+  EXPECT_EQ(load_with("mistral", "score.weight"), "");    // of another head
 }
 
 }  // namespace
