@@ -217,6 +217,7 @@ Result<RopeConfig> parse_rope(const Json& parameters, const std::string& key, do
     const auto sharpness = [&](double m) { return rope.factor <= 1 ? 1 : 0.1 * m * std::log(rope.factor) + 1; };
     const double m = in.number("mscale", -1, 1e6, 0.0), of_all = in.number("mscale_all_dim", -1, 1e6, 0.0);
     const double fitted = m != 0 && of_all != 0 ? sharpness(m) / sharpness(of_all) : sharpness(1);
+    if (!(fitted > 0 && std::isfinite(fitted))) in.fail("mscale_all_dim", of_all, "0 or more is");
     rope.attention_factor = in.number("attention_factor", 0, 1e6, fitted);
   }
   THRIFTATTN_RETURN_IF_ERROR(whole.status());

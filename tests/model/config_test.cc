@@ -269,6 +269,9 @@ TEST(ModelConfig, YarnTakesItsSharpnessFromWhatIsSaid) {
   EXPECT_EQ(parse(json)->rope.attention_factor, 1.25);
   scaling["factor"] = 0;
   expect_error(json, {"factor", "0"});
+  scaling["factor"] = std::exp(20 / 1.5);
+  scaling["mscale_all_dim"] = -0.9;  // a negative sharpness
+  expect_error(json, {"mscale_all_dim", "-0.9"});
 }
 
 TEST(ModelConfig, LyingValuesAreRefused) {
