@@ -237,15 +237,19 @@ Status parse_ropes(const Json& json, const Architecture& row, const std::string&
     return parse_rope(parameters, key, base, json, source, c->max_positions);
   };
   const Json &global = member(together, "full_attention"), &local = member(together, "sliding_attention");
-  if (global.is_object() && local.is_object()) {
+  if (row.local_rope_theta != 0 && together.is_object()) {
+    if (!global.is_object() || !local.is_object()) {
+      top.fail("rope_parameters", together, "an object for full_attention and one for sliding_attention are");
+      return top.status();
+    }
     THRIFTATTN_ASSIGN_OR_RETURN(of_all, rope(global, "rope_parameters.full_attention", theta));
     THRIFTATTN_ASSIGN_OR_RETURN(of_local, rope(local, "rope_parameters.sliding_attention", local_theta));
     c->rope = of_all;
     c->local_rope = of_local;
     return {};
   }
-  if (together.is_object() && (row.local_rope_theta != 0 || !global.is_null() || !local.is_null())) {
-    top.fail("rope_parameters", together, "an object for full_attention and one for sliding_attention are");
+  if (!global.is_null() || !local.is_null()) {
+    top.fail("rope_parameters", together, fmt::format("one rope for all layers of {} is", row.name));
     return top.status();
   }
   const char* key = together.is_null() ? "rope_scaling" : "rope_parameters";
@@ -270,7 +274,10 @@ Status parse_windows(const Json& json, const Architecture& row, const std::strin
   const bool if_used = row.windows == Windows::by_layer_if_used;
   int64_t window = 0;
   if (row.windows != Windows::never && (!if_used || in.boolean("use_sliding_window", false))) {
-    window = in.integer_or_null("sliding_window", 1, int64_t{1} << 40);
+    constexpr int64_t kMost = int64_t{1} << 40;
+    // Layers that alternate need one; the rest may do without.
+    window =
+        row.full_every > 0 ? in.integer("sliding_window", 1, kMost) : in.integer_or_null("sliding_window", 1, kMost);
   }
   int64_t every = row.full_every, first = 0;
   if (if_used && window != 0) first = in.integer("max_window_layers", 0, 1 << 20);
@@ -307,7 +314,7 @@ Result<const Architecture*> find_architecture(const Json& json, const std::strin
       if (names[0].get<std::string>() == row.name) return &row;
     }
   }
-  return unsupported(fmt::format("{}: architectures {} is not supported: {} is", source, shown(names),
+  return unsupported(fmt::format("{}: architectures {} is not supported: {} are", source, shown(names),
                                  fmt::join(architecture_names(), ", ")));
 }
 

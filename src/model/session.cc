@@ -57,8 +57,8 @@ struct PhasePlans {
   std::vector<Planned> plans;
   std::vector<std::vector<Part>> layers;
 
-  // The first plan that is refused, or the first layer's.
-  const Result<Plan>& told() const {
+  // The first layer's plan, or the first that is refused.
+  const Result<Plan>& first_or_refused() const {
     const auto refused = std::find_if(plans.begin(), plans.end(), [](const Planned& p) { return !p.plan.ok(); });
     return refused == plans.end() ? plans.front().plan : refused->plan;
   }
@@ -279,7 +279,8 @@ Result<Session> Session::create(const Model& model, const Method& method, const 
   };
   PhasePlans prefill = plan_phase(Phase::prefill, prefill_method, max_step),
              decode = plan_phase(Phase::decode, method, std::min<int64_t>(max_step, kMaxDecodeRows));
-  if (!prefill.told().ok() && !decode.told().ok() && !options.attention) return prefill.told().status();
+  if (!prefill.first_or_refused().ok() && !decode.first_or_refused().ok() && !options.attention)
+    return prefill.first_or_refused().status();
   THRIFTATTN_ASSIGN_OR_RETURN(cache, KvCache::create(cache_config));
   return Session(std::unique_ptr<State>(new State{
       .model = &model,
@@ -304,7 +305,7 @@ Session::~Session() = default;
 Status Session::forward(SeqId seq, std::span<const int32_t> tokens, Phase phase, LogitRows rows, const LogitSink& sink,
                         const Advance& advance) {
   PhasePlans& at = state_->of(phase);
-  if (!at.told().ok() && !state_->replaced) return at.told().status();
+  if (!at.first_or_refused().ok() && !state_->replaced) return at.first_or_refused().status();
   THRIFTATTN_RETURN_IF_ERROR(state_->check(seq, tokens, phase));
   try {
     for (Planned& p : at.plans) {
@@ -367,7 +368,7 @@ const Model& Session::model() const { return *state_->model; }
 const Method& Session::method() const { return state_->method; }
 const KvCache& Session::cache() const { return state_->cache; }
 int64_t Session::vocab() const { return state_->model->config().vocab; }
-const Result<Plan>& Session::plan(Phase phase) const { return state_->of(phase).told(); }
+const Result<Plan>& Session::plan(Phase phase) const { return state_->of(phase).first_or_refused(); }
 const Stats& Session::stats() const { return state_->stats; }
 
 }  // namespace thriftattn::model

@@ -218,6 +218,11 @@ TEST(ModelConfig, WhatAFamilyNeedsMustBeThere) {
   without("GptOssForCausalLM", "num_local_experts");
   without("GptOssForCausalLM", "rope_parameters");
   without("Ministral3ForCausalLM", "rope_parameters");
+  for (const char* architecture : {"Gemma2ForCausalLM", "Gemma3ForCausalLM", "GptOssForCausalLM"}) {
+    Json json = config_of(architecture);
+    json["sliding_window"] = nullptr;
+    expect_error(json, {"sliding_window", "missing"});
+  }
   Json json = config_of("Gemma3ForCausalLM");
   json["attn_logit_softcapping"] = 50.0;
   expect_error(json, {"attn_logit_softcapping", "50", "null"});
@@ -248,6 +253,9 @@ TEST(ModelConfig, LocalAndGlobalRopeInBothSpellings) {
     EXPECT_EQ(c->local_rope->scaling, RopeConfig::Scaling::none);
     EXPECT_EQ(c->local_rope->theta, 2e4);
   }
+  Json one_rope = llama();
+  one_rope["rope_parameters"] = new_form["rope_parameters"];
+  expect_error(one_rope, {"rope_parameters", "one rope", "LlamaForCausalLM"});
   new_form["rope_parameters"] = {{"rope_type", "default"}, {"rope_theta", 5e5}};
   expect_error(new_form, {"rope_parameters", "full_attention", "sliding_attention"});
 }
