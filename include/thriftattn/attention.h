@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "thriftattn/cache.h"
+#include "thriftattn/export.h"
 #include "thriftattn/method.h"
 #include "thriftattn/status.h"
 #include "thriftattn/tensor.h"
@@ -41,7 +42,7 @@ struct Problem {
 struct Machine {
   int threads = 1;
   std::vector<std::string> targets;  // instruction sets of the CPU backend, best first, e.g. {"AVX3", "AVX2", "EMU128"}
-  static Machine here(int threads);
+  THRIFTATTN_API static Machine here(int threads);
 };
 
 // A backend that will not serve a problem, and why.
@@ -63,8 +64,8 @@ struct Plan {
 
 // Chooses a kernel. Pure: looks at nothing but its arguments. An unsupported problem is an error that lists every
 // backend's reason.
-Result<Plan> plan(const Problem& problem, const Machine& machine);
-std::string to_string(const Plan& plan);
+THRIFTATTN_API Result<Plan> plan(const Problem& problem, const Machine& machine);
+THRIFTATTN_API std::string to_string(const Plan& plan);
 
 // One promoted page of one query block.
 struct Promoted {
@@ -108,7 +109,7 @@ struct AttendArgs {
 };
 
 // Scratch memory of a plan: made once, used by one run at a time. Serves every plan of the same sizes and method.
-class Workspace {
+class THRIFTATTN_API Workspace {
  public:
   static Result<Workspace> create(const Plan& plan);
   Workspace(Workspace&&) noexcept;
@@ -125,9 +126,10 @@ class Workspace {
 // out = softmax(q k^T sm_scale) v over the cache's sequences, every page in the tier that the plan's method selects.
 // Rows without a visible key give out = 0, lse = -inf (the sink's logit where there is one). NaN or Inf in q stay
 // within their row.
-Status run(const Plan& plan, Workspace& workspace, ThreadPool& pool, const AttendArgs& args);
+THRIFTATTN_API Status run(const Plan& plan, Workspace& workspace, ThreadPool& pool, const AttendArgs& args);
 
 // The selection alone, as `run` would make it.
-Result<Selection> select(const Plan& plan, Workspace& workspace, ThreadPool& pool, const AttendArgs& args);
+THRIFTATTN_API Result<Selection> select(const Plan& plan, Workspace& workspace, ThreadPool& pool,
+                                        const AttendArgs& args);
 
 }  // namespace thriftattn

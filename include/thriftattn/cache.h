@@ -14,6 +14,7 @@
 #include <string_view>
 #include <vector>
 
+#include "thriftattn/export.h"
 #include "thriftattn/method.h"
 #include "thriftattn/status.h"
 #include "thriftattn/tensor.h"
@@ -50,7 +51,7 @@ struct CacheConfig {
   bool operator==(const CacheConfig&) const = default;
 
   // What `method` needs stored for a model of this shape.
-  static CacheConfig for_method(const Method& method, int layers, int h_kv, int d, int d_v);
+  THRIFTATTN_API static CacheConfig for_method(const Method& method, int layers, int h_kv, int d, int d_v);
 };
 
 // Bytes by what they hold. A page shared by forks counts once.
@@ -63,7 +64,7 @@ struct MemoryUse {
   int64_t total() const { return codes + residual + high + summaries + tables; }
 };
 
-class KvCache {
+class THRIFTATTN_API KvCache {
  public:
   static Result<KvCache> create(const CacheConfig& config);
   KvCache(KvCache&&) noexcept;

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "thriftattn/export.h"
 #include "thriftattn/status.h"
 
 namespace thriftattn {
@@ -73,26 +74,26 @@ struct Method {
 
 // Parses a method. Errors name the unknown word and list the known ones; contradictions (rest=fp4 with
 // storage=high_only, budget=mass with policy=recent, a budget outside [0, 1], ...) are refused with both values.
-Result<Method> parse_method(std::string_view spec);
+THRIFTATTN_API Result<Method> parse_method(std::string_view spec);
 
 // The names that parse_method knows, in the order of docs/design.md.
-std::vector<std::string> method_names();
+THRIFTATTN_API std::vector<std::string> method_names();
 
 // Every option as (key, value), in the grammar's own words: feeding them back gives the same method.
-std::vector<std::pair<std::string, std::string>> options(const Method& method);
+THRIFTATTN_API std::vector<std::pair<std::string, std::string>> options(const Method& method);
 
 // The shortest spec that parses to `method`.
-std::string to_string(const Method& method);
+THRIFTATTN_API std::string to_string(const Method& method);
 
-std::string to_string(Tier tier);
-std::string to_string(Policy policy);
-std::string to_string(Arithmetic arithmetic);
-std::string to_string(Storage storage);
-std::string to_string(Fp4Format format);
-std::string to_string(const Budget& budget);
-std::string to_string(const Force& force);
+THRIFTATTN_API std::string to_string(Tier tier);
+THRIFTATTN_API std::string to_string(Policy policy);
+THRIFTATTN_API std::string to_string(Arithmetic arithmetic);
+THRIFTATTN_API std::string to_string(Storage storage);
+THRIFTATTN_API std::string to_string(Fp4Format format);
+THRIFTATTN_API std::string to_string(const Budget& budget);
+THRIFTATTN_API std::string to_string(const Force& force);
 
 // The tier in which `storage` keeps the pages that a policy may promote; none where it keeps no such tier.
-Tier high_tier(Storage storage);
+THRIFTATTN_API Tier high_tier(Storage storage);
 
 }  // namespace thriftattn

@@ -4,11 +4,14 @@
 #include <cstdint>
 #include <memory>
 
+#include "thriftattn/export.h"
+
 namespace thriftattn {
 
-class ThreadPool {
+class THRIFTATTN_API ThreadPool {
  public:
-  // `threads` workers including the caller; 0 = the processors this process may use.
+  // `threads` workers including the caller; 0 = the processors this process may use. Where the system grants fewer
+  // threads, size() says how many.
   explicit ThreadPool(int threads = 0);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;

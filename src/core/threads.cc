@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -55,7 +56,11 @@ int usable_processors() {
 
 ThreadPool::ThreadPool(int threads) : shared_(std::make_unique<Shared>()) {
   const int n = threads > 0 ? threads : usable_processors();
-  for (int w = 1; w < n; ++w) shared_->workers.emplace_back([s = shared_.get(), w] { s->work(w); });
+  try {
+    for (int w = 1; w < n; ++w) shared_->workers.emplace_back([s = shared_.get(), w] { s->work(w); });
+  } catch (const std::exception&) {
+    // The system grants no more threads: those that run must not be lost with the exception.
+  }
 }
 
 ThreadPool::~ThreadPool() {
