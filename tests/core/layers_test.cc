@@ -13,7 +13,8 @@ namespace fs = std::filesystem;
 
 // What each folder may include from the folders beside it, and the public headers that make up its level.
 const std::map<std::string, std::set<std::string>> kMayInclude = {
-    {"core", {}}, {"format", {}}, {"oracle", {}}, {"cpu", {"format"}}, {"attention", {"format"}}, {"model", {"format"}}, {"c_api", {}},
+    {"core", {}},          {"format", {}}, {"oracle", {}}, {"cpu", {"format"}}, {"attention", {"format"}},
+    {"model", {"format"}}, {"c_api", {}},
 };
 
 TEST(Layers, EveryFolderIncludesOnlyWhatLiesBelowIt) {
