@@ -33,7 +33,7 @@ Dir::Etc::SourceParts "/dev/null";
 CONF
   export APT_CONFIG=$root/apt/apt.conf
   apt-get update -q
-  (cd "$root/apt" && apt-get download -q libhwy-dev libhwy1 libfmt-dev libfmt9 libgtest-dev)
+  (cd "$root/apt" && apt-get download -q libhwy-dev libhwy1 libfmt-dev libfmt9 libgtest-dev libxxhash-dev)
   for package in "$root"/apt/*.deb; do dpkg-deb -x "$package" "$sysroot"; done
   touch "$sysroot/.complete"
 fi

@@ -201,6 +201,42 @@ typedef struct ThriftattnMemory {
 
 THRIFTATTN_API ThriftattnCode thriftattn_cache_memory(const ThriftattnCache* cache, ThriftattnMemory* memory);
 
+/* Writes a sequence, whose layers must be of one length, and `metadata` [metadata_bytes], any bytes up to 512 MiB (null
+ * where there are none), to a file of its own, from which load brings back the same records: attention, truncate and
+ * all later steps go on bit for bit. An older file is replaced in one step once the new one is on the disk; after an
+ * error it is untouched. */
+THRIFTATTN_API ThriftattnCode thriftattn_cache_save(const ThriftattnCache* cache, int32_t seq, const char* path,
+                                                    const void* metadata, int64_t metadata_bytes);
+
+/* A new sequence, *seq, with the content of a saved one. The cache's configuration must be that of the file, max_bytes
+ * apart. Refused, with the cache as it was: another configuration (the message names the field), a file that is cut
+ * short or changed, no memory left under max_bytes. */
+THRIFTATTN_API ThriftattnCode thriftattn_cache_load(ThriftattnCache* cache, const char* path, int32_t* seq);
+
+/* What the header of a saved sequence says. */
+typedef struct ThriftattnSaved ThriftattnSaved;
+
+typedef struct ThriftattnSavedValues {
+  size_t struct_size;
+  int64_t version; /* of the format */
+  int64_t tokens;
+  int64_t file_bytes;
+  int64_t memory_bytes; /* what loading it into an empty cache takes */
+  const void* metadata; /* [metadata_bytes], what was saved with it, valid as long as the ThriftattnSaved */
+  int64_t metadata_bytes;
+} ThriftattnSavedValues;
+
+#define THRIFTATTN_SAVED_VALUES_DEFAULTS \
+  { sizeof(ThriftattnSavedValues), 0, 0, 0, 0, NULL, 0 }
+
+/* Reads and checks the header alone. */
+THRIFTATTN_API ThriftattnCode thriftattn_saved_create(const char* path, ThriftattnSaved** saved);
+THRIFTATTN_API void thriftattn_saved_destroy(ThriftattnSaved* saved);
+THRIFTATTN_API ThriftattnCode thriftattn_saved_read(const ThriftattnSaved* saved, ThriftattnSavedValues* values);
+
+/* The configuration of a cache that loads it; storage_by_head points into `saved`. */
+THRIFTATTN_API ThriftattnCode thriftattn_saved_config(const ThriftattnSaved* saved, ThriftattnCacheConfig* config);
+
 /* ---- Plan ---------------------------------------------------------------------------------------------------- */
 
 typedef enum ThriftattnPhase {

@@ -133,6 +133,6 @@ struct SavedSequence {
 };
 
 // Reads and checks the header alone.
-Result<SavedSequence> inspect_saved(const std::string& path);
+THRIFTATTN_API Result<SavedSequence> inspect_saved(const std::string& path);
 
 }  // namespace thriftattn

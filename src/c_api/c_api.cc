@@ -27,6 +27,10 @@ struct ThriftattnCache {
   KvCache value;
 };
 
+struct ThriftattnSaved {
+  SavedSequence value;
+};
+
 struct ThriftattnPlan {
   Plan value;
   std::string text;
@@ -447,6 +451,63 @@ ThriftattnCode thriftattn_cache_memory(const ThriftattnCache* cache, ThriftattnM
     out.peak = cache->value.peak_bytes();
     out.reserved = cache->value.reserved_bytes();
     return write_struct("memory", memory, sizeof(ThriftattnMemory), out);
+  });
+}
+
+ThriftattnCode thriftattn_cache_save(const ThriftattnCache* cache, int32_t seq, const char* path, const void* metadata,
+                                     int64_t metadata_bytes) {
+  return guarded([&]() -> Status {
+    RETURN_IF_NULL(cache);
+    RETURN_IF_NULL(path);
+    if (metadata_bytes < 0)
+      return invalid_argument(fmt::format("metadata_bytes {} is not supported: 0 or more", metadata_bytes));
+    if (metadata_bytes > 0) RETURN_IF_NULL(metadata);
+    return cache->value.save(seq, path, {static_cast<const char*>(metadata), static_cast<size_t>(metadata_bytes)});
+  });
+}
+
+ThriftattnCode thriftattn_cache_load(ThriftattnCache* cache, const char* path, int32_t* seq) {
+  return guarded([&]() -> Status {
+    RETURN_IF_NULL(cache);
+    RETURN_IF_NULL(path);
+    RETURN_IF_NULL(seq);
+    THRIFTATTN_ASSIGN_OR_RETURN(made, cache->value.load(path));
+    *seq = made;
+    return {};
+  });
+}
+
+ThriftattnCode thriftattn_saved_create(const char* path, ThriftattnSaved** saved) {
+  return guarded([&]() -> Status {
+    RETURN_IF_NULL(path);
+    RETURN_IF_NULL(saved);
+    THRIFTATTN_ASSIGN_OR_RETURN(made, inspect_saved(path));
+    *saved = new ThriftattnSaved{std::move(made)};
+    return {};
+  });
+}
+
+void thriftattn_saved_destroy(ThriftattnSaved* saved) { delete saved; }
+
+ThriftattnCode thriftattn_saved_read(const ThriftattnSaved* saved, ThriftattnSavedValues* values) {
+  return guarded([&]() -> Status {
+    RETURN_IF_NULL(saved);
+    const SavedSequence& s = saved->value;
+    ThriftattnSavedValues out = THRIFTATTN_SAVED_VALUES_DEFAULTS;
+    out.version = s.version;
+    out.tokens = s.tokens;
+    out.file_bytes = s.file_bytes;
+    out.memory_bytes = s.bytes.total();
+    out.metadata = s.metadata.empty() ? nullptr : s.metadata.data();
+    out.metadata_bytes = static_cast<int64_t>(s.metadata.size());
+    return write_struct("values", values, sizeof(ThriftattnSavedValues), out);
+  });
+}
+
+ThriftattnCode thriftattn_saved_config(const ThriftattnSaved* saved, ThriftattnCacheConfig* config) {
+  return guarded([&]() -> Status {
+    RETURN_IF_NULL(saved);
+    return write_struct("config", config, sizeof(ThriftattnCacheConfig), write_config(saved->value.config));
   });
 }
 

@@ -444,6 +444,58 @@ static void sequences_fork_shrink_and_end(ThriftattnPool* pool) {
   free_tokens(t);
 }
 
+/* A sequence goes to a file and comes back into another cache; the file says what it holds. */
+static void sequences_are_saved_and_loaded(ThriftattnPool* pool) {
+  const char *path = "c_api_test.saved", *metadata = "what was\0read";
+  const Tokens t = random_tokens();
+  ThriftattnCacheConfig config = THRIFTATTN_CACHE_CONFIG_DEFAULTS, saved_config = config;
+  ThriftattnCache *cache = make_cache("thrift", 1, &config), *other = NULL;
+  ThriftattnSaved* saved = NULL;
+  int32_t seq = -1, loaded = -1;
+  CHECK_OK(thriftattn_cache_new_sequence(cache, &seq));
+  append(cache, seq, 0, &t, 0, 300, pool);
+  CHECK_OK(thriftattn_cache_settle(cache, seq, 0));
+  CHECK_OK(thriftattn_cache_save(cache, seq, path, metadata, 13));
+  CHECK_OK(thriftattn_saved_create(path, &saved));
+  ThriftattnSavedValues values = THRIFTATTN_SAVED_VALUES_DEFAULTS;
+  CHECK_OK(thriftattn_saved_read(saved, &values));
+  CHECK(values.version >= 1 && values.tokens == 300 && values.file_bytes > 0 && values.memory_bytes > 0);
+  CHECK(values.metadata_bytes == 13 && memcmp(values.metadata, metadata, 13) == 0);
+  CHECK_OK(thriftattn_saved_config(saved, &saved_config));
+  CHECK(saved_config.d_v == D_V && saved_config.storage == config.storage && saved_config.max_bytes == 0);
+
+  CHECK_OK(thriftattn_cache_create(&saved_config, &other));
+  CHECK_OK(thriftattn_cache_load(other, path, &loaded));
+  CHECK(thriftattn_cache_length(other, loaded) == 300);
+  float *k[2], *v[2];
+  for (int i = 0; i < 2; ++i) {
+    k[i] = zeros(300 * H_KV * D);
+    v[i] = zeros(300 * H_KV * D_V);
+    const ThriftattnMutableView all_k = thriftattn_mutable_view(k[i], 300, H_KV, D);
+    const ThriftattnMutableView all_v = thriftattn_mutable_view(v[i], 300, H_KV, D_V);
+    CHECK_OK(thriftattn_cache_read(i ? other : cache, i ? loaded : seq, 0, 0, &all_k, &all_v));
+  }
+  CHECK(memcmp(k[0], k[1], 300 * H_KV * D * sizeof(float)) == 0);
+  CHECK(memcmp(v[0], v[1], 300 * H_KV * D_V * sizeof(float)) == 0);
+  thriftattn_cache_destroy(other);
+
+  saved_config.storage = THRIFTATTN_STORAGE_DUAL;
+  CHECK_OK(thriftattn_cache_create(&saved_config, &other));
+  CHECK_FAILS(thriftattn_cache_load(other, path, &loaded), THRIFTATTN_INVALID_ARGUMENT, "storage");
+  CHECK(remove(path) == 0);
+  CHECK_FAILS(thriftattn_cache_load(other, path, &loaded), THRIFTATTN_NOT_FOUND, path);
+  CHECK_FAILS(thriftattn_saved_create(path, &saved), THRIFTATTN_NOT_FOUND, path);
+  CHECK_FAILS(thriftattn_cache_save(cache, seq, path, metadata, -1), THRIFTATTN_INVALID_ARGUMENT, "metadata_bytes -1");
+  for (int i = 0; i < 2; ++i) {
+    free(k[i]);
+    free(v[i]);
+  }
+  thriftattn_saved_destroy(saved);
+  thriftattn_cache_destroy(other);
+  thriftattn_cache_destroy(cache);
+  free_tokens(t);
+}
+
 /* Structs of other sizes: what this library does not know must be zero, what the caller does not know is left alone. */
 static void structs_may_grow(void) {
   struct {
@@ -562,6 +614,7 @@ static void nulls_are_named(ThriftattnPool* pool) {
   ThriftattnWorkspace* workspace = NULL;
   ThriftattnStats* stats = NULL;
   ThriftattnSelection* selection = NULL;
+  ThriftattnSaved* saved = NULL;
   CHECK_OK(thriftattn_plan_create(&good, thriftattn_pool_size(pool), &plan));
   CHECK_OK(thriftattn_workspace_create(plan, &workspace));
   CHECK_OK(thriftattn_stats_create(&stats));
@@ -605,6 +658,16 @@ static void nulls_are_named(ThriftattnPool* pool) {
   CHECK_NULL(thriftattn_cache_read(cache, seq, 0, 0, &out_k, &out_no_data), "v.data");
   CHECK_NULL(thriftattn_cache_memory(NULL, &(ThriftattnMemory)THRIFTATTN_MEMORY_DEFAULTS), "cache");
   CHECK_NULL(thriftattn_cache_memory(cache, NULL), "memory");
+  CHECK_NULL(thriftattn_cache_save(NULL, seq, "file", NULL, 0), "cache");
+  CHECK_NULL(thriftattn_cache_save(cache, seq, NULL, NULL, 0), "path");
+  CHECK_NULL(thriftattn_cache_save(cache, seq, "file", NULL, 1), "metadata");
+  CHECK_NULL(thriftattn_cache_load(NULL, "file", &seq), "cache");
+  CHECK_NULL(thriftattn_cache_load(cache, NULL, &seq), "path");
+  CHECK_NULL(thriftattn_cache_load(cache, "file", NULL), "seq");
+  CHECK_NULL(thriftattn_saved_create(NULL, &saved), "path");
+  CHECK_NULL(thriftattn_saved_create("file", NULL), "saved");
+  CHECK_NULL(thriftattn_saved_read(NULL, &(ThriftattnSavedValues)THRIFTATTN_SAVED_VALUES_DEFAULTS), "saved");
+  CHECK_NULL(thriftattn_saved_config(NULL, &config), "saved");
   CHECK_NULL(thriftattn_plan_create(NULL, 1, &plan), "problem");
   CHECK_NULL(thriftattn_plan_create(&good, 1, NULL), "plan");
   problem.method = NULL;
@@ -663,6 +726,7 @@ static void nulls_are_named(ThriftattnPool* pool) {
   thriftattn_workspace_destroy(NULL);
   thriftattn_selection_destroy(NULL);
   thriftattn_stats_destroy(NULL);
+  thriftattn_saved_destroy(NULL);
   thriftattn_selection_destroy(selection);
   thriftattn_stats_destroy(stats);
   thriftattn_workspace_destroy(workspace);
@@ -697,6 +761,7 @@ int main(void) {
   batches_and_strides(pool);
   selections_can_be_read_and_given_back(pool);
   sequences_fork_shrink_and_end(pool);
+  sequences_are_saved_and_loaded(pool);
   structs_may_grow();
   wrong_values_are_named(pool);
   nulls_are_named(pool);
