@@ -38,7 +38,9 @@ struct GenerateOptions {
   int64_t max_tokens = 0;
   double temperature = 0;  // 0 = greedy
   double top_p = 1;
-  bool quiet = false;  // no summary
+  bool quiet = false;      // no summary
+  std::string save_cache;  // file for the prompt's keys and values; empty = none
+  std::string load_cache;  // file that holds those of the prompt's first tokens; empty = none
 };
 
 // The loss of each method on each text: a table on stdout, JSON in a file.

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <filesystem>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -22,6 +24,25 @@ using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
 
+// A sequence that holds the beginning of the prompt, out of a file. Its length is the page that holds the prompt's last
+// token or the first one that the file lacks: query blocks begin there, so that reading on equals reading at once.
+Result<SeqId> resume(model::Session& session, const std::string& path, const std::vector<int32_t>& prompt) {
+  THRIFTATTN_ASSIGN_OR_RETURN(seq, session.load(path));
+  const auto saved = session.tokens(seq);
+  const auto [differs, at] = std::mismatch(saved.begin(), saved.end(), prompt.begin(), prompt.end());
+  if (differs != saved.end() && at == prompt.end()) {
+    return invalid_argument(
+        fmt::format("{}: holds {} tokens, more than the {} of the prompt", path, saved.size(), prompt.size()));
+  }
+  if (differs != saved.end()) {
+    return invalid_argument(fmt::format("{}: the prompt's token {} is {}, the saved one is {}", path,
+                                        differs - saved.begin(), *at, *differs));
+  }
+  const int64_t keep = std::min(std::ssize(saved), std::ssize(prompt) - 1);
+  THRIFTATTN_RETURN_IF_ERROR(session.truncate(seq, keep / kPageTokens * kPageTokens));
+  return seq;
+}
+
 double rate(int64_t tokens, double seconds) { return static_cast<double>(tokens) / std::max(seconds, 1e-9); }
 
 }  // namespace
@@ -36,6 +57,14 @@ Status generate(const GenerateOptions& options) {
   } else {
     THRIFTATTN_ASSIGN_OR_RETURN(file, read_text(options.prompt_file));
     text = std::move(file);
+  }
+  if (!options.save_cache.empty()) {
+    THRIFTATTN_RETURN_IF_ERROR(check_writable(options.save_cache, {options.prompt_file}));
+    std::error_code error;
+    const auto there = std::filesystem::status(options.save_cache, error);
+    if (std::filesystem::exists(there) && !std::filesystem::is_regular_file(there)) {
+      return invalid_argument(fmt::format("{} is not a regular file", options.save_cache));
+    }
   }
   THRIFTATTN_ASSIGN_OR_RETURN(runner, Runner::load(options.run));
   const std::vector<int32_t> prompt = runner.tokens(text);
@@ -52,15 +81,18 @@ Status generate(const GenerateOptions& options) {
 
   int32_t token = 0;
   const auto pick = [&](int64_t, int64_t, const float* logits) { token = sampler.pick(logits, session.vocab()); };
-  const SeqId seq = session.new_sequence();
+  THRIFTATTN_ASSIGN_OR_RETURN(
+      seq, options.load_cache.empty() ? session.new_sequence() : resume(session, options.load_cache, prompt));
+  const std::span<const int32_t> unread = std::span(prompt).subspan(session.length(seq));
   Progress progress(!options.quiet);
-  progress.begin(fmt::format("reading {} tokens", prompt.size()));
+  progress.begin(fmt::format("reading {} tokens", unread.size()));
   auto begin = Clock::now();
-  THRIFTATTN_RETURN_IF_ERROR(session.forward(seq, prompt, Phase::prefill, model::LogitRows::last, pick,
+  THRIFTATTN_RETURN_IF_ERROR(session.forward(seq, unread, Phase::prefill, model::LogitRows::last, pick,
                                              [&](double fraction) { return progress.update(fraction); }));
   progress.clear();
   const double prefill_seconds = seconds_since(begin);
   const Stats read = session.stats();
+  if (!options.save_cache.empty()) THRIFTATTN_RETURN_IF_ERROR(session.save(seq, options.save_cache));
 
   begin = Clock::now();
   int64_t count = 0, steps = 0;
@@ -83,10 +115,12 @@ Status generate(const GenerateOptions& options) {
   const double decode_seconds = seconds_since(begin);
   fmt::print(
       stderr,
-      "{}: read {} tokens at {:.0f} tokens/s ({:.1f}% promoted), wrote {} at {:.1f} tokens/s ({:.1f}% promoted); "
+      "{}: {}read {} tokens at {:.0f} tokens/s ({:.1f}% promoted), wrote {} at {:.1f} tokens/s ({:.1f}% promoted); "
       "KV {:.1f} MiB, {:.0f} bytes per token\n",
-      to_string(method), prompt.size(), rate(std::ssize(prompt), prefill_seconds),
-      100 * share_promoted(method, read.promoted, read.pairs), count, rate(steps, decode_seconds),
+      to_string(method),
+      unread.size() < prompt.size() ? fmt::format("loaded {} tokens, ", prompt.size() - unread.size()) : "",
+      unread.size(), rate(std::ssize(unread), prefill_seconds), 100 * share_promoted(method, read.promoted, read.pairs),
+      count, rate(steps, decode_seconds),
       100 * share_promoted(method, stats.promoted - read.promoted, stats.pairs - read.pairs),
       static_cast<double>(session.cache().bytes().total()) / (1 << 20),
       static_cast<double>(session.cache().bytes().total()) / static_cast<double>(session.length(seq)));

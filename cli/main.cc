@@ -133,6 +133,13 @@ int run(int argc, char** argv) {
       ->check(number_in(1e-6, 1))
       ->needs(temperature)
       ->capture_default_str();
+  generate_command
+      ->add_option("--save-cache", generation.save_cache, "once the prompt is read, save its keys and values here")
+      ->check(not_empty());
+  generate_command
+      ->add_option("--load-cache", generation.load_cache,
+                   "the prompt begins with what was saved here: only the rest is read")
+      ->check(not_empty());
   generate_command->add_flag("--quiet", generation.quiet, "no summary on stderr");
   generate_command->footer(
       "Example: thriftattn generate --model models/pocket-8m --prompt-file prompt.txt --max-tokens 64 --method thrift");

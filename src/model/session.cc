@@ -6,6 +6,8 @@
 #include <new>
 #include <utility>
 
+#include "model/identity.h"
+#include "model/json_file.h"
 #include "model/layers.h"
 #include "model/weights.h"
 
@@ -86,16 +88,18 @@ PhasePlans plan_layers(const ModelConfig& c, Problem problem, const Machine& mac
 struct Session::State {
   const Model* model;
   ThreadPool* pool;
-  Method method;
+  Method method, prefill_method;
   int64_t max_tokens, max_step;
   Attention replaced;  // SessionOptions::attention
   KvCache cache;
   PhasePlans prefill, decode;
   std::vector<float> frequencies, local_frequencies;
   Stats stats = {};
+  std::vector<std::vector<int32_t>> history = {};  // the tokens of every sequence
 
   Activations buffers = {};
 
+  Result<Json> identity() const;
   PhasePlans& of(Phase phase) { return phase == Phase::decode ? decode : prefill; }
   Status check(SeqId seq, std::span<const int32_t> tokens, Phase phase);
   Status forward(SeqId seq, std::span<const int32_t> tokens, Phase phase, LogitRows rows, const LogitSink& sink,
@@ -286,6 +290,7 @@ Result<Session> Session::create(const Model& model, const Method& method, const 
       .model = &model,
       .pool = &pool,
       .method = method,
+      .prefill_method = prefill_method,
       .max_tokens = max_tokens,
       .max_step = max_step,
       .replaced = options.attention,
@@ -313,7 +318,11 @@ Status Session::forward(SeqId seq, std::span<const int32_t> tokens, Phase phase,
       THRIFTATTN_ASSIGN_OR_RETURN(workspace, Workspace::create(*p.plan));
       p.workspace = std::move(workspace);
     }
-    return state_->forward(seq, tokens, phase, rows, sink, advance);
+    std::vector<int32_t>& all = state_->history[seq];
+    all.reserve(all.size() + tokens.size());
+    THRIFTATTN_RETURN_IF_ERROR(state_->forward(seq, tokens, phase, rows, sink, advance));
+    all.insert(all.end(), tokens.begin(), tokens.end());
+    return {};
   } catch (const std::bad_alloc&) {
     return Status(Code::out_of_memory, fmt::format("no memory left for a step of {} tokens", tokens.size()));
   }
@@ -334,6 +343,7 @@ Result<SeqId> Session::copy_from(const Session& other, SeqId seq) {
   }
   const SeqId copy = new_sequence();
   const auto fill = [&]() -> Status {
+    state_->history[copy] = other.state_->history[seq];
     // In 16 bit, as both caches store them: exact.
     const int64_t k_width = int64_t{c.h_kv} * c.d, v_width = int64_t{c.h_kv} * c.d_v;
     std::vector<uint16_t> k(n * k_width), v(n * v_width);
@@ -360,9 +370,96 @@ Result<SeqId> Session::copy_from(const Session& other, SeqId seq) {
   return status;
 }
 
-SeqId Session::new_sequence() { return state_->cache.new_sequence(); }
-Result<SeqId> Session::fork(SeqId seq) { return state_->cache.fork(seq); }
-Status Session::free(SeqId seq) { return state_->cache.free(seq); }
+SeqId Session::new_sequence() {
+  const SeqId seq = state_->cache.new_sequence();
+  state_->history.resize(std::max(state_->history.size(), static_cast<size_t>(seq) + 1));
+  state_->history[seq].clear();
+  return seq;
+}
+
+Result<SeqId> Session::fork(SeqId seq) {
+  THRIFTATTN_ASSIGN_OR_RETURN(copy, state_->cache.fork(seq));
+  state_->history.resize(std::max(state_->history.size(), static_cast<size_t>(copy) + 1));
+  state_->history[copy] = state_->history[seq];
+  return copy;
+}
+
+Status Session::truncate(SeqId seq, int64_t length) {
+  THRIFTATTN_RETURN_IF_ERROR(state_->cache.truncate(seq, length));
+  state_->history[seq].resize(length);
+  return {};
+}
+
+std::span<const int32_t> Session::tokens(SeqId seq) const {
+  if (length(seq) < 0) return {};
+  return state_->history[seq];
+}
+
+// The metadata of a saved sequence is a JSON object of these members.
+Result<Json> Session::State::identity() const {
+  THRIFTATTN_ASSIGN_OR_RETURN(id, model::identity(*model));
+  return Json{{"model", id},
+              {"compute", to_string(model->compute())},
+              {"method", thriftattn::to_string(method)},
+              {"prefill", thriftattn::to_string(prefill_method)}};
+}
+
+Status Session::save(SeqId seq, const std::string& path) const {
+  if (length(seq) < 0) return not_found(fmt::format("sequence {} does not exist", seq));
+  try {
+    THRIFTATTN_ASSIGN_OR_RETURN(metadata, state_->identity());
+    metadata["tokens"] = state_->history[seq];
+    return state_->cache.save(seq, path, metadata.dump());
+  } catch (const std::bad_alloc&) {
+    return Status(Code::out_of_memory, fmt::format("{}: no memory left to save sequence {}", path, seq));
+  }
+}
+
+Result<SeqId> Session::load(const std::string& path) {
+  try {
+    THRIFTATTN_ASSIGN_OR_RETURN(saved, inspect_saved(path));
+    THRIFTATTN_ASSIGN_OR_RETURN(metadata, parse_object(saved.metadata, path + ": metadata"));
+    THRIFTATTN_ASSIGN_OR_RETURN(ours, state_->identity());
+    if (member(metadata, "model") != ours["model"]) return invalid_argument(path + ": saved by another model");
+    for (const char* key : {"compute", "method", "prefill"}) {
+      if (member(metadata, key) == ours[key]) continue;
+      return invalid_argument(fmt::format("{}: saved with {} {}, this session runs {}", path, key,
+                                          shown(member(metadata, key)), shown(ours[key])));
+    }
+    std::vector<int32_t> tokens;
+    const Json& list = member(metadata, "tokens");
+    for (const Json& token : list) {
+      const int64_t id = token.is_number_integer() ? token.get<int64_t>() : -1;
+      if (id < 0 || id >= vocab()) return data_loss(fmt::format("{}: {} is no token", path, shown(token)));
+      tokens.push_back(static_cast<int32_t>(id));
+    }
+    if (!list.is_array() || std::ssize(tokens) != saved.tokens) {
+      return data_loss(fmt::format("{}: its metadata names {} tokens of {}", path, tokens.size(), saved.tokens));
+    }
+    if (saved.tokens > state_->max_tokens) {
+      return invalid_argument(
+          fmt::format("{}: its {} tokens are more than the {} of the session", path, saved.tokens, state_->max_tokens));
+    }
+    std::string loaded_metadata;
+    THRIFTATTN_ASSIGN_OR_RETURN(seq, state_->cache.load(path, &loaded_metadata));
+    if (loaded_metadata != saved.metadata) {
+      (void)state_->cache.free(seq);
+      return data_loss(path + ": was replaced while it was read");
+    }
+    state_->history.resize(std::max(state_->history.size(), static_cast<size_t>(seq) + 1));
+    state_->history[seq] = std::move(tokens);
+    return seq;
+  } catch (const std::bad_alloc&) {
+    return Status(Code::out_of_memory, fmt::format("{}: no memory left to load it", path));
+  }
+}
+
+Status Session::free(SeqId seq) {
+  THRIFTATTN_RETURN_IF_ERROR(state_->cache.free(seq));
+  state_->history[seq] = {};
+  return {};
+}
+
 int64_t Session::length(SeqId seq) const { return state_->cache.length(seq); }
 const Model& Session::model() const { return *state_->model; }
 const Method& Session::method() const { return state_->method; }

@@ -11,6 +11,7 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <string>
 
 #include "model/model.h"
 #include "thriftattn/attention.h"
@@ -77,6 +78,17 @@ class Session {
   // A new sequence with the keys and values of a sequence of another session of the same model, whose method must store
   // every page in 16 bit (storage high_only). Encoded here as `method` says.
   Result<SeqId> copy_from(const Session& other, SeqId seq);
+
+  // Shortens a sequence to `length` tokens where that is exact (KvCache::truncate): to a multiple of 64 it always is.
+  Status truncate(SeqId seq, int64_t length);
+
+  // The tokens of a sequence; empty for an unknown one.
+  std::span<const int32_t> tokens(SeqId seq) const;
+
+  // Saves a sequence with its tokens to a file, from which a session of the same model, compute, method and prefill
+  // method loads it; the message says which of them differs. See KvCache::save and load.
+  Status save(SeqId seq, const std::string& path) const;
+  Result<SeqId> load(const std::string& path);
 
   const Model& model() const;
   const Method& method() const;

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -369,6 +370,66 @@ class Generate(Case):
         self.refused(["empty"], "generate", "--model", MODEL, "--prompt", "")
         self.refused(["UTF-8"], "generate", "--model", MODEL, "--prompt-file", self.file("bad.txt", b"\xff"))
         self.refused(["32768"], "generate", "--model", MODEL, "--prompt", "Once", "--max-tokens", 32768)
+
+    def test_a_saved_prompt_is_not_read_again_and_gives_the_same_text(self):
+        for method, cases in (("thrift", ((30, 0), (300, 0), (300, 1), (420, 200))), ("fp16", ((300, 50),)),
+                              ("thrift:storage=dual,policy=block_mean", ((420, 70),))):
+            for words, more in cases:
+                prompt, longer = self.file("prompt.txt", prose(words)), self.file("longer.txt", prose(words + more))
+                with self.subTest(method=method, words=words, more=more):
+                    options = ("--method", method, "--compute", "f32", "--max-tokens", 24)
+                    saved = self.path("prompt.kv")
+                    plain = self.generate("--prompt-file", prompt, *options)
+                    saving = self.generate("--prompt-file", prompt, "--save-cache", saved, *options)
+                    self.assertEqual(saving.stdout, plain.stdout)
+                    whole = self.generate("--prompt-file", longer, *options)
+                    again = self.path("again.kv")
+                    loading = self.generate("--prompt-file", longer, "--load-cache", saved, "--save-cache", again,
+                                            *options)
+                    self.assertEqual(loading.stdout, whole.stdout)
+                    # Nothing but what lies behind the last whole page is read.
+                    count = re.search(r"(?:loaded (\d+) tokens, )?read (\d+) tokens", loading.stderr.decode())
+                    total = re.search(r"read (\d+) tokens", whole.stderr.decode())
+                    loaded, read = int(count[1] or 0), int(count[2])
+                    self.assertEqual(loaded + read, int(total[1]))
+                    self.assertEqual(loaded % 64, 0)
+                    if more == 0:
+                        self.assertLessEqual(read, 64)
+                    # What was saved after loading serves as well as what was saved first.
+                    self.assertEqual(self.generate("--prompt-file", longer, "--load-cache", again, *options).stdout,
+                                     whole.stdout)
+
+    def test_a_saved_prompt_fits_its_model_method_and_text_alone(self):
+        saved = self.path("prompt.kv")
+        begin = ("generate", "--model", MODEL, "--max-tokens", 2, "--compute", "f32")
+        self.succeeds(*begin, "--prompt", "It was a dark and stormy night", "--save-cache", saved)
+        load = (*begin, "--load-cache", saved)
+        self.refused([saved, "token 3"], *load, "--prompt", "It was no dark and stormy night, and")
+        self.refused([saved, "more than"], *load, "--prompt", "It was a dark")
+        self.refused([saved, "method", "thrift", "fp16"], *load, "--prompt", "It was a dark and stormy night",
+                     "--method", "fp16")
+        self.refused([saved + "x", "no such file"], *begin, "--prompt", "It", "--load-cache", saved + "x")
+        with open(saved, "rb") as f:
+            content = f.read()
+        self.refused(["checksum"], *begin, "--prompt", "It was a dark and stormy night", "--load-cache",
+                     self.file("bad.kv", content[:-1] + bytes([content[-1] ^ 1])))
+        self.refused(["cut.kv"], *begin, "--prompt", "It", "--load-cache", self.file("cut.kv", content[:-1]))
+        # Another model of the same shape: one byte of one weight differs.
+        other = self.path("model")
+        shutil.copytree(MODEL, other)
+        with open(os.path.join(other, "model-00002-of-00002.safetensors"), "r+b") as f:
+            f.seek(-1, os.SEEK_END)
+            last = f.read(1)[0]
+            f.seek(-1, os.SEEK_END)
+            f.write(bytes([last ^ 1]))
+        self.refused([saved, "another model"], "generate", "--model", other, "--compute", "f32", "--load-cache", saved,
+                     "--prompt", "It was a dark and stormy night")
+
+    def test_a_cache_that_cannot_be_saved_is_refused_before_the_work(self):
+        for target in (self.folder.name, "/no/such/folder/x", "/dev/null"):
+            self.refused([target], "generate", "--model", MODEL, "--prompt", "Once", "--save-cache", target)
+        prompt = self.file("prompt.txt", "Once")
+        self.refused([prompt], "generate", "--model", MODEL, "--prompt-file", prompt, "--save-cache", prompt)
 
 
 if __name__ == "__main__":
