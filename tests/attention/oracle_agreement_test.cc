@@ -7,77 +7,10 @@
 #include <string>
 #include <vector>
 
-#include "attention/session.h"
+#include "attention/agreement.h"
 
 namespace thriftattn::testing {
 namespace {
-
-// Pages whose ranks differ by less than this, relative to the largest score, may be exchanged.
-constexpr double kTie = 1e-5;
-
-// FP32 kernels: exp2 of scores of a few tens, sums over some hundred tokens; the straightforward FP32 loop of
-// Fp32Loop below stays under a third of it.
-constexpr double kFp32Error = 1e-5;
-
-// Where the kernel's selection and the oracle's differ, only near-ties may be the reason.
-void expect_same_selection(const Selection& got, const oracle::Input& input, const std::string& what) {
-  const Selection want = oracle::select(input);
-  if (got.first == want.first && got.pages == want.pages) return;
-  const std::vector<oracle::Estimate> estimates = oracle::estimates(input);
-  ASSERT_EQ(got.first.size(), want.first.size()) << what;
-  for (size_t b = 0; b + 1 < want.first.size(); ++b) {
-    const auto pages = [b](const Selection& s) {
-      return std::vector<Promoted>(s.pages.begin() + s.first[b], s.pages.begin() + s.first[b + 1]);
-    };
-    const std::vector<Promoted> ours = pages(got), theirs = pages(want);
-    if (ours == theirs) continue;
-    const bool by_error = input.method.budget.kind == Budget::Kind::tolerance;
-    const auto& rank = by_error ? estimates[b].contribution : estimates[b].score;
-    double largest = 0;
-    for (double r : rank) largest = std::isfinite(r) ? std::max(largest, std::fabs(r)) : largest;
-    // The weakest page that the oracle promotes by rank; every page exchanged must be as weak or as strong as it.
-    double border = INFINITY;
-    for (const Promoted& p : theirs) {
-      const size_t j = static_cast<size_t>(p.page);
-      if (!estimates[b].forced[j]) border = std::min(border, rank[j]);
-    }
-    EXPECT_EQ(ours.size(), theirs.size()) << what << ", block " << b;
-    std::string list;
-    for (const auto& [a, c] : {std::pair{&ours, &theirs}, std::pair{&theirs, &ours}}) {
-      list += list.empty() ? "got" : ", oracle";
-      for (const Promoted& p : *a) {
-        list += " " + std::to_string(p.page) + ":" + to_string(p.tier);
-        const bool in_both = std::find(c->begin(), c->end(), p) != c->end();
-        if (in_both || std::fabs(rank[static_cast<size_t>(p.page)] - border) <= kTie * largest) continue;
-        ADD_FAILURE() << what << ", block " << b << ": page " << p.page << " " << to_string(p.tier)
-                      << (a == &ours ? " is promoted, not by the oracle" : " is promoted by the oracle only")
-                      << "; score " << rank[static_cast<size_t>(p.page)] << ", border " << border;
-      }
-    }
-    if (::testing::Test::HasNonfatalFailure()) FAIL() << what << ", block " << b << ": " << list;
-  }
-}
-
-// In mma4 a p next to a rounding border may fall on either side of it, because FP32 and double disagree on p: one code
-// of one token, rarely. Most elements must be as near as in kv4, all within what some codes can do.
-void expect_output(const Ran& ran, const oracle::Output& want, const Tokens& tokens, bool mma4,
-                   const std::string& what) {
-  for (size_t i = 0; i < want.lse.size(); ++i) {
-    if (std::isinf(want.lse[i])) {
-      EXPECT_EQ(ran.lse[i], want.lse[i]) << what;
-    } else {
-      EXPECT_NEAR(ran.lse[i], want.lse[i], 1e-5 * std::max(1.0, std::fabs(want.lse[i]))) << what << ", row " << i;
-    }
-  }
-  if (!mma4) {
-    EXPECT_LE(distance(ran.out, want.out, tokens), kFp32Error) << what;
-    return;
-  }
-  EXPECT_LE(distance(ran.out, want.out, tokens), 0.03) << what;
-  size_t far = 0;
-  for (size_t i = 0; i < want.out.size(); ++i) far += std::fabs(ran.out[i] - want.out[i]) > 10 * kFp32Error;
-  EXPECT_LE(static_cast<double>(far), 0.02 * static_cast<double>(want.out.size()) + 64) << what;
-}
 
 void expect_stats(const Ran& ran, const oracle::Input& input, const oracle::Output& want, const std::string& what) {
   const Stats& stats = ran.stats;
