@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <utility>
 
 namespace thriftattn::cli {
@@ -16,8 +17,15 @@ Result<Runner> Runner::load(const RunOptions& options) {
 }
 
 std::vector<int32_t> Runner::tokens(const std::string& text) const {
-  std::vector<int32_t> ids = tokenizer.encode(text);
-  if (model->config().bos) ids.insert(ids.begin(), *model->config().bos);
+  std::vector<int32_t> ids = tokenizer.encode(text), prefix;
+  if (tokenizer.prefix()) {
+    prefix = *tokenizer.prefix();
+  } else if (model->config().bos) {
+    prefix = {*model->config().bos};
+  }
+  if (ids.size() < prefix.size() || !std::equal(prefix.begin(), prefix.end(), ids.begin())) {
+    ids.insert(ids.begin(), prefix.begin(), prefix.end());
+  }
   return ids;
 }
 

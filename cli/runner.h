@@ -23,7 +23,8 @@ struct Runner {
   // Loads the folder. No `compute` given = bf16 where the processor has it natively, else f32.
   static Result<Runner> load(const RunOptions& options);
 
-  // BOS, where the model has one, and the tokens of `text`.
+  // What the tokenizer puts in front of a text (config.json's BOS where the tokenizer's files do not say), once, and
+  // the tokens of `text`.
   std::vector<int32_t> tokens(const std::string& text) const;
 
   // Refuses `needed` positions where the model has fewer; `what` names what needs them.

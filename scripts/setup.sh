@@ -4,7 +4,7 @@
 set -euo pipefail
 
 # ocl-icd-opencl-dev: the CMake file of libdnnl-dev asks for OpenCL and its package does not depend on it.
-build="build-essential cmake ninja-build pkg-config libhwy-dev libdnnl-dev ocl-icd-opencl-dev libcli11-dev nlohmann-json3-dev libfmt-dev libpcre2-dev libxxhash-dev"
+build="build-essential cmake ninja-build pkg-config libhwy-dev libdnnl-dev ocl-icd-opencl-dev libcli11-dev nlohmann-json3-dev libfmt-dev libpcre2-dev libxxhash-dev libutf8proc-dev"
 packages=""
 for task in "$@"; do
   case "$task" in

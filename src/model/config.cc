@@ -402,7 +402,17 @@ Result<ModelConfig> ModelConfig::parse(std::string_view text, const std::string&
 Result<ModelConfig> ModelConfig::load(const std::string& dir) {
   const std::string path = dir + "/config.json";
   THRIFTATTN_ASSIGN_OR_RETURN(text, read_file(path));
-  return parse(text, path);
+  THRIFTATTN_ASSIGN_OR_RETURN(config, parse(text, path));
+  const std::string generation_path = dir + "/generation_config.json";
+  if (std::error_code error; std::filesystem::exists(generation_path, error)) {
+    THRIFTATTN_ASSIGN_OR_RETURN(generation_text, read_file(generation_path));
+    THRIFTATTN_ASSIGN_OR_RETURN(generation, parse_object(generation_text, generation_path));
+    Reader in(generation, generation_path);
+    const auto eos = in.tokens("eos_token_id", config.vocab);
+    THRIFTATTN_RETURN_IF_ERROR(in.status());
+    if (!eos.empty()) config.eos = eos;
+  }
+  return config;
 }
 
 }  // namespace thriftattn::model

@@ -66,7 +66,8 @@ struct ModelConfig {
 
   bool is_eos(int32_t token) const { return std::find(eos.begin(), eos.end(), token) != eos.end(); }
 
-  // Reads `dir`/config.json as Hugging Face writes it. Errors name the key, its value and what is supported.
+  // Reads `dir`/config.json as Hugging Face writes it; where there is a generation_config.json with eos_token_id, eos
+  // is that. Errors name the key, its value and what is supported.
   static Result<ModelConfig> load(const std::string& dir);
   // The same from the text of a config.json; `source` names it in errors.
   static Result<ModelConfig> parse(std::string_view json, const std::string& source);

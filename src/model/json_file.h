@@ -11,6 +11,7 @@
 #include <nlohmann/json.hpp>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "thriftattn/status.h"
 
@@ -41,6 +42,19 @@ inline const Json& member(const Json& json, const char* key) {
   if (!json.is_object()) return null;
   const auto it = json.find(key);
   return it == json.end() ? null : *it;
+}
+
+// The steps of a {"type": "Sequence", `key`: [...]}, or the one step that `json` is; none for null. A Sequence inside a
+// Sequence is a step like any other, so that a hostile file cannot nest a million of them.
+inline std::vector<const Json*> steps_of(const Json& json, const char* key) {
+  std::vector<const Json*> steps;
+  const Json& list = member(json, key);
+  if (member(json, "type") == "Sequence" && list.is_array()) {
+    for (const Json& step : list) steps.push_back(&step);
+  } else if (!json.is_null()) {
+    steps.push_back(&json);
+  }
+  return steps;
 }
 
 // A value as an error message shows it: one line, cut short. What is nested deeper than one level is only named,

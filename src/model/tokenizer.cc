@@ -1,412 +1,338 @@
 #include "model/tokenizer.h"
 
-#define PCRE2_CODE_UNIT_WIDTH 8
 #include <fmt/format.h>
-#include <pcre2.h>
 
 #include <algorithm>
-#include <array>
+#include <filesystem>
 #include <functional>
-#include <optional>
-#include <queue>
 #include <unordered_map>
 #include <utility>
 
+#include "model/added_tokens.h"
+#include "model/bpe.h"
 #include "model/json_file.h"
+#include "model/normalizer.h"
+#include "model/pattern.h"
+#include "model/unicode.h"
 
 namespace thriftattn::model {
 namespace {
 
-constexpr int64_t kMaxTokens = 1 << 20;  // four times the largest vocabulary in use; a table of ids is made
-
-// Byte-level tokens are spelled in visible characters: a byte that is visible in Latin-1 is its own code point, the
-// others follow from U+0100 on in ascending order.
-std::array<uint32_t, 256> visible_characters() {
-  std::array<uint32_t, 256> out = {};
-  uint32_t next = 0x100;
-  for (uint32_t b = 0; b < 256; ++b) {
-    const bool visible = (b >= '!' && b <= '~') || (b >= 0xa1 && b <= 0xac) || b >= 0xae;
-    out[b] = visible ? b : next++;
-  }
-  return out;
-}
-
-// The bytes that a byte-level token spells; nothing where it has other characters.
-std::optional<std::string> spelled_bytes(const std::string& token) {
-  static const std::array<int16_t, 0x200> byte_of = [] {
-    std::array<int16_t, 0x200> out;
-    out.fill(-1);
-    const auto characters = visible_characters();
-    for (int b = 0; b < 256; ++b) out[characters[b]] = static_cast<int16_t>(b);
-    return out;
-  }();
-  std::string bytes;
-  for (size_t i = 0; i < token.size(); ++i) {
-    uint32_t c = static_cast<uint8_t>(token[i]);
-    if (c >= 0x80) {  // the characters in use have one or two bytes
-      if ((c & 0xe0) != 0xc0 || i + 1 == token.size()) return std::nullopt;
-      c = (c & 0x1f) << 6 | (static_cast<uint8_t>(token[++i]) & 0x3f);
-    }
-    if (c >= byte_of.size() || byte_of[c] < 0) return std::nullopt;
-    bytes.push_back(static_cast<char>(byte_of[c]));
-  }
-  return bytes;
-}
-
-// PCRE2's \s has U+180E, which is no white space since Unicode 6.3: spells \s and \S out, as sets or as members of one.
-std::string with_unicode_spaces(const std::string& expression) {
-  const std::string spaces =
-      R"(\t-\r\x{20}\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000})";
-  std::string out;
-  bool in_set = false;
-  for (size_t i = 0; i < expression.size(); ++i) {
-    const char c = expression[i], escaped = c == '\\' && i + 1 < expression.size() ? expression[i + 1] : '\0';
-    if (escaped == 's') {
-      out += in_set ? spaces : '[' + spaces + ']';
-    } else if (escaped == 'S' && !in_set) {
-      out += "[^" + spaces + ']';
-    } else {
-      out += c;
-      if (escaped) out += escaped;
-      if (c == '[' || c == ']') in_set = c == '[';
-    }
-    if (escaped) ++i;
-  }
-  return out;
-}
-
-// A compiled regular expression. Text that is not UTF-8 matches nothing.
-class Pattern {
- public:
-  static Result<Pattern> compile(const std::string& expression, bool literal, const std::string& source) {
-    int error = 0;
-    size_t at = 0;
-    const uint32_t options = PCRE2_UTF | PCRE2_MATCH_INVALID_UTF | (literal ? PCRE2_LITERAL : PCRE2_UCP);
-    const std::string spelled = literal ? expression : with_unicode_spaces(expression);
-    Pattern p;
-    p.code_.reset(
-        pcre2_compile(reinterpret_cast<PCRE2_SPTR>(spelled.data()), spelled.size(), options, &error, &at, nullptr));
-    if (!p.code_) {
-      PCRE2_UCHAR text[256] = {};
-      pcre2_get_error_message(error, text, sizeof(text));
-      return unsupported(fmt::format("{}: pattern {} is not supported: {}", source, shown(expression),
-                                     reinterpret_cast<const char*>(text)));
-    }
-    pcre2_jit_compile(p.code_.get(), PCRE2_JIT_COMPLETE);  // where there is no JIT, matching is slower and the same
-    return p;
-  }
-
-  // Calls piece(part) for every match in `text` and for every stretch between matches, in order.
-  template <class Piece>
-  void split(std::string_view text, const Piece& piece) const {
-    const std::unique_ptr<pcre2_match_data, decltype(&pcre2_match_data_free)> match(
-        pcre2_match_data_create_from_pattern(code_.get(), nullptr), pcre2_match_data_free);
-    const auto* subject = reinterpret_cast<PCRE2_SPTR>(text.data());
-    const auto matches = [&](size_t from) {
-      int found = pcre2_match(code_.get(), subject, text.size(), from, 0, match.get(), nullptr);
-      if (found == PCRE2_ERROR_JIT_STACKLIMIT) {  // the interpreter takes its stack from the heap
-        found = pcre2_match(code_.get(), subject, text.size(), from, PCRE2_NO_JIT, match.get(), nullptr);
-      }
-      return found > 0;
-    };
-    size_t done = 0, from = 0;
-    while (from < text.size() && matches(from)) {
-      const size_t* bounds = pcre2_get_ovector_pointer(match.get());
-      if (bounds[1] <= bounds[0]) {  // an empty match splits nothing
-        ++from;
-        continue;
-      }
-      if (bounds[0] > done) piece(text.substr(done, bounds[0] - done));
-      piece(text.substr(bounds[0], bounds[1] - bounds[0]));
-      done = from = bounds[1];
-    }
-    if (done < text.size()) piece(text.substr(done));
-  }
-
- private:
-  struct Free {
-    void operator()(pcre2_code* code) const { pcre2_code_free(code); }
-  };
-  std::unique_ptr<pcre2_code, Free> code_;
-};
+using Ids = std::vector<int32_t>;
 
 // What ByteLevel splits by where it is told to use its regular expression.
 constexpr char kByteLevelPattern[] = R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
 
-// One step of pre-tokenisation: splits every piece, after a space is put before it where asked for.
+// One step of pre-tokenisation, in this order: spaces become `space`, `prefix` goes in front of a piece that does not
+// begin with it (of the text's first one only, where `first_only`), the pattern splits.
 struct Splitter {
-  bool add_prefix_space = false;
+  enum class Keep : uint8_t { all, matches, others, matches_with_previous };
+  std::string space, prefix;
+  bool first_only = false;
   std::optional<Pattern> pattern;
-};
+  Keep keep = Keep::all;
 
-// Tokens that stand in the text as they are, matched leftmost and longest.
-class AddedTokens {
- public:
-  void add(std::string content, int32_t id) {
-    by_first_[static_cast<uint8_t>(content[0])].push_back({std::move(content), id});
-  }
-  void finish() {
-    for (auto& bucket : by_first_) {
-      std::sort(bucket.begin(), bucket.end(),
-                [](const auto& a, const auto& b) { return a.first.size() > b.first.size(); });
+  // Calls piece(text) for every piece of `text`; `first` where it begins the whole text.
+  template <class Piece>
+  void split(std::string_view text, bool first, const Piece& piece) const {
+    std::string changed;
+    if (!space.empty()) {
+      changed = replaced(text, " ", space);
+      text = changed;
     }
-  }
-  // Calls plain(text) and added(id) in order.
-  template <class Plain, class Added>
-  void split(std::string_view text, const Plain& plain, const Added& added) const {
-    size_t done = 0;
-    for (size_t i = 0; i < text.size();) {
-      const auto& bucket = by_first_[static_cast<uint8_t>(text[i])];
-      const auto it = std::find_if(bucket.begin(), bucket.end(),
-                                   [&](const auto& token) { return text.substr(i).starts_with(token.first); });
-      if (it == bucket.end()) {
-        ++i;
-        continue;
+    if (!prefix.empty() && !text.starts_with(prefix) && (first || !first_only))
+      text = changed = prefix + std::string(text);
+    if (!pattern) return piece(text);
+    std::string_view held;  // what a match right after it belongs to
+    pattern->split(text, [&](std::string_view part, bool matched) {
+      switch (keep) {
+        case Keep::all:
+          return piece(part);
+        case Keep::matches:
+        case Keep::others:
+          return matched == (keep == Keep::matches) ? piece(part) : void();
+        case Keep::matches_with_previous:
+          if (matched) {
+            piece(text.substr(part.data() - held.size() - text.data(), held.size() + part.size()));
+            held = {};
+          } else {
+            held = part;
+          }
       }
-      if (i > done) plain(text.substr(done, i - done));
-      added(it->second);
-      done = i += it->first.size();
-    }
-    if (done < text.size()) plain(text.substr(done));
+    });
+    if (!held.empty()) piece(held);
   }
-
- private:
-  std::array<std::vector<std::pair<std::string, int32_t>>, 256> by_first_;
 };
-
-struct Merge {
-  int32_t rank = 0, id = 0;  // lower ranks merge first; the token that the pair becomes
-};
-
-uint64_t pair_key(int32_t left, int32_t right) {
-  return static_cast<uint64_t>(left) << 32 | static_cast<uint32_t>(right);
-}
 
 }  // namespace
 
 struct Tokenizer::Rules {
-  std::vector<std::string> bytes;                  // by id
-  std::array<int32_t, 256> byte_ids = {};          // the token of every single byte
-  std::unordered_map<std::string, int32_t> words;  // bytes -> id, where merges are ignored for whole tokens
-  std::unordered_map<uint64_t, Merge> merges;
-  AddedTokens raw, normalized;  // found in this order
+  Normalizer normalizer;
+  AddedTokens raw, normalized;  // found before and after normalisation
   std::vector<Splitter> splitters;
+  Bpe bpe;
+  std::optional<Ids> prefix;
+  bool chat_template = false;
 
-  Status read_vocab(const Json& model, const std::string& source);
-  Status read_merges(const Json& model, const std::string& source);
   Status read_added(const Json& list, const std::string& source);
-  Status read_splitter(const Json& json, bool last, const std::string& source);
-  Status put(int64_t id, std::string content, const std::string& source);
-  void merge(std::string_view word, std::vector<int32_t>* out) const;
+  Status read_splitters(const Json& json, const std::string& source);
+  Status read_prefix(const Json& json, const std::string& source);
   template <class Word>
-  void split(std::string_view text, size_t step, const Word& word) const;
+  void split(std::string_view text, bool first, size_t step, const Word& word) const;
 };
 
 // --- reading tokenizer.json
 
-Status Tokenizer::Rules::put(int64_t id, std::string content, const std::string& source) {
-  if (id < 0 || id >= kMaxTokens) {
-    return data_loss(fmt::format("{}: token {} has id {}: ids from 0 to {} are supported", source, shown(content), id,
-                                 kMaxTokens - 1));
-  }
-  if (id >= std::ssize(bytes)) bytes.resize(id + 1);
-  bytes[id] = std::move(content);
-  return {};
+namespace {
+
+bool is_true(const Json& json, const char* key) { return member(json, key) == true; }
+
+// Words are bytes where the last step of pre-tokenisation makes them so.
+Bpe::Symbols symbols_of(const Json& pre_tokenizer) {
+  const auto steps = steps_of(pre_tokenizer, "pretokenizers");
+  return !steps.empty() && member(*steps.back(), "type") == "ByteLevel" ? Bpe::Symbols::bytes
+                                                                        : Bpe::Symbols::characters;
 }
 
-Status Tokenizer::Rules::read_vocab(const Json& model, const std::string& source) {
-  const Json& vocab = member(model, "vocab");
-  if (!vocab.is_object() || vocab.empty()) return data_loss(fmt::format("{}: model.vocab is missing", source));
-  const bool whole_words = member(model, "ignore_merges") == true;
-  byte_ids.fill(-1);
-  for (const auto& [token, id] : vocab.items()) {
-    if (!id.is_number_integer())
-      return data_loss(fmt::format("{}: token {} has id {}", source, shown(token), shown(id)));
-    auto spelled = spelled_bytes(token);
-    if (!spelled)
-      spelled = token;  // an added token; no sequence of bytes leads to it
-    else if (spelled->size() == 1)
-      byte_ids[static_cast<uint8_t>((*spelled)[0])] = id.get<int32_t>();
-    if (whole_words) words.emplace(*spelled, id.get<int32_t>());
-    THRIFTATTN_RETURN_IF_ERROR(put(id.get<int64_t>(), *spelled, source));
+Result<Splitter> parse_split(const Json& json, const std::string& source) {
+  const Json &pattern = member(json, "pattern"), &literal = member(pattern, "String"),
+             &expression = literal.is_null() ? member(pattern, "Regex") : literal, &behavior = member(json, "behavior");
+  if (!expression.is_string()) return data_loss(fmt::format("{}: Split has pattern {}", source, shown(pattern)));
+  const bool invert = is_true(json, "invert");
+  Splitter out;
+  if (behavior == "Isolated") {
+    out.keep = Splitter::Keep::all;
+  } else if (behavior == "Removed") {
+    out.keep = invert ? Splitter::Keep::matches : Splitter::Keep::others;
+  } else if (behavior == "MergedWithPrevious" && !invert) {
+    out.keep = Splitter::Keep::matches_with_previous;
+  } else {
+    return unsupported(fmt::format(
+        "{}: Split with behavior {}{} is not supported: Isolated, Removed and MergedWithPrevious (not inverted) are",
+        source, shown(behavior), invert ? ", inverted," : ""));
   }
-  for (int b = 0; b < 256; ++b) {
-    if (byte_ids[b] < 0)
+  THRIFTATTN_ASSIGN_OR_RETURN(compiled, Pattern::compile(expression.get<std::string>(), !literal.is_null(), source));
+  out.pattern = std::move(compiled);
+  return out;
+}
+
+}  // namespace
+
+Status Tokenizer::Rules::read_splitters(const Json& json, const std::string& source) {
+  const auto steps = steps_of(json, "pretokenizers");
+  for (size_t i = 0; i < steps.size(); ++i) {
+    const Json& step = *steps[i];
+    const Json &type = member(step, "type"), &scheme = member(step, "prepend_scheme");
+    const bool last = i + 1 == steps.size();
+    Splitter splitter;
+    std::string expression;
+    if (type == "Split") {
+      THRIFTATTN_ASSIGN_OR_RETURN(split, parse_split(step, source));
+      splitter = std::move(split);
+    } else if (type == "Digits") {
+      expression = is_true(step, "individual_digits") ? "\\p{N}" : "\\p{N}+";
+    } else if (type == "ByteLevel" && last) {
+      if (member(step, "use_regex") != false) expression = kByteLevelPattern;
+      if (member(step, "add_prefix_space") != false) splitter.prefix = " ";
+    } else if (type == "Metaspace" && member(step, "split") == false && member(step, "replacement").is_string()) {
+      splitter.space = member(step, "replacement").get<std::string>();
+      if (scheme != "never") splitter.prefix = splitter.space;
+      splitter.first_only = scheme == "first";
+    } else {
       return unsupported(
-          fmt::format("{}: no token for byte 0x{:02x}: byte-level vocabularies with all 256 are supported", source, b));
-  }
-  return {};
-}
-
-Status Tokenizer::Rules::read_merges(const Json& model, const std::string& source) {
-  const Json &vocab = member(model, "vocab"), &list = member(model, "merges");
-  if (!list.is_array()) return data_loss(fmt::format("{}: model.merges is missing", source));
-  for (const Json& entry : list) {  // "a b" or ["a", "b"]
-    std::string left, right;
-    if (entry.is_string()) {
-      const std::string both = entry.get<std::string>();
-      const size_t space = both.find(' ');
-      left = both.substr(0, space);
-      if (space != std::string::npos) right = both.substr(space + 1);
-    } else if (entry.is_array() && entry.size() == 2 && entry[0].is_string() && entry[1].is_string()) {
-      left = entry[0].get<std::string>();
-      right = entry[1].get<std::string>();
+          fmt::format("{}: pre-tokenizer {} is not supported: Split, Digits, a ByteLevel at the end and a Metaspace "
+                      "that does not split are, and a sequence of them",
+                      source, shown(step)));
     }
-    const Json &a = member(vocab, left.c_str()), &b = member(vocab, right.c_str()),
-               &ab = member(vocab, (left + right).c_str());
-    if (left.empty() || right.empty() || a.is_null() || b.is_null() || ab.is_null()) {
-      return data_loss(fmt::format("{}: merge {} is not a pair of tokens that make a token", source, shown(entry)));
+    if (!expression.empty()) {
+      THRIFTATTN_ASSIGN_OR_RETURN(pattern, Pattern::compile(expression, false, source));
+      splitter.pattern = std::move(pattern);
     }
-    const auto rank = static_cast<int32_t>(merges.size());
-    merges.try_emplace(pair_key(a.get<int32_t>(), b.get<int32_t>()), Merge{rank, ab.get<int32_t>()});
+    splitters.push_back(std::move(splitter));
   }
   return {};
 }
 
 Status Tokenizer::Rules::read_added(const Json& list, const std::string& source) {
   if (!list.is_array() && !list.is_null()) return data_loss(fmt::format("{}: added_tokens is not a list", source));
-  for (const Json& token : list) {
-    const Json &content = member(token, "content"), &id = member(token, "id");
-    if (!content.is_string() || content.get<std::string>().empty() || !id.is_number_integer()) {
-      return data_loss(fmt::format("{}: added token {} has no content or no id", source, shown(token)));
+  for (const Json& json : list) {
+    const Json &content = member(json, "content"), &id = member(json, "id");
+    if (!content.is_string() || content == "" || !id.is_number_integer()) {
+      return data_loss(fmt::format("{}: added token {} has no content or no id", source, shown(json)));
     }
-    for (const char* key : {"single_word", "lstrip", "rstrip"}) {
-      if (member(token, key) == true) {
-        return unsupported(
-            fmt::format("{}: added token {} with {} is not supported: false is", source, shown(content), key));
-      }
+    AddedToken token{content.get<std::string>(), 0, is_true(json, "single_word"), is_true(json, "lstrip"),
+                     is_true(json, "rstrip")};
+    THRIFTATTN_RETURN_IF_ERROR(bpe.add(id.get<int64_t>(), token.content, source));
+    token.id = id.get<int32_t>();
+    if (is_true(json, "normalized")) {
+      std::string storage;
+      token.content = normalizer.apply(token.content, &storage);
+      if (!token.content.empty()) normalized.add(std::move(token));
+    } else {
+      raw.add(std::move(token));
     }
-    THRIFTATTN_RETURN_IF_ERROR(put(id.get<int64_t>(), content.get<std::string>(), source));
-    (member(token, "normalized") == true ? normalized : raw).add(content.get<std::string>(), id.get<int32_t>());
   }
-  raw.finish();
-  normalized.finish();
   return {};
 }
 
-Status Tokenizer::Rules::read_splitter(const Json& json, bool last, const std::string& source) {
-  const Json& type = member(json, "type");
-  if (type == "Sequence" && member(json, "pretokenizers").is_array()) {
-    const Json& list = member(json, "pretokenizers");
-    for (size_t i = 0; i < list.size(); ++i) {
-      THRIFTATTN_RETURN_IF_ERROR(read_splitter(list[i], last && i + 1 == list.size(), source));
+Status Tokenizer::Rules::read_prefix(const Json& json, const std::string& source) {
+  if (json.is_null()) return {};
+  prefix.emplace();
+  for (const Json* step : steps_of(json, "processors")) {
+    const Json &type = member(*step, "type"), &single = member(*step, "single");
+    if (type == "ByteLevel") continue;  // concerns offsets alone
+    if (type != "TemplateProcessing" || !single.is_array()) {
+      return unsupported(fmt::format(
+          "{}: post-processor {} is not supported: ByteLevel and TemplateProcessing are, and a sequence of them",
+          source, shown(*step)));
     }
-    return {};
+    Ids before;
+    for (const Json& piece : single) {
+      if (!member(piece, "Sequence").is_null()) break;
+      const Json& name = member(member(piece, "SpecialToken"), "id");
+      const Json& ids =
+          name.is_string()
+              ? member(member(member(*step, "special_tokens"), name.get_ref<const std::string&>().c_str()), "ids")
+              : name;
+      if (!ids.is_array()) return data_loss(fmt::format("{}: post-processor has {}", source, shown(piece)));
+      for (const Json& id : ids) {
+        if (!id.is_number_integer() || id.get<int64_t>() < 0 || id.get<int64_t>() >= std::ssize(bpe.tokens())) {
+          return data_loss(fmt::format("{}: post-processor puts token {}: ids from 0 to {} exist", source, shown(id),
+                                       bpe.tokens().size() - 1));
+        }
+        before.push_back(id.get<int32_t>());
+      }
+    }
+    prefix->insert(prefix->begin(), before.begin(), before.end());
   }
-  std::string expression;
-  bool literal = false;
-  Splitter splitter;
-  if (type == "ByteLevel" && last) {
-    if (member(json, "use_regex") != false) expression = kByteLevelPattern;
-    splitter.add_prefix_space = member(json, "add_prefix_space") != false;
-  } else if (type == "Digits" && !last) {
-    expression = member(json, "individual_digits") == true ? "\\p{N}" : "\\p{N}+";
-  } else if (type == "Split" && !last && member(json, "behavior") == "Isolated" && member(json, "invert") != true) {
-    const Json& pattern = member(json, "pattern");
-    const Json& value = member(pattern, (literal = pattern.contains("String")) ? "String" : "Regex");
-    if (!value.is_string()) return data_loss(fmt::format("{}: Split has pattern {}", source, shown(pattern)));
-    expression = value.get<std::string>();
-  } else {
-    return unsupported(
-        fmt::format("{}: pre-tokenizer {} is not supported: ByteLevel is, after any number of Digits and Split "
-                    "(Isolated, not inverted)",
-                    source, shown(json)));
-  }
-  if (!expression.empty()) {
-    THRIFTATTN_ASSIGN_OR_RETURN(pattern, Pattern::compile(expression, literal, source));
-    splitter.pattern = std::move(pattern);
-  }
-  splitters.push_back(std::move(splitter));
   return {};
 }
 
 Result<Tokenizer> Tokenizer::parse(std::string_view text, const std::string& source) {
   THRIFTATTN_ASSIGN_OR_RETURN(json, parse_object(text, source));
-  const Json &model = member(json, "model"), &normalizer = member(json, "normalizer");
+  const Json &model = member(json, "model"), &pre_tokenizer = member(json, "pre_tokenizer");
   if (const Json& type = member(model, "type"); type != "BPE") {
-    return unsupported(
-        fmt::format("{}: a tokenizer of model {} is not supported: byte-level BPE is", source, shown(type)));
+    return unsupported(fmt::format("{}: a tokenizer of model {} is not supported: BPE is", source, shown(type)));
   }
-  for (const char* key : {"dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"}) {
+  for (const char* key : {"dropout", "continuing_subword_prefix", "end_of_word_suffix"}) {
     const Json& value = member(model, key);
-    if (!value.is_null() && value != false && value != "" && value != 0) {
+    if (!value.is_null() && value != "" && value != 0) {
       return unsupported(fmt::format("{}: {} {} is not supported: none is", source, key, shown(value)));
     }
   }
-  if (!normalizer.is_null()) {
-    return unsupported(fmt::format("{}: normalizer {} is not supported: none is", source, shown(normalizer)));
+  const Bpe::Symbols symbols = symbols_of(pre_tokenizer);
+  if (symbols == Bpe::Symbols::characters && !is_true(model, "byte_fallback")) {
+    return unsupported(fmt::format(
+        "{}: pre-tokenizer {} without byte_fallback is not supported: with it, or ending in ByteLevel, BPE is", source,
+        shown(pre_tokenizer)));
   }
   auto rules = std::make_unique<Rules>();
-  THRIFTATTN_RETURN_IF_ERROR(rules->read_splitter(member(json, "pre_tokenizer"), true, source));
-  THRIFTATTN_RETURN_IF_ERROR(rules->read_vocab(model, source));
-  THRIFTATTN_RETURN_IF_ERROR(rules->read_merges(model, source));
+  THRIFTATTN_RETURN_IF_ERROR(rules->read_splitters(pre_tokenizer, source));
+  THRIFTATTN_ASSIGN_OR_RETURN(normalizer, Normalizer::parse(member(json, "normalizer"), source));
+  rules->normalizer = std::move(normalizer);
+  THRIFTATTN_ASSIGN_OR_RETURN(bpe, Bpe::parse(model, symbols, source));
+  rules->bpe = std::move(bpe);
   THRIFTATTN_RETURN_IF_ERROR(rules->read_added(member(json, "added_tokens"), source));
+  THRIFTATTN_RETURN_IF_ERROR(rules->read_prefix(member(json, "post_processor"), source));
   return Tokenizer(std::move(rules));
 }
 
+// --- reading tekken.json: special tokens first, then tokens by rank
+
+Result<Tokenizer> Tokenizer::parse_tekken(std::string_view text, const std::string& source) {
+  THRIFTATTN_ASSIGN_OR_RETURN(json, parse_object(text, source));
+  const Json &config = member(json, "config"), &specials = member(json, "special_tokens"),
+             &vocab = member(json, "vocab"), &pattern = member(config, "pattern");
+  if (!specials.is_array()) {
+    return unsupported(fmt::format("{}: without special_tokens it is not supported: version v7 and later are", source));
+  }
+  if (!pattern.is_string()) return data_loss(fmt::format("{}: config.pattern is missing", source));
+  const auto count = [&](const char* key, int64_t otherwise) {
+    const Json& value = member(config, key);
+    if (value.is_null()) return otherwise;
+    // Anything else fits no vocabulary and is refused as such.
+    return value.is_number_unsigned() && value.get<uint64_t>() < 1 << 20 ? value.get<int64_t>() : -1;
+  };
+  const int64_t special_count = count("default_num_special_tokens", std::ssize(specials));
+  const int64_t vocab_count = count("default_vocab_size", std::ssize(vocab) + special_count) - special_count;
+  if (special_count < std::ssize(specials)) {
+    return data_loss(fmt::format("{}: {} special tokens, room for {}", source, specials.size(), special_count));
+  }
+
+  auto rules = std::make_unique<Rules>();
+  Splitter splitter;
+  THRIFTATTN_ASSIGN_OR_RETURN(compiled, Pattern::compile(pattern.get<std::string>(), false, source));
+  splitter.pattern = std::move(compiled);
+  rules->splitters.push_back(std::move(splitter));
+  THRIFTATTN_ASSIGN_OR_RETURN(
+      bpe, Bpe::parse_ranks(vocab, std::min<int64_t>(vocab_count, std::ssize(vocab)), special_count, source));
+  rules->bpe = std::move(bpe);
+  std::vector<std::string> names(special_count);
+  for (size_t i = 0; i < names.size(); ++i) names[i] = fmt::format("<SPECIAL_{}>", i);  // what is kept for later
+  for (const Json& token : specials) {
+    const Json &rank = member(token, "rank"), &name = member(token, "token_str");
+    if (!rank.is_number_integer() || rank.get<int64_t>() < 0 || rank.get<int64_t>() >= std::ssize(specials) ||
+        !name.is_string() || name == "") {
+      return data_loss(
+          fmt::format("{}: special token {} has no name, or no rank below {}", source, shown(token), specials.size()));
+    }
+    names[rank.get<int64_t>()] = name.get<std::string>();
+  }
+  for (int32_t id = 0; id < special_count; ++id) {
+    if (names[id] == "<s>") rules->prefix = Ids{id};
+    THRIFTATTN_RETURN_IF_ERROR(rules->bpe.add(id, names[id], source));
+    rules->raw.add({names[id], id});
+  }
+  return Tokenizer(std::move(rules));
+}
+
+// --- the folder
+
 Result<Tokenizer> Tokenizer::load(const std::string& dir) {
-  const std::string path = dir + "/tokenizer.json";
+  std::error_code error;
+  const std::string path = dir + "/tokenizer.json", tekken = dir + "/tekken.json";
+  const bool native = !std::filesystem::exists(path, error) && std::filesystem::exists(tekken, error);
+  THRIFTATTN_ASSIGN_OR_RETURN(text, read_file(native ? tekken : path));
+  auto tokenizer = native ? parse_tekken(text, tekken) : parse(text, path);
+  if (tokenizer.ok()) THRIFTATTN_RETURN_IF_ERROR(tokenizer->read_config(dir));
+  return tokenizer;
+}
+
+Status Tokenizer::read_config(const std::string& dir) {
+  std::error_code error;
+  for (const char* name : {"/chat_template.jinja", "/chat_template.json"}) {
+    rules_->chat_template |= std::filesystem::exists(dir + name, error);
+  }
+  const std::string path = dir + "/tokenizer_config.json";
+  if (!std::filesystem::exists(path, error)) return {};
   THRIFTATTN_ASSIGN_OR_RETURN(text, read_file(path));
-  return parse(text, path);
+  THRIFTATTN_ASSIGN_OR_RETURN(json, parse_object(text, path));
+  rules_->chat_template |= !member(json, "chat_template").is_null();
+  if (rules_->prefix) return {};
+  rules_->prefix.emplace();
+  const Json &named = member(json, "bos_token"), &bos = named.is_object() ? member(named, "content") : named;
+  if (!is_true(json, "add_bos_token") || bos.is_null()) return {};
+  const auto& tokens = rules_->bpe.tokens();
+  const auto it = bos.is_string() ? std::find(tokens.begin(), tokens.end(), bos.get<std::string>()) : tokens.end();
+  if (it == tokens.end() || it->empty()) {
+    return data_loss(fmt::format("{}: bos_token {} is not a token", path, shown(named)));
+  }
+  rules_->prefix->push_back(static_cast<int32_t>(it - tokens.begin()));
+  return {};
 }
 
 // --- encoding
 
-// Byte-pair encoding of one word: of all neighbours that merge, the pair of lowest rank does, the leftmost of equals,
-// until none is left. A queue keeps a long word from taking quadratic time.
-void Tokenizer::Rules::merge(std::string_view word, std::vector<int32_t>* out) const {
-  if (!words.empty()) {
-    if (const auto it = words.find(std::string(word)); it != words.end()) return out->push_back(it->second);
-  }
-  struct Symbol {
-    int32_t id, previous, next;  // neighbours by position; -1 = none
-  };
-  struct Candidate {
-    int32_t rank, left, left_id, right_id, id;
-    bool operator>(const Candidate& o) const { return std::pair(rank, left) > std::pair(o.rank, o.left); }
-  };
-  const auto n = static_cast<int32_t>(word.size());
-  std::vector<Symbol> symbols(n);
-  std::priority_queue<Candidate, std::vector<Candidate>, std::greater<>> queue;
-  const auto consider = [&](int32_t left) {
-    if (left < 0 || symbols[left].next < 0) return;
-    const int32_t a = symbols[left].id, b = symbols[symbols[left].next].id;
-    if (const auto it = merges.find(pair_key(a, b)); it != merges.end()) {
-      queue.push({it->second.rank, left, a, b, it->second.id});
-    }
-  };
-  for (int32_t i = 0; i < n; ++i) symbols[i] = {byte_ids[static_cast<uint8_t>(word[i])], i - 1, i + 1 < n ? i + 1 : -1};
-  for (int32_t i = 0; i < n; ++i) consider(i);
-  while (!queue.empty()) {
-    const Candidate c = queue.top();
-    queue.pop();
-    Symbol& left = symbols[c.left];
-    if (left.id != c.left_id || left.next < 0 || symbols[left.next].id != c.right_id)
-      continue;  // merged otherwise since
-    Symbol& right = symbols[left.next];
-    left.id = c.id;
-    left.next = right.next;
-    right.id = -1;
-    if (left.next >= 0) symbols[left.next].previous = c.left;
-    consider(left.previous);
-    consider(c.left);
-  }
-  for (int32_t i = 0; i >= 0 && i < n; i = symbols[i].next) out->push_back(symbols[i].id);
-}
-
 // Calls word(text) for every word that the splitters from `step` on make of `text`.
 template <class Word>
-void Tokenizer::Rules::split(std::string_view text, size_t step, const Word& word) const {
+void Tokenizer::Rules::split(std::string_view text, bool first, size_t step, const Word& word) const {
   if (step == splitters.size()) return word(text);
-  const Splitter& s = splitters[step];
-  const auto rest = [&](std::string_view piece) { split(piece, step + 1, word); };
-  std::string prefixed;
-  if (s.add_prefix_space && !text.starts_with(' ')) text = prefixed = ' ' + std::string(text);
-  s.pattern ? s.pattern->split(text, rest) : rest(text);
+  splitters[step].split(text, first,
+                        [&](std::string_view piece) { split(piece, std::exchange(first, false), step + 1, word); });
 }
 
 std::vector<int32_t> Tokenizer::encode(std::string_view text) const {
-  std::vector<int32_t> out;
+  Ids out;
   struct Known {
     size_t first, count;  // in `out`
   };
@@ -418,32 +344,40 @@ std::vector<int32_t> Tokenizer::encode(std::string_view text) const {
       for (size_t i = 0; i < it->second.count; ++i) out.push_back(out[it->second.first + i]);
       return;
     }
-    const size_t first = out.size();
-    rules_->merge(w, &out);
-    known.emplace(key, Known{first, out.size() - first});
+    const size_t begin = out.size();
+    rules_->bpe.encode(w, &out);
+    known.emplace(key, Known{begin, out.size() - begin});
   };
-  const auto id = [&](int32_t token) { out.push_back(token); };
+  const auto added = [&](const AddedToken& token) { out.push_back(token.id); };
   rules_->raw.split(
       text,
       [&](std::string_view part) {
+        std::string storage;
+        const std::string_view normal = rules_->normalizer.apply(part, &storage);
         rules_->normalized.split(
-            part, [&](std::string_view plain) { rules_->split(plain, 0, word); }, id);
+            normal,
+            [&](std::string_view plain) {
+              rules_->split(plain, part.data() == text.data() && plain.data() == normal.data(), 0, word);
+            },
+            added);
       },
-      id);
+      added);
   return out;
 }
 
 // --- decoding
 
-Tokenizer::Tokenizer(std::unique_ptr<const Rules> rules) : rules_(std::move(rules)) {}
+Tokenizer::Tokenizer(std::unique_ptr<Rules> rules) : rules_(std::move(rules)) {}
 Tokenizer::Tokenizer(Tokenizer&&) noexcept = default;
 Tokenizer& Tokenizer::operator=(Tokenizer&&) noexcept = default;
 Tokenizer::~Tokenizer() = default;
 
-int64_t Tokenizer::vocab() const { return std::ssize(rules_->bytes); }
+int64_t Tokenizer::vocab() const { return std::ssize(rules_->bpe.tokens()); }
+const std::optional<std::vector<int32_t>>& Tokenizer::prefix() const { return rules_->prefix; }
+bool Tokenizer::has_chat_template() const { return rules_->chat_template; }
 
 std::string_view Tokenizer::bytes(int32_t id) const {
-  return id >= 0 && id < vocab() ? std::string_view(rules_->bytes[id]) : std::string_view();
+  return id >= 0 && id < vocab() ? std::string_view(rules_->bpe.tokens()[id]) : std::string_view();
 }
 
 std::string Tokenizer::decode(std::span<const int32_t> ids) const {

@@ -1,8 +1,10 @@
-// Byte-level BPE as Hugging Face's tokenizer.json describes it; gives the same ids as the `tokenizers` library.
+// Byte-pair encoding as Hugging Face's tokenizer.json or Mistral's tekken.json describes it; gives the same ids as the
+// `tokenizers` library.
 #pragma once
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -14,12 +16,13 @@ namespace thriftattn::model {
 
 class Tokenizer {
  public:
-  // Reads `dir`/tokenizer.json. Supported: model BPE without dropout, prefixes, suffixes or byte fallback;
-  // pre-tokenizers ByteLevel, Split (isolated) and Digits and sequences of them that end in ByteLevel; no normalizer.
-  // Errors name what is not.
+  // Reads `dir`/tokenizer.json or, where there is none, `dir`/tekken.json. Supported: model BPE without dropout,
+  // prefixes and suffixes, over bytes (pre-tokenizers Split and Digits and a ByteLevel at the end) or over characters
+  // with byte_fallback (Metaspace, Split or none); the normalizers of normalizer.h. Errors name what is not.
   static Result<Tokenizer> load(const std::string& dir);
-  // The same from the text of a tokenizer.json; `source` names it in errors.
+  // The same from the text of a tokenizer.json, of a tekken.json; `source` names it in errors.
   static Result<Tokenizer> parse(std::string_view json, const std::string& source);
+  static Result<Tokenizer> parse_tekken(std::string_view json, const std::string& source);
 
   Tokenizer(Tokenizer&&) noexcept;
   Tokenizer& operator=(Tokenizer&&) noexcept;
@@ -28,6 +31,14 @@ class Tokenizer {
   // Ids of `text`. Added tokens, special ones included, are recognised in it; no BOS or EOS is put around it. Bytes
   // that are not UTF-8 are tokenised as bytes. May be called from several threads.
   std::vector<int32_t> encode(std::string_view text) const;
+
+  // What stands in front of a text, as Transformers' AutoTokenizer has it: the post-processor's tokens, which may be
+  // none (what it puts after the text is left out, because prompts are continued). Without a post-processor
+  // tokenizer_config.json's add_bos_token decides. Nothing = the folder does not say.
+  const std::optional<std::vector<int32_t>>& prefix() const;
+
+  // True where the model comes with a chat template (which nothing here renders).
+  bool has_chat_template() const;
 
   // The bytes of one token, not always whole characters; empty for an id that no token has.
   std::string_view bytes(int32_t id) const;
@@ -38,8 +49,9 @@ class Tokenizer {
 
  private:
   struct Rules;
-  explicit Tokenizer(std::unique_ptr<const Rules> rules);
-  std::unique_ptr<const Rules> rules_;
+  explicit Tokenizer(std::unique_ptr<Rules> rules);
+  Status read_config(const std::string& dir);
+  std::unique_ptr<Rules> rules_;
 };
 
 // Text of tokens that come one at a time, in whole UTF-8 characters. Bytes that can never become one turn into U+FFFD.

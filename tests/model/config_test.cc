@@ -3,6 +3,8 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <filesystem>
+#include <fstream>
 #include <nlohmann/json.hpp>
 #include <string>
 
@@ -49,6 +51,28 @@ TEST(ModelConfig, EmbeddedModelReadsAsItsFileSays) {
   EXPECT_EQ(c->bos, 0);
   EXPECT_TRUE(c->is_eos(1));
   EXPECT_FALSE(c->is_eos(0));
+}
+
+// As Hugging Face's generate() takes it.
+TEST(ModelConfig, GenerationConfigSaysWhatEndsAText) {
+  namespace fs = std::filesystem;
+  const fs::path dir = fs::path(testing::TempDir()) / "config_generation";
+  fs::create_directories(dir);
+  Json json = llama();
+  json["eos_token_id"] = 7;
+  std::ofstream(dir / "config.json") << json;
+  const auto eos = [&](const char* generation) {
+    std::ofstream(dir / "generation_config.json") << generation;
+    const auto c = ModelConfig::load(dir.string());
+    return c.ok() ? testing::PrintToString(c->eos) : c.status().message();
+  };
+  EXPECT_EQ(testing::PrintToString(ModelConfig::load(dir.string())->eos), "{ 7 }");
+  EXPECT_EQ(eos(R"({"eos_token_id": [3, 4]})"), "{ 3, 4 }");
+  EXPECT_EQ(eos(R"({"eos_token_id": 5})"), "{ 5 }");
+  EXPECT_EQ(eos("{}"), "{ 7 }");
+  EXPECT_NE(eos(R"({"eos_token_id": 4096})").find("generation_config.json: eos_token_id 4096"), std::string::npos);
+  EXPECT_NE(eos("[").find("generation_config.json"), std::string::npos);
+  fs::remove_all(dir);
 }
 
 TEST(ModelConfig, AbsentKeysTakeTheirDefaults) {
