@@ -58,7 +58,7 @@ Result<Figures> read_and_score(model::Session* session, ThreadPool* pool, std::s
   figures.nll /= static_cast<double>(n);
   figures.nll_by_position = by_position(losses);
   const Stats& stats = session->stats();
-  figures.share_promoted = share_promoted(session->method(), stats.promoted, stats.pairs);
+  figures.share_promoted = share_promoted(session->schedule(), stats.promoted, stats.pairs);
   figures.kv_bytes_per_token = static_cast<double>(session->cache().bytes().total()) / static_cast<double>(n);
   figures.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   return figures;
@@ -108,10 +108,10 @@ Status eval_texts(const EvalOptions& options) {
         row.texts.push_back(report.rows[row.twin].texts[t]);
         continue;
       }
-      progress.begin(fmt::format("{}, {} ({} of {})", options.texts[t], to_string(row.method),
-                                 t * report.rows.size() + r + 1, tokens.size() * report.rows.size()));
+      progress.begin(fmt::format("{}, {} ({} of {})", options.texts[t], row.name, t * report.rows.size() + r + 1,
+                                 tokens.size() * report.rows.size()));
       THRIFTATTN_ASSIGN_OR_RETURN(session,
-                                  model::Session::create(*runner.model, row.method, session_options, *runner.pool));
+                                  model::Session::create(*runner.model, row.schedule, session_options, *runner.pool));
       THRIFTATTN_ASSIGN_OR_RETURN(figures,
                                   read_and_score(&session, runner.pool.get(), tokens[t], session_options.max_step,
                                                  decode ? Phase::decode : Phase::prefill, &progress));

@@ -48,7 +48,7 @@ double rate(int64_t tokens, double seconds) { return static_cast<double>(tokens)
 }  // namespace
 
 Status generate(const GenerateOptions& options) {
-  THRIFTATTN_ASSIGN_OR_RETURN(method, parse_method(options.method));
+  THRIFTATTN_ASSIGN_OR_RETURN(schedule, parse_schedule(options.method, options.run.model));
   std::string text;
   if (options.prompt) {
     text = *options.prompt;
@@ -67,6 +67,9 @@ Status generate(const GenerateOptions& options) {
     }
   }
   THRIFTATTN_ASSIGN_OR_RETURN(runner, Runner::load(options.run));
+  if (runner.tokenizer.has_chat_template() && !options.quiet) {
+    fmt::print(stderr, "the model has a chat template, which is not applied: the prompt is read as it is\n");
+  }
   const std::vector<int32_t> prompt = runner.tokens(text);
   const int64_t positions = std::ssize(prompt) + options.max_tokens;
   THRIFTATTN_RETURN_IF_ERROR(runner.check_positions(
@@ -75,7 +78,7 @@ Status generate(const GenerateOptions& options) {
   model::SessionOptions session_options;
   session_options.max_tokens = positions;
   session_options.max_step = std::ssize(prompt);
-  THRIFTATTN_ASSIGN_OR_RETURN(session, model::Session::create(*runner.model, method, session_options, *runner.pool));
+  THRIFTATTN_ASSIGN_OR_RETURN(session, model::Session::create(*runner.model, schedule, session_options, *runner.pool));
   model::Sampler sampler(options.temperature, options.top_p, options.run.seed);
   model::TextStream stream(runner.tokenizer);
 
@@ -111,17 +114,17 @@ Status generate(const GenerateOptions& options) {
   std::fwrite(rest.data(), 1, rest.size(), stdout);
   std::fflush(stdout);
   if (options.quiet) return {};
+  const std::string method = options.method.starts_with('@') ? options.method : to_string(schedule.methods[0]);
   const Stats& stats = session.stats();
   const double decode_seconds = seconds_since(begin);
   fmt::print(
       stderr,
       "{}: {}read {} tokens at {:.0f} tokens/s ({:.1f}% promoted), wrote {} at {:.1f} tokens/s ({:.1f}% promoted); "
       "KV {:.1f} MiB, {:.0f} bytes per token\n",
-      to_string(method),
-      unread.size() < prompt.size() ? fmt::format("loaded {} tokens, ", prompt.size() - unread.size()) : "",
-      unread.size(), rate(std::ssize(unread), prefill_seconds), 100 * share_promoted(method, read.promoted, read.pairs),
-      count, rate(steps, decode_seconds),
-      100 * share_promoted(method, stats.promoted - read.promoted, stats.pairs - read.pairs),
+      method, unread.size() < prompt.size() ? fmt::format("loaded {} tokens, ", prompt.size() - unread.size()) : "",
+      unread.size(), rate(std::ssize(unread), prefill_seconds),
+      100 * share_promoted(schedule, read.promoted, read.pairs), count, rate(steps, decode_seconds),
+      100 * share_promoted(schedule, stats.promoted - read.promoted, stats.pairs - read.pairs),
       static_cast<double>(session.cache().bytes().total()) / (1 << 20),
       static_cast<double>(session.cache().bytes().total()) / static_cast<double>(session.length(seq)));
   return {};

@@ -89,7 +89,8 @@ int run(int argc, char** argv) {
       eval_command->add_option("--context", eval.context, "predictions per text: BOS and the first N-1 tokens are read")
           ->check(CLI::Range(int64_t{1}, int64_t{1} << 24))
           ->capture_default_str();
-  eval_command->add_option("--method", eval.methods, "name[:key=value,...]; missing references are added")
+  eval_command
+      ->add_option("--method", eval.methods, "name[:key=value,...], or @FILE: a schedule; missing references are added")
       ->capture_default_str();
   CLI::Option* chunk =
       eval_command
@@ -116,12 +117,15 @@ int run(int argc, char** argv) {
   generation.max_tokens = 128;
   CLI::App* generate_command = app.add_subcommand("generate", "continue a prompt; the text alone goes to stdout");
   add_run_options(generate_command, &generation.run);
-  CLI::Option* prompt = generate_command->add_option("--prompt", generation.prompt, "the prompt itself");
+  CLI::Option* prompt = generate_command->add_option(
+      "--prompt", generation.prompt,
+      "the prompt itself, read as it is: no chat template is applied, special tokens count");
   CLI::Option* prompt_file =
       generate_command->add_option("--prompt-file", generation.prompt_file, "a UTF-8 file that holds it")
           ->check(not_empty())
           ->excludes(prompt);
-  generate_command->add_option("--method", generation.method, "name[:key=value,...]")->capture_default_str();
+  generate_command->add_option("--method", generation.method, "name[:key=value,...], or @FILE: a schedule")
+      ->capture_default_str();
   generate_command->add_option("--max-tokens", generation.max_tokens, "stop after so many tokens")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 24))
       ->capture_default_str();

@@ -96,12 +96,12 @@ Status ask(model::Session* session, SeqId context, const TokenQuestion& question
   return session->free(seq);
 }
 
-Figures figures_of(const Method& method, const Score& score) {
+Figures figures_of(const model::Schedule& schedule, const Score& score) {
   Figures figures;
   figures.tokens = score.tokens;
   figures.nll = score.nll / static_cast<double>(score.tokens);
   figures.exact = static_cast<double>(score.exact) / static_cast<double>(score.answers);
-  figures.share_promoted = share_promoted(method, score.promoted, score.pairs);
+  figures.share_promoted = share_promoted(schedule, score.promoted, score.pairs);
   figures.kv_bytes_per_token = score.kv_bytes / score.kv_tokens;
   figures.seconds = score.seconds;
   return figures;
@@ -147,7 +147,7 @@ Status eval_questions(const EvalOptions& options) {
   for (size_t e = 0; e < tokens.size(); ++e) {
     const TokenExam& exam = tokens[e];
     const std::string which = fmt::format("context {} of {}", e + 1, tokens.size());
-    const auto open = [&](const Method& method, bool reads) {
+    const auto open = [&](const auto& method, bool reads) {
       return model::Session::create(*runner.model, method, session_options(exam, reads), *runner.pool);
     };
     std::optional<model::Session> reader;
@@ -162,9 +162,9 @@ Status eval_questions(const EvalOptions& options) {
     for (size_t r = 0; r < report.rows.size(); ++r) {
       const Row& row = report.rows[r];
       if (row.twin >= 0) continue;
-      progress.begin(fmt::format("{}, {} ({} of {})", which, to_string(row.method), r + 1, report.rows.size()));
+      progress.begin(fmt::format("{}, {} ({} of {})", which, row.name, r + 1, report.rows.size()));
       const auto begin = std::chrono::steady_clock::now();
-      THRIFTATTN_ASSIGN_OR_RETURN(session, open(row.method, !prefill));
+      THRIFTATTN_ASSIGN_OR_RETURN(session, open(row.schedule, !prefill));
       THRIFTATTN_ASSIGN_OR_RETURN(
           context, prefill ? session.copy_from(*reader, read_context) : read(&session, exam.context, &progress));
       Score& score = scores[r];
@@ -182,7 +182,7 @@ Status eval_questions(const EvalOptions& options) {
   progress.clear();
   for (size_t r = 0; r < report.rows.size(); ++r) {
     Row& row = report.rows[r];
-    row.texts.push_back(figures_of(row.method, scores[row.twin >= 0 ? row.twin : static_cast<int>(r)]));
+    row.texts.push_back(figures_of(row.schedule, scores[row.twin >= 0 ? row.twin : static_cast<int>(r)]));
   }
   compare(&report);
   return publish(report, options.json);

@@ -13,6 +13,8 @@
 #include <nlohmann/json.hpp>
 #include <thread>
 
+#include "model/config.h"
+
 namespace thriftattn::cli {
 namespace {
 
@@ -31,14 +33,17 @@ Result<Method> fp4_like(const Method& method) {
   return like;
 }
 
-// The row that runs `method`, whatever it is called; added as a reference when there is none.
-int find_or_add(std::vector<Row>* rows, const Method& method) {
+// The row that runs `method` everywhere, whatever it is called; added as a reference when there is none. `shape` says
+// how many layers and heads there are.
+int find_or_add(std::vector<Row>* rows, const Method& method, const model::Schedule& shape) {
   const auto choices = options(method);
   for (size_t i = 0; i < rows->size(); ++i) {
-    if (options((*rows)[i].method) == choices) return static_cast<int>(i);
+    const Row& row = (*rows)[i];
+    if (!row.from_file && options(row.schedule.methods[0]) == choices) return static_cast<int>(i);
   }
   Row row;
-  row.method = method;
+  row.name = to_string(method);
+  row.schedule = model::Schedule::uniform(method, shape.layers, shape.h_kv);
   row.reference = true;
   rows->push_back(std::move(row));
   return static_cast<int>(rows->size()) - 1;
@@ -102,12 +107,24 @@ Json options_json(const ResolvedOptions& options) {
   return object;
 }
 
+// The distinct methods, and which of them each KV head of each layer runs.
+Json schedule_json(const model::Schedule& schedule) {
+  Json object = {{"methods", Json::array()}, {"index", Json::array()}};
+  for (const Method& method : schedule.methods) object["methods"].push_back(to_string(method));
+  for (int layer = 0; layer < schedule.layers; ++layer) {
+    const auto begin = schedule.index.begin() + int64_t{layer} * schedule.h_kv;
+    object["index"].push_back(std::vector<int>(begin, begin + schedule.h_kv));
+  }
+  return object;
+}
+
 Json figures_json(const Report& report, const Row& row, const Figures& figures, const std::string* text) {
   Json object;
   if (text) object["text"] = *text;
-  object["method"] = to_string(row.method);
+  object["method"] = row.name;
   object["reference"] = row.reference;
   object["options"] = options_json(row.options);
+  if (row.from_file) object["schedule"] = schedule_json(row.schedule);
   object["tokens"] = figures.tokens;
   object["nll"] = figures.nll;
   object["delta_nll"] = number(figures.delta_nll);
@@ -151,8 +168,8 @@ std::string block(const Report& report, At at) {
   for (const char* head : {"recovery %", "like %", "promoted %", "KV B/token", "seconds"}) lines[0].push_back(head);
   for (const Row& row : report.rows) {
     const Figures& figures = at(row);
-    std::vector<std::string> line{to_string(row.method) + (row.reference ? " *" : ""),
-                                  fmt::format("{:.4f}", figures.nll), fmt::format("{:+.4f}", *figures.delta_nll)};
+    std::vector<std::string> line{row.name + (row.reference ? " *" : ""), fmt::format("{:.4f}", figures.nll),
+                                  fmt::format("{:+.4f}", *figures.delta_nll)};
     if (report.questions) line.push_back(percent(figures.exact));
     line.push_back(percent(figures.recovery));
     line.push_back(percent(figures.recovery_like));
@@ -205,20 +222,43 @@ MachineInfo machine_info() {
   return machine;
 }
 
+Result<model::Schedule> parse_schedule(const std::string& spec, const std::string& dir) {
+  std::optional<Method> method;
+  if (!spec.starts_with('@')) {
+    THRIFTATTN_ASSIGN_OR_RETURN(parsed, parse_method(spec));
+    method = std::move(parsed);
+  }
+  THRIFTATTN_ASSIGN_OR_RETURN(config, model::ModelConfig::load(dir));
+  if (method) return model::Schedule::uniform(*method, config.layers, config.h_kv);
+  return model::Schedule::load(spec.substr(1), config.layers, config.h_kv);
+}
+
 Status set_rows(const std::vector<std::string>& specs, Report* report) {
   for (const std::string& spec : specs) {
-    THRIFTATTN_ASSIGN_OR_RETURN(method, parse_method(spec));
-    report->rows[find_or_add(&report->rows, method)].reference = false;
+    THRIFTATTN_ASSIGN_OR_RETURN(schedule, parse_schedule(spec, report->model));
+    if (!spec.starts_with('@')) {
+      report->rows[find_or_add(&report->rows, schedule.methods[0], schedule)].reference = false;
+    } else if (std::none_of(report->rows.begin(), report->rows.end(), [&](const Row& r) { return r.name == spec; })) {
+      Row row;
+      row.name = spec;
+      row.schedule = std::move(schedule);
+      row.from_file = true;
+      report->rows.push_back(std::move(row));
+    }
   }
-  THRIFTATTN_ASSIGN_OR_RETURN(fp16, parse_method("fp16"));
+  THRIFTATTN_ASSIGN_OR_RETURN(fp16, parse_schedule("fp16", report->model));
   THRIFTATTN_ASSIGN_OR_RETURN(paper_fp4, parse_method("paper-fp4"));
-  report->fp16 = find_or_add(&report->rows, fp16);
+  report->fp16 = find_or_add(&report->rows, fp16.methods[0], fp16);
   for (size_t i = 0; i < report->rows.size(); ++i) {  // grows: a reference refers to itself
-    const Method method = report->rows[i].method;
-    if (method.rest != Tier::fp4) continue;
-    THRIFTATTN_ASSIGN_OR_RETURN(like, fp4_like(method));
-    const int fp4_row = find_or_add(&report->rows, paper_fp4);
-    const int like_row = find_or_add(&report->rows, like);
+    std::vector<Method> likes;                        // distinct
+    for (const Method& method : report->rows[i].schedule.methods) {
+      if (method.rest != Tier::fp4) continue;
+      THRIFTATTN_ASSIGN_OR_RETURN(like, fp4_like(method));
+      if (std::find(likes.begin(), likes.end(), like) == likes.end()) likes.push_back(std::move(like));
+    }
+    if (likes.empty()) continue;
+    const int fp4_row = find_or_add(&report->rows, paper_fp4, fp16);
+    const int like_row = likes.size() == 1 ? find_or_add(&report->rows, likes[0], fp16) : -1;
     report->rows[i].fp4 = fp4_row;
     report->rows[i].like = like_row;
   }

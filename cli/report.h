@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "thriftattn/method.h"
+#include "model/schedule.h"
 #include "thriftattn/status.h"
 
 namespace thriftattn::cli {
@@ -40,12 +40,14 @@ struct ResolvedOptions {
 };
 
 struct Row {
-  Method method;
-  bool reference = false;  // run for comparison only, not asked for
-  int fp4 = -1;            // the row of paper-fp4 that `recovery` is taken from; -1 = no page is read in FP4
-  int like = -1;           // the row of the fp4 that `recovery_like` is taken from; -1 as above
-  int twin = -1;           // an earlier row that resolves to the same options, whose figures are this row's too
-  ResolvedOptions options;
+  std::string name;          // as it is shown: the method's spec, or @FILE
+  model::Schedule schedule;  // of @FILE, or the method everywhere
+  bool from_file = false;
+  bool reference = false;   // run for comparison only, not asked for
+  int fp4 = -1;             // the row of paper-fp4 that `recovery` is taken from; -1 = no page is read in FP4
+  int like = -1;            // the row of the fp4 that `recovery_like` is taken from; -1 as above, or there are several
+  int twin = -1;            // an earlier row that resolves to the same options, whose figures are this row's too
+  ResolvedOptions options;  // none of a file, whose methods have their own
   std::vector<Figures> texts;  // one per text
   Figures mean;
 };
@@ -75,8 +77,11 @@ struct Report {
   int fp16 = -1;  // the row that delta_nll is taken from
 };
 
-// Sets the rows of `specs` in the order given, equal methods once, then the references that are missing: fp16,
-// paper-fp4 and for each method that reads FP4 the fp4 that is like it. Errors are parse_method's.
+// The schedule that `spec` names for the model in `dir`: that of @FILE, or a method everywhere.
+Result<model::Schedule> parse_schedule(const std::string& spec, const std::string& dir);
+
+// Sets the rows of `specs` for the report's model in the order given, equal methods once, then the references that are
+// missing: fp16, paper-fp4 and for each method that reads FP4 the fp4 that is like it. Errors are parse_schedule's.
 Status set_rows(const std::vector<std::string>& specs, Report* report);
 
 // Fills delta_nll, recovery and recovery_like of every row, and the means. A mean recovery is a ratio of means,

@@ -37,20 +37,21 @@ Status Runner::check_positions(int64_t needed, const std::string& what) const {
 
 Status Runner::resolve(const model::SessionOptions& options, bool prefill, bool decode, Report* report) const {
   const auto refused = [](const Row& row, const Status& status) {
-    return Status(status.code(), fmt::format("method '{}': {}", to_string(row.method), status.message()));
+    return Status(status.code(), fmt::format("method '{}': {}", row.name, status.message()));
   };
   for (size_t r = 0; r < report->rows.size(); ++r) {
     Row& row = report->rows[r];
-    const auto session = model::Session::create(*model, row.method, options, *pool);
+    const auto session = model::Session::create(*model, row.schedule, options, *pool);
     if (!session.ok()) return refused(row, session.status());
     for (const Phase phase : {Phase::prefill, Phase::decode}) {
       if (!(phase == Phase::prefill ? prefill : decode)) continue;
       const Result<Plan>& plan = session->plan(phase);
       if (!plan.ok()) return refused(row, plan.status());
-      (phase == Phase::prefill ? row.options.prefill : row.options.decode) = thriftattn::options(plan->problem.method);
       report->machine.target = plan->target;
+      if (row.from_file) continue;
+      (phase == Phase::prefill ? row.options.prefill : row.options.decode) = thriftattn::options(plan->problem.method);
     }
-    for (size_t i = 0; i < r && row.twin < 0; ++i) {
+    for (size_t i = 0; i < r && row.twin < 0 && !row.from_file; ++i) {
       if (report->rows[i].options == row.options) row.twin = static_cast<int>(i);
     }
   }
@@ -62,9 +63,10 @@ Status Runner::resolve(const model::SessionOptions& options, bool prefill, bool 
   return {};
 }
 
-double share_promoted(const Method& method, int64_t promoted, int64_t pairs) {
-  if (method.budget.kind == Budget::Kind::all) return 1;
-  return pairs ? static_cast<double>(promoted) / static_cast<double>(pairs) : 0;
+double share_promoted(const model::Schedule& schedule, int64_t promoted, int64_t pairs) {
+  if (pairs) return static_cast<double>(promoted) / static_cast<double>(pairs);
+  return std::all_of(schedule.methods.begin(), schedule.methods.end(),
+                     [](const Method& m) { return m.budget.kind == Budget::Kind::all; });
 }
 
 }  // namespace thriftattn::cli

@@ -35,7 +35,7 @@ struct Runner {
   Status resolve(const model::SessionOptions& options, bool prefill, bool decode, Report* report) const;
 };
 
-// Promoted pairs of all pairs. A method whose budget is `all` reads every page in 16 bit and ranks none: 1.
-double share_promoted(const Method& method, int64_t promoted, int64_t pairs);
+// Promoted pairs of all pairs; where there are none yet, 1 if all pages would be read in 16 bit.
+double share_promoted(const model::Schedule& schedule, int64_t promoted, int64_t pairs);
 
 }  // namespace thriftattn::cli

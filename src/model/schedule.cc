@@ -171,4 +171,15 @@ Result<CacheConfig> Schedule::cache_config(int d, int d_v) const {
   return out;
 }
 
+std::string to_string(const Schedule& schedule) {
+  std::string out;
+  for (const Method& m : schedule.methods) out += (out.empty() ? "" : " | ") + thriftattn::to_string(m);
+  if (schedule.methods.size() == 1) return out;
+  for (size_t i = 0; i < schedule.index.size(); ++i) {
+    out += i == 0 ? ": " : i % schedule.h_kv == 0 ? " " : ",";
+    out += std::to_string(schedule.index[i]);
+  }
+  return out;
+}
+
 }  // namespace thriftattn::model

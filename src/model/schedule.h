@@ -45,4 +45,8 @@ struct Schedule {
   bool operator==(const Schedule&) const = default;
 };
 
+// One line: the method where there is one, else all of them and which one each layer's KV heads run:
+// "thrift | fp16: 0,0 0,1 1,1".
+std::string to_string(const Schedule& schedule);
+
 }  // namespace thriftattn::model

@@ -66,19 +66,26 @@ struct PhasePlans {
   }
 };
 
-// `problem` has all but the windows.
-PhasePlans plan_layers(const ModelConfig& c, Problem problem, const Machine& machine) {
+// `problem` has all but the windows and the methods.
+PhasePlans plan_layers(const ModelConfig& c, const Schedule& schedule, Problem problem, const Machine& machine) {
   PhasePlans out;
-  std::vector<int64_t> windows;  // of the plans
-  for (const int64_t window : c.windows) {
+  std::vector<std::pair<int64_t, Method>> kinds;  // window and method of the plans
+  for (int layer = 0; layer < c.layers; ++layer) {
+    const int64_t window = c.windows[layer];
     problem.window = window < problem.max_s_kv ? window : 0;  // a window that holds everything is none
-    size_t i = 0;
-    while (i < out.plans.size() && windows[i] != problem.window) ++i;
-    if (i == out.plans.size()) {
-      windows.push_back(problem.window);
-      out.plans.push_back({thriftattn::plan(problem, machine), {}});
+    std::vector<Part> parts;
+    for (Schedule::Group& group : schedule.groups(layer)) {
+      problem.method = group.method;
+      const std::pair kind(problem.window, group.method);
+      const auto i = static_cast<size_t>(std::find(kinds.begin(), kinds.end(), kind) - kinds.begin());
+      if (i == kinds.size()) {
+        kinds.push_back(kind);
+        out.plans.push_back({thriftattn::plan(problem, machine), {}});
+      }
+      const bool all = std::ssize(group.kv_heads) == c.h_kv;
+      parts.push_back({i, all ? std::vector<int>() : std::move(group.kv_heads)});
     }
-    out.layers.push_back({{i, {}}});
+    out.layers.push_back(std::move(parts));
   }
   return out;
 }
@@ -88,7 +95,7 @@ PhasePlans plan_layers(const ModelConfig& c, Problem problem, const Machine& mac
 struct Session::State {
   const Model* model;
   ThreadPool* pool;
-  Method method, prefill_method;
+  Schedule schedule, prefill_schedule;
   int64_t max_tokens, max_step;
   Attention replaced;  // SessionOptions::attention
   KvCache cache;
@@ -195,7 +202,11 @@ Status Session::State::attend(Phase phase, const LayerStep& step) {
   for (const Part& part : of(phase).layers[step.layer]) {
     Planned& at = of(phase).plans[part.plan];
     args.kv_heads = part.kv_heads;
+    const int64_t pairs = stats.pairs, promoted = stats.promoted;
     THRIFTATTN_RETURN_IF_ERROR(run(*at.plan, *at.workspace, *pool, args));
+    if (at.plan->problem.method.budget.kind == Budget::Kind::all) {
+      stats.promoted = promoted + stats.pairs - pairs;
+    }
   }
   return {};
 }
@@ -248,6 +259,16 @@ Status Session::State::check(SeqId seq, std::span<const int32_t> tokens, Phase p
 Result<Session> Session::create(const Model& model, const Method& method, const SessionOptions& options,
                                 ThreadPool& pool) {
   const ModelConfig& c = model.config();
+  return create(model, Schedule::uniform(method, c.layers, c.h_kv), options, pool);
+}
+
+Result<Session> Session::create(const Model& model, const Schedule& schedule, const SessionOptions& options,
+                                ThreadPool& pool) {
+  const ModelConfig& c = model.config();
+  if (schedule.layers != c.layers || schedule.h_kv != c.h_kv) {
+    return invalid_argument(fmt::format("a schedule for {} layers of {} KV heads, the model has {} of {}",
+                                        schedule.layers, schedule.h_kv, c.layers, c.h_kv));
+  }
   const int64_t max_tokens = options.max_tokens ? options.max_tokens : c.max_positions;
   if (max_tokens < 1 || max_tokens > c.max_positions) {
     return invalid_argument(
@@ -257,12 +278,13 @@ Result<Session> Session::create(const Model& model, const Method& method, const 
   if (max_step < 1 || max_step > max_tokens) {
     return invalid_argument(fmt::format("max_step {} is not supported: 1 to max_tokens {} are", max_step, max_tokens));
   }
-  const Method prefill_method = options.prefill_method.value_or(method);
-  CacheConfig cache_config = CacheConfig::for_method(method, c.layers, c.h_kv, c.d, c.d_v);
-  const CacheConfig for_prefill = CacheConfig::for_method(prefill_method, c.layers, c.h_kv, c.d, c.d_v);
-  cache_config.mean |= for_prefill.mean;
-  cache_config.min_max |= for_prefill.min_max;
-  cache_config.variance |= for_prefill.variance;
+  const Schedule prefill_schedule =
+      options.prefill_method ? Schedule::uniform(*options.prefill_method, c.layers, c.h_kv) : schedule;
+  THRIFTATTN_ASSIGN_OR_RETURN(cache_config, schedule.cache_config(c.d, c.d_v));
+  THRIFTATTN_ASSIGN_OR_RETURN(prefill_needs, prefill_schedule.cache_config(c.d, c.d_v));
+  cache_config.mean |= prefill_needs.mean;
+  cache_config.min_max |= prefill_needs.min_max;
+  cache_config.variance |= prefill_needs.variance;
   cache_config.max_bytes = options.max_cache_bytes;
   Problem problem;
   problem.max_s_kv = max_tokens;
@@ -275,22 +297,21 @@ Result<Session> Session::create(const Model& model, const Method& method, const 
   problem.cache = cache_config;
   problem.stats = options.collect_stats;
   const Machine machine = Machine::here(pool.size());
-  const auto plan_phase = [&](Phase phase, const Method& of_phase, int64_t max_rows) {
+  const auto plan_phase = [&](Phase phase, const Schedule& of_phase, int64_t max_rows) {
     problem.phase = phase;
-    problem.method = of_phase;
     problem.max_s_q = max_rows;
-    return plan_layers(c, problem, machine);
+    return plan_layers(c, of_phase, problem, machine);
   };
-  PhasePlans prefill = plan_phase(Phase::prefill, prefill_method, max_step),
-             decode = plan_phase(Phase::decode, method, std::min<int64_t>(max_step, kMaxDecodeRows));
+  PhasePlans prefill = plan_phase(Phase::prefill, prefill_schedule, max_step),
+             decode = plan_phase(Phase::decode, schedule, std::min<int64_t>(max_step, kMaxDecodeRows));
   if (!prefill.first_or_refused().ok() && !decode.first_or_refused().ok() && !options.attention)
     return prefill.first_or_refused().status();
   THRIFTATTN_ASSIGN_OR_RETURN(cache, KvCache::create(cache_config));
   return Session(std::unique_ptr<State>(new State{
       .model = &model,
       .pool = &pool,
-      .method = method,
-      .prefill_method = prefill_method,
+      .schedule = schedule,
+      .prefill_schedule = prefill_schedule,
       .max_tokens = max_tokens,
       .max_step = max_step,
       .replaced = options.attention,
@@ -334,7 +355,7 @@ Result<SeqId> Session::copy_from(const Session& other, SeqId seq) {
   const int64_t n = from.length(seq);
   if (other.state_->model != state_->model) return invalid_argument("the other session runs another model");
   if (n < 0) return not_found(fmt::format("sequence {} does not exist in the other session", seq));
-  if (from.config().storage != Storage::high_only) {
+  if (from.config().storage != Storage::high_only || !from.config().storage_by_head.empty()) {
     return unsupported(
         fmt::format("copying from storage {} is not supported: high_only is", to_string(from.config().storage)));
   }
@@ -400,8 +421,8 @@ Result<Json> Session::State::identity() const {
   THRIFTATTN_ASSIGN_OR_RETURN(id, model::identity(*model));
   return Json{{"model", id},
               {"compute", to_string(model->compute())},
-              {"method", thriftattn::to_string(method)},
-              {"prefill", thriftattn::to_string(prefill_method)}};
+              {"method", model::to_string(schedule)},
+              {"prefill", model::to_string(prefill_schedule)}};
 }
 
 Status Session::save(SeqId seq, const std::string& path) const {
@@ -462,7 +483,7 @@ Status Session::free(SeqId seq) {
 
 int64_t Session::length(SeqId seq) const { return state_->cache.length(seq); }
 const Model& Session::model() const { return *state_->model; }
-const Method& Session::method() const { return state_->method; }
+const Schedule& Session::schedule() const { return state_->schedule; }
 const KvCache& Session::cache() const { return state_->cache; }
 int64_t Session::vocab() const { return state_->model->config().vocab; }
 const Result<Plan>& Session::plan(Phase phase) const { return state_->of(phase).first_or_refused(); }

@@ -14,6 +14,7 @@
 #include <string>
 
 #include "model/model.h"
+#include "model/schedule.h"
 #include "thriftattn/attention.h"
 #include "thriftattn/cache.h"
 #include "thriftattn/method.h"
@@ -60,6 +61,9 @@ class Session {
   // one phase can serve (fp4_mass does not prefill) is refused when the other phase is asked for.
   static Result<Session> create(const Model& model, const Method& method, const SessionOptions& options,
                                 ThreadPool& pool);
+  // The same with a method for each layer and KV head, of which `schedule` has as many as the model.
+  static Result<Session> create(const Model& model, const Schedule& schedule, const SessionOptions& options,
+                                ThreadPool& pool);
   Session(Session&&) noexcept;
   Session& operator=(Session&&) noexcept;
   ~Session();
@@ -91,13 +95,14 @@ class Session {
   Result<SeqId> load(const std::string& path);
 
   const Model& model() const;
-  const Method& method() const;
+  const Schedule& schedule() const;
   const KvCache& cache() const;
   int64_t vocab() const;
-  // The plan of a phase, or why there is none. Where layers differ in their window, each kind has a plan of its own;
-  // this is the first layer's, or the first that is refused.
+  // The plan of a phase, or why there is none. Where layers differ in their window or heads in their method, each kind
+  // has a plan of its own; this is the first layer's, or the first that is refused.
   const Result<Plan>& plan(Phase phase) const;
-  // Sums over all forwards and layers since the session was made.
+  // Sums over all forwards and layers since the session was made. A method that reads every page in 16 bit promotes
+  // every pair.
   const Stats& stats() const;
 
  private:

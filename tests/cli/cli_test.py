@@ -341,6 +341,47 @@ class Questions(Case):
         self.assertEqual(row["options"]["policy"], {"prefill": "block_mean", "decode": "fp4_mass"})
 
 
+class Schedules(Case):
+    def test_one_method_everywhere_is_that_method(self):
+        text, out = self.file("text.txt", prose(1500)), self.path("out.json")
+        one = self.file("one.json", '{"default": "fp16", "rules": [{"method": "thrift"}]}')
+        two = self.file("two.json", '{"default": "thrift", "rules": [{"layers": "0-3", "kv_heads": 1, "method": "fp16"}]}')
+        self.succeeds("eval", "--model", MODEL, "--text", text, "--context", 1024, "--json", out, "--method", "thrift",
+                      "@" + one, "@" + two, "@" + two)
+        with open(out, encoding="utf-8") as f:
+            rows = {row["method"]: row for row in json.load(f)["mean"]}
+        self.assertEqual(list(rows), ["thrift", "@" + one, "@" + two, "fp16", "paper-fp4", "fp4"])
+        for key in ("nll", "delta_nll", "recovery", "recovery_like", "share_promoted", "kv_bytes_per_token"):
+            self.assertEqual(rows["@" + one][key], rows["thrift"][key], key)
+        self.assertEqual(rows["@" + one]["schedule"], {"methods": ["thrift"], "index": [[0, 0]] * 8})
+        self.assertEqual(rows["@" + two]["schedule"],
+                         {"methods": ["thrift", "fp16"], "index": [[0, 1]] * 4 + [[0, 0]] * 4})
+        for key in ("share_promoted", "kv_bytes_per_token"):
+            self.assertTrue(rows["thrift"][key] < rows["@" + two][key] < rows["fp16"][key], key)
+        self.assertNotIn("schedule", rows["thrift"])
+
+    def test_a_prompt_is_continued_under_a_schedule(self):
+        arguments = ("generate", "--model", MODEL, "--prompt", "Once", "--max-tokens", 8)
+        uniform = self.file("uniform.json", '{"default": "fp4"}')
+        mixed = self.file("mixed.json", '{"default": "fp4", "rules": [{"layers": [0, 7], "method": "fp16"}]}')
+        done = self.succeeds(*arguments, "--method", "@" + uniform)
+        self.assertEqual(done.stdout, self.succeeds(*arguments, "--method", "fp4").stdout)
+        self.assertIn("@" + uniform, done.stderr.decode())
+        self.succeeds(*arguments, "--method", "@" + mixed)
+
+    def test_bad_schedules_are_named(self):
+        text = self.file("text.txt", prose(200))
+        for command in (("eval", "--text", text, "--context", 64), ("generate", "--prompt", "Once")):
+            def refused(words, content):
+                self.refused(words, *command, "--model", MODEL, "--method", "@" + self.file("s.json", content))
+
+            self.refused(["/no/such/schedule"], *command, "--model", MODEL, "--method", "@/no/such/schedule")
+            refused(["s.json", "rules[0]", "layers 8", "0 to 7"],
+                    '{"default": "thrift", "rules": [{"layers": 8, "method": "fp16"}]}')
+            refused(["'thrift'", "'paper'", "centring"],
+                    '{"default": "thrift", "rules": [{"layers": 0, "method": "paper"}]}')
+
+
 class Generate(Case):
     def generate(self, *arguments):
         return self.succeeds("generate", "--model", MODEL, *arguments)
@@ -359,6 +400,28 @@ class Generate(Case):
         self.assertEqual(summary.count("\n"), 1)
         self.assertIn("tokens/s", summary)
         self.assertEqual(self.generate("--prompt", "Once", "--max-tokens", 4, "--quiet").stderr, b"")
+
+    def test_the_tokenizer_says_what_stands_in_front(self):
+        def read(model, prompt):
+            summary = self.succeeds("generate", "--model", model, "--prompt", prompt, "--max-tokens", 2).stderr.decode()
+            return int(summary.split("read ")[-1].split(" tokens")[0])
+
+        without = self.path("without-bos")  # as Qwen: config.json names a BOS, the tokenizer puts none
+        shutil.copytree(MODEL, without)
+        path = pathlib.Path(without, "tokenizer.json")
+        tokenizer = json.loads(path.read_text(encoding="utf-8"))
+        tokenizer["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}
+        path.write_text(json.dumps(tokenizer), encoding="utf-8")
+        self.assertEqual(read(without, "Once upon") + 1, read(MODEL, "Once upon"))
+        self.assertEqual(read(MODEL, "<|bos|>Once upon"), read(MODEL, "Once upon"), "not twice")
+
+    def test_a_chat_template_that_is_not_applied_is_named(self):
+        model = self.path("chat")
+        shutil.copytree(MODEL, model)
+        pathlib.Path(model, "chat_template.jinja").write_text("{{ messages[0].content }}")
+        arguments = ("generate", "--model", model, "--prompt", "Once", "--max-tokens", 2)
+        self.assertIn("chat template", self.succeeds(*arguments).stderr.decode().splitlines()[0])
+        self.assertEqual(self.succeeds(*arguments, "--quiet").stderr, b"")
 
     def test_a_prompt_file_equals_the_prompt(self):
         path = self.file("prompt.txt", "The ship lay at anchor")

@@ -15,12 +15,21 @@ def compact(value):
 
 
 def small_tokenizer(text):
-    """Without the tokens of single bytes, which the target adds with ids 0 to 255."""
+    """Without the tokens of single bytes, which the target adds with ids 0 to 511."""
     tokenizer = json.loads(text)
     vocab = tokenizer["model"]["vocab"]
-    tokenizer["model"]["vocab"] = {token: 256 + i for i, token in enumerate(t for t in vocab if len(t) > 1)}
+    tokenizer["model"]["vocab"] = {token: 512 + i for i, token in
+                                   enumerate(t for t in vocab if len(t) > 1 and not t.startswith("<0x"))}
     tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:12]
     return compact(tokenizer)
+
+
+def small_tekken(text):
+    """Without the tokens of single bytes, which the target adds in front."""
+    tekken = json.loads(text)
+    tekken["vocab"] = tekken["vocab"][256:300]
+    tekken["config"]["default_vocab_size"] = 12 + 256 + len(tekken["vocab"])
+    return compact(tekken)
 
 
 def safetensors(tensors, data):
@@ -34,6 +43,8 @@ def seeds():
                 yield target, folder.name, compact(json.loads((folder / file).read_text()))
         if (folder / "tokenizer.json").exists():
             yield "tokenizer", folder.name, small_tokenizer((folder / "tokenizer.json").read_text())
+        if (folder / "tekken.json").exists():
+            yield "tokenizer", folder.name, small_tekken((folder / "tekken.json").read_text())
     two = {"a": {"dtype": "F32", "shape": [2, 1], "data_offsets": [0, 8]},
            "b": {"dtype": "BF16", "shape": [3], "data_offsets": [8, 14]}}
     yield "safetensors", "two", safetensors(two, bytes(14))

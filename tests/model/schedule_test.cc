@@ -51,6 +51,12 @@ TEST(Schedule, MethodsThatNoHeadRunsLeaveNoTrace) {
   EXPECT_EQ(s, Schedule::uniform(method("thrift"), 8, 2));
 }
 
+TEST(Schedule, OneLineNamesEveryChoice) {
+  EXPECT_EQ(to_string(parsed(R"({"default": "thrift:budget=0.1"})")), "thrift:budget=0.1");
+  EXPECT_EQ(to_string(parsed(R"({"default": "thrift", "rules": [{"layers": 1, "kv_heads": 1, "method": "fp16"}]})", 3)),
+            "thrift | fp16: 0,0 0,1 0,0");
+}
+
 TEST(Schedule, TheCacheOfOneMethodIsThatMethods) {
   for (const char* spec : {"fp16", "fp4", "thrift", "paper", "quest", "thrift:policy=second_moment,storage=dual"}) {
     const auto config = Schedule::uniform(method(spec), 8, 2).cache_config(128, 64);

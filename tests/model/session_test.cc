@@ -392,6 +392,61 @@ TEST(Session, ThePrefillMethodReadsTheContextAndTheMethodTheRest) {
   EXPECT_GT(distance(coarse, expected), 10 * kSameRoundings);  // so that the line above says something
 }
 
+// Promoting everything reads the same keys and values as fp16, by another route: heads may do either.
+TEST(Session, HeadsRunTheMethodOfTheirSchedule) {
+  const Golden g = golden("llama-f32-tied");
+  Tiny tiny("llama-f32-tied");
+  const ModelConfig& c = tiny.model->config();
+  const auto logits = [&](const std::string& rules) {
+    const auto schedule =
+        Schedule::parse(R"({"default": "fp16", "rules": [)" + rules + "]}", "s.json", c.layers, c.h_kv);
+    EXPECT_TRUE(schedule.ok()) << schedule.status().message();
+    auto session = Session::create(*tiny.model, *schedule, {}, tiny.pool);
+    EXPECT_TRUE(session.ok()) << session.status().message();
+    const SeqId seq = session->new_sequence();
+    std::vector<float> out = feed(*session, seq, g.tokens, Phase::decode, 4);
+    EXPECT_EQ(session->cache().config().storage_by_head.empty(), schedule->methods.size() == 1);
+    return out;
+  };
+  ASSERT_GT(c.h_kv, 1);
+  Session fp16 = tiny.session("fp16"), fp4 = tiny.session("fp4");
+  const auto all_16 = feed(fp16, fp16.new_sequence(), g.tokens, Phase::decode, 4);
+  const auto all_4 = feed(fp4, fp4.new_sequence(), g.tokens, Phase::decode, 4);
+  EXPECT_EQ(logits(""), all_16);
+  EXPECT_EQ(logits(R"({"method": "fp4"})"), all_4);
+  const double loss = distance(all_4, all_16);
+  const std::string promoted = R"("method": "thrift:budget=1,storage=dual"})";
+  for (const char* where : {R"({"kv_heads": 0, )", R"({"kv_heads": 1, )", R"({"layers": 0, )", R"({"layers": 1, )"}) {
+    EXPECT_LT(distance(logits(where + promoted), all_16), loss / 20) << where;
+    const auto mixed = logits(std::string(where) + R"("method": "fp4"})");
+    EXPECT_GT(distance(mixed, all_16), loss / 20) << where;
+    EXPECT_GT(distance(mixed, all_4), loss / 20) << where;
+  }
+}
+
+TEST(Session, PairsReadIn16BitCountAsPromoted) {
+  const Golden g = golden("llama-f32-tied");
+  Tiny tiny("llama-f32-tied");
+  Session fp16 = tiny.session("fp16"), fp4 = tiny.session("fp4");
+  for (Session* s : {&fp16, &fp4}) one_shot(*s, g.tokens);
+  EXPECT_GT(fp16.stats().pairs, 0);
+  EXPECT_EQ(fp16.stats().promoted, fp16.stats().pairs);
+  EXPECT_EQ(fp4.stats().pairs, fp16.stats().pairs);
+  EXPECT_EQ(fp4.stats().promoted, 0);
+}
+
+TEST(Session, ASchedulesShapeIsTheModels) {
+  Tiny tiny("llama-f32-tied");
+  const ModelConfig& c = tiny.model->config();
+  const Method method = *parse_method("thrift");
+  for (const Schedule& other :
+       {Schedule::uniform(method, c.layers + 1, c.h_kv), Schedule::uniform(method, c.layers, 1)}) {
+    const auto session = Session::create(*tiny.model, other, {}, tiny.pool);
+    ASSERT_FALSE(session.ok());
+    EXPECT_NE(session.status().message().find("schedule"), std::string::npos) << session.status().message();
+  }
+}
+
 TEST(Session, LogitRowsChooseWhatTheSinkSees) {
   Tiny tiny("llama-f32-tied");
   Session session = tiny.session("fp16");
