@@ -117,14 +117,18 @@ Status generate(const GenerateOptions& options) {
   const std::string method = options.method.starts_with('@') ? options.method : to_string(schedule.methods[0]);
   const Stats& stats = session.stats();
   const double decode_seconds = seconds_since(begin);
+  // The first token came with the prompt: one alone took no step that could be timed.
+  const std::string decoded =
+      steps == 0
+          ? ""
+          : fmt::format(" at {:.1f} tokens/s ({:.1f}% promoted)", rate(steps, decode_seconds),
+                        100 * share_promoted(schedule, stats.promoted - read.promoted, stats.pairs - read.pairs));
   fmt::print(
       stderr,
-      "{}: {}read {} tokens at {:.0f} tokens/s ({:.1f}% promoted), wrote {} at {:.1f} tokens/s ({:.1f}% promoted); "
-      "KV {:.1f} MiB, {:.0f} bytes per token\n",
+      "{}: {}read {} tokens at {:.0f} tokens/s ({:.1f}% promoted), wrote {}{}; KV {:.1f} MiB, {:.0f} bytes per token\n",
       method, unread.size() < prompt.size() ? fmt::format("loaded {} tokens, ", prompt.size() - unread.size()) : "",
       unread.size(), rate(std::ssize(unread), prefill_seconds),
-      100 * share_promoted(schedule, read.promoted, read.pairs), count, rate(steps, decode_seconds),
-      100 * share_promoted(schedule, stats.promoted - read.promoted, stats.pairs - read.pairs),
+      100 * share_promoted(schedule, read.promoted, read.pairs), count, decoded,
       static_cast<double>(session.cache().bytes().total()) / (1 << 20),
       static_cast<double>(session.cache().bytes().total()) / static_cast<double>(session.length(seq)));
   return {};

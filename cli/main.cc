@@ -1,10 +1,12 @@
-// thriftattn: the command line. Exit codes: 0 good; 2 for what the user gave, with one line on stderr that names it;
-// 130 after Ctrl-C; 1 otherwise.
+// thriftattn: the command line. Exit codes: 0 good; 2 for what the user gave, a file that cannot be opened among it,
+// with one line on stderr that names it; 130 after Ctrl-C; 1 for what the machine refused: memory, a full disk.
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <charconv>
 #include <cstdio>
+#include <iostream>
 #include <new>
 #include <string>
 
@@ -32,10 +34,29 @@ int exit_code(Code code) {
   return 1;
 }
 
+// One line, whatever stands in it: names out of files may hold line breaks and what a terminal would obey.
 int fail(int code, std::string message) {
-  std::replace(message.begin(), message.end(), '\n', ' ');
+  std::replace_if(
+      message.begin(), message.end(), [](unsigned char c) { return c < 0x20 || c == 0x7f; }, ' ');
   fmt::print(stderr, "thriftattn: {}\n", message);
   return code;
+}
+
+// The exit code of what went well: a full disk behind stdout shows only when the last bytes leave.
+int flushed() {
+  std::cout.flush();
+  return std::fflush(stdout) == 0 && std::cout ? 0 : fail(1, "cannot write to stdout");
+}
+
+// A whole number of 64 bits. CLI11 takes -1 for the largest one, and what is too large too.
+CLI::Validator whole_number() {
+  return {[](std::string& text) {
+            uint64_t value = 0;
+            const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+            const bool good = error == std::errc() && end == text.data() + text.size();
+            return good ? std::string() : fmt::format("{} is not a whole number from 0 to {}", text, UINT64_MAX);
+          },
+          ""};
 }
 
 // A number in [low, high]. CLI::Range lets NaN through.
@@ -63,7 +84,7 @@ void add_run_options(CLI::App* command, RunOptions* run) {
   command->add_option("--threads", run->threads, "0 = all processors")
       ->check(CLI::Range(0, 1024))
       ->capture_default_str();
-  command->add_option("--seed", run->seed, "of everything random")->capture_default_str();
+  command->add_option("--seed", run->seed, "of everything random")->check(whole_number())->capture_default_str();
 }
 
 int run(int argc, char** argv) {
@@ -151,8 +172,11 @@ int run(int argc, char** argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
-    if (error.get_exit_code() == 0) return app.exit(error);  // --help and --version
-    if (app.get_subcommands().empty() && argc > 1 && argv[1][0] != '-') {
+    if (error.get_exit_code() == 0) {  // --help and --version
+      app.exit(error);
+      return flushed();
+    }
+    if (app.get_subcommands().empty() && argc > 1) {
       return fail(2, fmt::format("'{}' is not a command: eval and generate are", argv[1]));
     }
     return fail(2, error.what());
@@ -167,16 +191,14 @@ int run(int argc, char** argv) {
     status = generate(generation);
   }
   if (!status.ok()) return fail(exit_code(status.code()), status.message());
-  // A full disk behind stdout shows only when the last bytes leave.
-  if (std::fflush(stdout) != 0) return fail(1, "cannot write to stdout");
-  return 0;
+  return flushed();
 }
 
 }  // namespace
 }  // namespace thriftattn::cli
 
 int main(int argc, char** argv) {
-  thriftattn::cli::catch_interrupts();
+  thriftattn::cli::handle_signals();
   try {
     return thriftattn::cli::run(argc, argv);
   } catch (const std::bad_alloc&) {

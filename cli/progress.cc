@@ -16,11 +16,13 @@ static_assert(std::atomic<bool>::is_always_lock_free, "a signal handler may touc
 
 }  // namespace
 
-void catch_interrupts() {
+void handle_signals() {
   struct sigaction action = {};
   action.sa_handler = [](int) { g_interrupted = true; };
   action.sa_flags = static_cast<int>(SA_RESETHAND);  // the second Ctrl-C meets the default
   sigaction(SIGINT, &action, nullptr);
+  // A file beyond the shell's limit is then an error of the write, which is reported and cleaned up after.
+  std::signal(SIGXFSZ, SIG_IGN);
 }
 
 bool interrupted() { return g_interrupted; }

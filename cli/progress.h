@@ -6,8 +6,9 @@
 
 namespace thriftattn::cli {
 
-// From now on Ctrl-C asks the running work to end; a second one ends the process at once.
-void catch_interrupts();
+// From now on Ctrl-C asks the running work to end, and a second one ends the process at once; a limit on the size of
+// files ends no process.
+void handle_signals();
 bool interrupted();
 
 // One line on stderr that is redrawn in place. Draws only where stderr is a terminal.

@@ -19,9 +19,14 @@ namespace thriftattn::model {
 
 using Json = nlohmann::json;
 
+// A whole regular file. A pipe or a device is refused, because it might never end.
 inline Result<std::string> read_file(const std::string& path) {
-  std::error_code error;  // a folder opens like a file, and throws when it is read
-  if (std::filesystem::is_directory(path, error)) return data_loss(fmt::format("{} is a folder, not a file", path));
+  std::error_code error;
+  const auto kind = std::filesystem::status(path, error).type();
+  if (kind == std::filesystem::file_type::directory) return data_loss(fmt::format("{} is a folder, not a file", path));
+  if (std::filesystem::exists(path, error) && kind != std::filesystem::file_type::regular) {
+    return data_loss(fmt::format("{} is a pipe or a device, not a file", path));
+  }
   std::ifstream in(path, std::ios::binary);
   if (!in) return not_found(fmt::format("cannot open {}: {}", path, std::strerror(errno)));
   std::string text((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());

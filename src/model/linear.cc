@@ -5,8 +5,10 @@
 #include <dnnl.hpp>
 
 #include <algorithm>
+#include <cstdlib>
 #include <map>
 #include <mutex>
+#include <new>
 #include <unordered_map>
 #include <vector>
 
@@ -73,11 +75,20 @@ struct Linear::Panels {
   std::mutex mutex;                                       // of `kernels`
   std::map<std::pair<int64_t, int64_t>, Kernel> kernels;  // by rows and columns
 
+  // oneDNN's code generator writes through a null pointer when memory ends under it: an end that near is reported here.
+  static void check_headroom() {
+    constexpr size_t kHeadroom = size_t{32} << 20;
+    void* volatile probe = std::malloc(kHeadroom);  // volatile: a compiler may take an unused block for granted
+    if (!probe) throw std::bad_alloc();
+    std::free(probe);
+  }
+
   const Kernel& kernel(int64_t rows, const Panel& panel) {
     std::lock_guard lock(mutex);
     const auto key = std::pair(rows, panel.columns);
     auto it = kernels.find(key);
     if (it == kernels.end()) {
+      check_headroom();
       Kernel k;
       k.desc = describe(type, rows, inputs, panel.columns, outputs, !bias.empty(), panel.weights.get_desc());
       k.primitive = matmul(k.desc);
@@ -168,8 +179,10 @@ Status on_pool(ThreadPool& pool, int64_t count, bool serial, const Task& task) {
       task(i);
     } catch (const std::bad_alloc&) {
       keep(Code::out_of_memory, "no memory left");
+    } catch (const dnnl::error& e) {
+      keep(e.status == dnnl_unimplemented ? Code::unsupported : Code::out_of_memory, e.what());
     } catch (const std::exception& e) {
-      keep(Code::unsupported, e.what());
+      keep(Code::out_of_memory, e.what());
     }
   };
   if (serial) {

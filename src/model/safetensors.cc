@@ -34,8 +34,8 @@ struct Safetensors::Mapping {
     const auto failed = [&](Code code) {
       return Status(code, fmt::format("cannot open {}: {}", path, std::strerror(errno)));
     };
-    const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-    if (fd < 0) return failed(errno == ENOENT ? Code::not_found : Code::io);
+    const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe without a writer would block
+    if (fd < 0) return failed(Code::not_found);
     auto mapping = std::make_shared<Mapping>();
     struct stat info = {};
     const bool regular = fstat(fd, &info) == 0 && S_ISREG(info.st_mode);
@@ -48,7 +48,7 @@ struct Safetensors::Mapping {
     }
     const bool mapped = mapping->data != nullptr || (regular && info.st_size == 0);
     const Status status = mapped    ? Status()
-                          : regular ? failed(Code::io)
+                          : regular ? failed(errno == ENOMEM ? Code::out_of_memory : Code::io)
                                     : data_loss(fmt::format("{} is a folder or a device, not a file", path));
     close(fd);
     if (!status.ok()) return status;
@@ -183,13 +183,22 @@ Result<std::vector<Tensor>> parse_safetensors(std::string_view bytes, const std:
   return found;
 }
 
+namespace {
+
+// A name that cannot lead out of a folder.
+bool is_file_name(std::string_view name) {
+  return !name.empty() && name != "." && name != ".." && name.find_first_of(std::string_view("/\0", 2)) == name.npos;
+}
+
+}  // namespace
+
 Result<std::map<std::string, std::string>> parse_index(std::string_view text, const std::string& path) {
   THRIFTATTN_ASSIGN_OR_RETURN(index, parse_object(text, path));
   const Json& map = member(index, "weight_map");
   if (!map.is_object()) return data_loss(fmt::format("{}: weight_map is missing", path));
   std::map<std::string, std::string> shards;
   for (const auto& [tensor, file] : map.items()) {
-    if (!file.is_string() || file.get<std::string>().find('/') != std::string::npos) {
+    if (!file.is_string() || !is_file_name(file.get<std::string>())) {
       return data_loss(
           fmt::format("{}: tensor {}: {} is not the name of a file in the folder", path, tensor, shown(file)));
     }

@@ -10,55 +10,11 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
-import tempfile
 import threading
 import time
-import unittest
 
-PROGRAM, SOURCE = sys.argv[1], pathlib.Path(sys.argv[2])
-MODEL = str(SOURCE / "models" / "pocket-8m")
-
-
-def prose(words):
-    """Plain English of so many words that never repeats exactly: the licence, wrapped around with numbers."""
-    source = (SOURCE / "LICENSE").read_text(encoding="utf-8").split()
-    return " ".join(f"{source[i % len(source)]}{'' if i < len(source) else i}" for i in range(words))
-
-
-class Case(unittest.TestCase):
-    def setUp(self):
-        self.folder = tempfile.TemporaryDirectory()
-        self.addCleanup(self.folder.cleanup)
-
-    def file(self, name, content):
-        path = os.path.join(self.folder.name, name)
-        with open(path, "wb") as f:
-            f.write(content if isinstance(content, bytes) else content.encode())
-        return path
-
-    def path(self, name):
-        return os.path.join(self.folder.name, name)
-
-    def run_program(self, *arguments):
-        return subprocess.run([PROGRAM, *map(str, arguments)], stdin=subprocess.DEVNULL, capture_output=True,
-                              timeout=500)
-
-    def succeeds(self, *arguments):
-        done = self.run_program(*arguments)
-        self.assertEqual(done.returncode, 0, done.stderr.decode())
-        return done
-
-    def refused(self, words, *arguments):
-        """Exit code 2, nothing on stdout and one line on stderr that holds all `words`."""
-        done = self.run_program(*arguments)
-        message = done.stderr.decode()
-        self.assertEqual(done.returncode, 2, message)
-        self.assertEqual(done.stdout, b"")
-        self.assertEqual(message.count("\n"), 1, message)
-        self.assertTrue(message.startswith("thriftattn: ") and message.endswith("\n"), message)
-        for word in words:
-            self.assertIn(str(word), message)
+import program
+from program import MODEL, PROGRAM, SOURCE, Case, prose
 
 
 class Arguments(Case):
@@ -400,6 +356,8 @@ class Generate(Case):
         self.assertEqual(summary.count("\n"), 1)
         self.assertIn("tokens/s", summary)
         self.assertEqual(self.generate("--prompt", "Once", "--max-tokens", 4, "--quiet").stderr, b"")
+        one = self.generate("--prompt", "Once", "--max-tokens", 1).stderr.decode()
+        self.assertRegex(one, r"wrote 1; ", "one token takes no decode step, so there is no rate of them")
 
     def test_the_tokenizer_says_what_stands_in_front(self):
         def read(model, prompt):
@@ -496,4 +454,4 @@ class Generate(Case):
 
 
 if __name__ == "__main__":
-    unittest.main(argv=["cli_test.py", *sys.argv[3:]])
+    program.main()

@@ -1,4 +1,4 @@
-"""Writes the fuzz targets' first inputs: OUT/TARGET/NAME, from the checkpoints under tests/data.
+"""Writes the fuzz targets' first inputs: OUT/TARGET/NAME, from the checkpoints under tests/data and tests/cli/malformed.py.
 
 python3 make_seeds.py OUT
 """
@@ -7,11 +7,12 @@ import pathlib
 import struct
 import sys
 
-DATA = pathlib.Path(__file__).resolve().parent.parent / "data"
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "cli"))
+import malformed  # noqa: E402: found by the line above
 
-
-def compact(value):
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+DATA = malformed.DATA
+MAX_SEED = 8192  # larger ones slow every mutation down
+compact = malformed.compact
 
 
 def small_tokenizer(text):
@@ -20,6 +21,8 @@ def small_tokenizer(text):
     vocab = tokenizer["model"]["vocab"]
     tokenizer["model"]["vocab"] = {token: 512 + i for i, token in
                                    enumerate(t for t in vocab if len(t) > 1 and not t.startswith("<0x"))}
+    for token in tokenizer["added_tokens"]:
+        token["id"] = tokenizer["model"]["vocab"].get(token["content"], token["id"])
     tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:12]
     return compact(tokenizer)
 
@@ -53,9 +56,28 @@ def seeds():
     yield "safetensors", "other", safetensors({"i": {"dtype": "I64", "shape": [], "data_offsets": [0, 8]}}, bytes(8))
 
 
+def malformed_seeds():
+    """The malformed files, without the weights behind a header: they would fill every input with numbers."""
+    target = {malformed.CONFIG: "config", malformed.INDEX: "index", malformed.TOKENIZER: "tokenizer",
+              malformed.WEIGHTS: "safetensors"}
+    for case in malformed.cases():
+        for file, content in case.files.items():
+            if file not in target or not isinstance(content, bytes):
+                continue
+            if file == malformed.WEIGHTS and len(content) > 8:
+                content = content[8:8 + min(struct.unpack("<Q", content[:8])[0], 1 << 16)] + b"\0"
+            if file == malformed.TOKENIZER:
+                try:
+                    content = small_tokenizer(content)
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                    pass  # too malformed to be made smaller
+            if len(content) <= MAX_SEED:
+                yield target[file], case.name.replace("/", "-"), content
+
+
 def main():
     out = pathlib.Path(sys.argv[1])
-    for target, name, content in seeds():
+    for target, name, content in [*seeds(), *malformed_seeds()]:
         (out / target).mkdir(parents=True, exist_ok=True)
         (out / target / name).write_bytes(content)
 
