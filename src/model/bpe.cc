@@ -105,12 +105,20 @@ Result<Bpe> Bpe::parse(const Json& model, Symbols symbols, const std::string& so
   bpe.whole_words_ = member(model, "ignore_merges") == true;
   bpe.byte_ids_.fill(-1);
   std::unordered_map<std::string_view, int32_t> ids;  // as the file spells the tokens
+  std::vector<std::string_view> spelled;              // the other way
   for (const auto& [token, value] : vocab.items()) {
-    if (!value.is_number_integer()) {
+    const bool too_large = value.is_number_unsigned() && value.get<uint64_t>() > INT64_MAX;
+    if (!value.is_number_integer() || too_large) {
       return data_loss(fmt::format("{}: token {} has id {}", source, shown(token), shown(value)));
     }
     THRIFTATTN_RETURN_IF_ERROR(bpe.add(value.get<int64_t>(), token, source));
     const auto id = value.get<int32_t>();
+    spelled.resize(bpe.tokens_.size());
+    if (!spelled[id].empty()) {  // decoding could not tell them apart
+      return data_loss(fmt::format("{}: token {} has id {}, which token {} has too", source, shown(token), id,
+                                   shown(std::string(spelled[id]))));
+    }
+    spelled[id] = token;
     ids.emplace(token, id);
     if (symbols == Symbols::characters) {
       const auto byte = named_byte(token);

@@ -363,6 +363,8 @@ def tokenizer_cases():
     yield vocab("id-negative", r"token .*old.* has id -1", **{"Ġold": -1})
     yield vocab("id-2-24", r"token .*old.* has id 16777216", **{"Ġold": 1 << 24})
     yield vocab("id-2-32", r"token .*old.* has id 4294967296", **{"Ġold": 1 << 32})
+    yield vocab("id-2-63", r"token .*old.* has id 9223372036854775808", **{"Ġold": 1 << 63})
+    yield vocab("id-twice", r"token .* has id 295, which token .* has too", **{"Ġold": 295})
     yield vocab("byte-id-2-32", r"token .* has id 4294967296", **{"!": 1 << 32})
     some = {token: i for token, i in good["model"]["vocab"].items() if token != "A"}
     yield model("byte-missing", r"no token for byte 0x41", vocab=some)
@@ -374,10 +376,12 @@ def tokenizer_cases():
                     merges=good["model"]["merges"] + [merge])
     yield changed("normalizer", r'normalizer .*"Leetspeak".* is not supported', normalizer={"type": "Leetspeak"})
     yield changed("splitter", r'pre-tokenizer .*"Telepathy".* is not supported', pre_tokenizer={"type": "Telepathy"})
-    yield changed("splitter-none", r"pre-tokenizer null is not supported", pre_tokenizer=None)
-    yield changed("splitter-text", r'pre-tokenizer "ByteLevel" is not supported', pre_tokenizer="ByteLevel")
+    yield changed("splitter-none", r"pre-tokenizer null .*is not supported", pre_tokenizer=None)
+    yield changed("splitter-text", r'pre-tokenizer "ByteLevel" .*is not supported', pre_tokenizer="ByteLevel")
     yield changed("splitter-whitespace", r'pre-tokenizer .*"Whitespace".* is not supported',
                   pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}, good["pre_tokenizer"]]})
+    deep = nested(DEEP, '{"type":"Digits"}', '{"type":"Sequence","pretokenizers":[', "]}")
+    yield case("splitter-deep", file + "pre-tokenizer .* is not supported", with_raw(good, "pre_tokenizer", deep))
 
     def pattern(name, says, expression, **members):
         step = {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False, **members}
@@ -390,7 +394,7 @@ def tokenizer_cases():
     yield pattern("property", r"pattern .* is not supported: unknown property", r"\p{Runic Scribble}")
     yield pattern("behind", r"pattern .* is not supported: lookbehind assertion is not fixed length", "(?<=a+)b")
     yield pattern("nested", r"pattern .* is not supported: parentheses are too deeply nested", "(" * 5000 + ")" * 5000)
-    yield pattern("behavior", r'pre-tokenizer .* is not supported', "a", behavior="Sideways")
+    yield pattern("behavior", r'Split with behavior "Sideways" is not supported', "a", behavior="Sideways")
     yield changed("pattern-number", r"Split has pattern .*7", pre_tokenizer={
         "type": "Sequence", "pretokenizers": [
             {"type": "Split", "pattern": {"Regex": 7}, "behavior": "Isolated", "invert": False}, good["pre_tokenizer"]]})
