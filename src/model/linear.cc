@@ -75,7 +75,7 @@ struct Linear::Panels {
   std::mutex mutex;                                       // of `kernels`
   std::map<std::pair<int64_t, int64_t>, Kernel> kernels;  // by rows and columns
 
-  // oneDNN's code generator writes through a null pointer when memory ends under it: an end that near is reported here.
+  // oneDNN 2.6 reads and writes through null pointers when memory ends under it: an end that near is reported here.
   static void check_headroom() {
     constexpr size_t kHeadroom = size_t{32} << 20;
     void* volatile probe = std::malloc(kHeadroom);  // volatile: a compiler may take an unused block for granted
@@ -123,6 +123,7 @@ void Linear::Panels::fill(Panel* panel, std::span<const Tensor> tensors, Rows st
       top += t.shape[0];
     }
   }
+  check_headroom();
   const memory::desc any({inputs, panel->columns}, type, memory::format_tag::any);
   const memory::desc layout =
       describe(type, kTileRows, inputs, panel->columns, outputs, !bias.empty(), any).weights_desc();
