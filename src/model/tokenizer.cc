@@ -223,8 +223,8 @@ Result<Tokenizer> Tokenizer::parse(std::string_view text, const std::string& sou
   const Bpe::Symbols symbols = symbols_of(pre_tokenizer);
   if (symbols == Bpe::Symbols::characters && !is_true(model, "byte_fallback")) {
     return unsupported(fmt::format(
-        "{}: pre-tokenizer {} without byte_fallback is not supported: with it, or ending in ByteLevel, BPE is", source,
-        shown(pre_tokenizer)));
+        "{}: pre-tokenizer {} is not supported without byte_fallback: with it, or one that ends in ByteLevel, is",
+        source, shown(pre_tokenizer)));
   }
   auto rules = std::make_unique<Rules>();
   THRIFTATTN_RETURN_IF_ERROR(rules->read_splitters(pre_tokenizer, source));
