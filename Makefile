@@ -5,7 +5,7 @@
 #   make build           the program at build/release/thriftattn
 #   make asan            the fast tests under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make fuzz            every parser of files under libFuzzer, RUNS=200000 inputs each unless told otherwise
-#   make format-check    clang-format over the tracked C++ files; `make format` rewrites them
+#   make format-check    clang-format over the tracked C and C++ files; `make format` rewrites them
 
 # Two texts, because the loss on one is known to about 0.002 nats only.
 TEXT ?= build/genesis.txt build/matthew.txt
@@ -52,11 +52,11 @@ fuzz:
 
 format-check:
 	@scripts/setup.sh check
-	git ls-files '*.h' '*.cc' | xargs -r clang-format --dry-run -Werror
+	git ls-files '*.h' '*.cc' '*.c' | xargs -r clang-format --dry-run -Werror
 
 format:
 	@scripts/setup.sh check
-	git ls-files '*.h' '*.cc' | xargs -r clang-format -i
+	git ls-files '*.h' '*.cc' '*.c' | xargs -r clang-format -i
 
 clean:
 	rm -rf build

@@ -24,10 +24,10 @@ enum class Phase : uint8_t {
 
 struct Problem {
   Phase phase = Phase::prefill;
-  int b = 1;               // sequences in one call, at most
-  int64_t max_s_q = 1;     // rows of one sequence, at most
+  int b = 1;               // sequences in one call, at most; up to 4096
+  int64_t max_s_q = 1;     // rows of one sequence, at most; up to 2^30, as are tokens
   int64_t max_s_kv = 1;    // tokens of one sequence, at most
-  int h_q = 1, h_kv = 1;   // query and KV heads; h_q is a multiple of h_kv
+  int h_q = 1, h_kv = 1;   // query and KV heads, up to 4096; h_q is a multiple of h_kv
   int d = 128, d_v = 128;  // channels of a key and of a value head: multiples of 16 up to 256
   bool causal = true;      // the row at position i sees no key after it; row r of s_q stands at s_kv - s_q + r
   int64_t window = 0;      // it sees keys less than `window` positions away alone; 0 = all
@@ -40,7 +40,7 @@ struct Problem {
 
 // What the planner knows of the machine; the same words force a choice in tests.
 struct Machine {
-  int threads = 1;
+  int threads = 1;                   // up to 1024
   std::vector<std::string> targets;  // instruction sets of the CPU backend, best first, e.g. {"AVX3", "AVX2", "EMU128"}
   THRIFTATTN_API static Machine here(int threads);
 };

@@ -247,10 +247,10 @@ typedef enum ThriftattnPhase {
 typedef struct ThriftattnProblem {
   size_t struct_size;
   int32_t phase;    /* ThriftattnPhase */
-  int32_t b;        /* sequences in one call, at most */
-  int64_t max_s_q;  /* rows of one sequence, at most */
+  int32_t b;        /* sequences in one call, at most; up to 4096 */
+  int64_t max_s_q;  /* rows of one sequence, at most; up to 2^30, as are tokens */
   int64_t max_s_kv; /* tokens of one sequence, at most */
-  int32_t h_q;      /* query heads, a multiple of the cache's h_kv */
+  int32_t h_q;      /* query heads, a multiple of the cache's h_kv; up to 4096 */
   int32_t causal; /* 1: the row at position i sees no key after it; row r of s_q stands at s_kv - s_q + r. 0: it does */
   int64_t window; /* a row sees keys less than `window` positions away alone; 0 = all */
   float sm_scale; /* any finite number; 0 = 1/sqrt(d) */
@@ -267,8 +267,8 @@ typedef struct ThriftattnProblem {
  * problem's. */
 typedef struct ThriftattnPlan ThriftattnPlan;
 
-/* `threads` >= 1: those of the pool that calls will run on. A problem that nothing here serves is an error that says
- * why. */
+/* `threads` in [1, 1024]: those of the pool that calls will run on. A problem that nothing here serves is an error that
+ * says why. */
 THRIFTATTN_API ThriftattnCode thriftattn_plan_create(const ThriftattnProblem* problem, int32_t threads,
                                                      ThriftattnPlan** plan);
 THRIFTATTN_API void thriftattn_plan_destroy(ThriftattnPlan* plan);

@@ -10,23 +10,28 @@
 namespace thriftattn {
 namespace {
 
+// Far beyond any machine, and small enough that sizes computed from them fit int64.
+constexpr int kMaxSequences = 4096, kMaxHeads = 4096, kMaxThreads = 1024;
+constexpr int64_t kMaxTokens = int64_t{1} << 30;
+
 // What no backend serves, whatever the machine.
 Status check(const Problem& p) {
   const auto refuse = [](const char* name, auto value, const char* supported) {
     return invalid_argument(fmt::format("{} {} is not supported: {}", name, value, supported));
   };
-  if (p.b < 1) return refuse("b", p.b, "1 or more");
-  if (p.max_s_q < 0) return refuse("max_s_q", p.max_s_q, "0 or more");
+  if (p.b < 1 || p.b > kMaxSequences) return refuse("b", p.b, "1 to 4096 are");
+  if (p.max_s_q < 0 || p.max_s_q > kMaxTokens) return refuse("max_s_q", p.max_s_q, "0 to 2^30 tokens are");
   if (p.phase == Phase::decode && p.max_s_q > kMaxDecodeRows)
     return refuse("max_s_q", p.max_s_q, "a decode or verify step has at most 16 rows; use the prefill phase for more");
-  if (p.max_s_kv < 0) return refuse("max_s_kv", p.max_s_kv, "0 or more");
+  if (p.max_s_kv < 0 || p.max_s_kv > kMaxTokens) return refuse("max_s_kv", p.max_s_kv, "0 to 2^30 tokens are");
   if (p.h_kv < 1) return refuse("h_kv", p.h_kv, "1 or more");
+  if (p.h_q > kMaxHeads) return refuse("h_q", p.h_q, "up to 4096 are");
   if (p.h_q < 1 || p.h_q % p.h_kv != 0)
     return invalid_argument(fmt::format("h_q {} is not a multiple of h_kv {}", p.h_q, p.h_kv));
   if (!is_head_dim(p.d)) return refuse("head_dim", p.d, "multiples of 16 from 16 to 256 are");
   if (!is_head_dim(p.d_v)) return refuse("value head_dim", p.d_v, "multiples of 16 from 16 to 256 are");
   if (!std::isfinite(p.sm_scale)) return refuse("sm_scale", p.sm_scale, "a finite number, or 0 for 1/sqrt(d)");
-  if (p.window < 0) return refuse("window", p.window, "0 (none) or more tokens");
+  if (p.window < 0 || p.window > kMaxTokens) return refuse("window", p.window, "0 (none) to 2^30 tokens are");
   if (!(p.softcap >= 0) || !std::isfinite(p.softcap))
     return refuse("softcap", p.softcap, "0 (none) or a positive number");
   const CacheConfig& c = p.cache;
@@ -65,8 +70,8 @@ Status check_stored(const Method& m, const CacheConfig& c, Storage storage) {
 
 Result<Plan> plan(const Problem& problem, const Machine& machine) {
   THRIFTATTN_RETURN_IF_ERROR(check(problem));
-  if (machine.threads < 1)
-    return invalid_argument(fmt::format("{} threads are not supported: 1 or more are", machine.threads));
+  if (machine.threads < 1 || machine.threads > kMaxThreads)
+    return invalid_argument(fmt::format("{} threads are not supported: 1 to {} are", machine.threads, kMaxThreads));
   Plan plan;
   plan.problem = problem;
   Problem& p = plan.problem;

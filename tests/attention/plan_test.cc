@@ -130,6 +130,11 @@ TEST(Plan, RefusalsNameTheValueAndWhatIsSupported) {
   expect_refused([](Problem& p) { p.sm_scale = NAN; }, {"sm_scale", "nan"});
   expect_refused([](Problem& p) { p.d = 64; }, {"64", "128"});
   expect_refused([](Problem& p) { p.window = -1; }, {"window -1", "0"});
+  expect_refused([](Problem& p) { p.b = 4097; }, {"b 4097", "4096"});
+  expect_refused([](Problem& p) { p.h_q = 4098; }, {"h_q 4098", "4096"});
+  expect_refused([](Problem& p) { p.max_s_q = INT64_MAX; }, {"max_s_q", "2^30"});
+  expect_refused([](Problem& p) { p.max_s_kv = INT64_MAX; }, {"max_s_kv", "2^30"});
+  expect_refused([](Problem& p) { p.window = INT64_MAX; }, {"window", "2^30"});
   expect_refused([](Problem& p) { p.softcap = -2; }, {"softcap -2", "positive"});
   expect_refused([](Problem& p) { p.softcap = NAN; }, {"softcap nan", "positive"});
   expect_refused([](Problem& p) { p.softcap = INFINITY; }, {"softcap inf", "positive"});
@@ -139,6 +144,26 @@ TEST(Plan, RefusalsNameTheValueAndWhatIsSupported) {
   expect_refused([](Problem& p) { p.method = method("thrift:p_quant=constant"); }, {"constant", "mma4"});
   expect_refused([](Problem&) {}, {"AVX9"}, Machine{2, {"AVX9"}});
   expect_refused([](Problem&) {}, {"instruction set"}, Machine{2, {}});
+}
+
+TEST(Plan, SizesOfTheLargestProblemFit) {
+  for (const Phase phase : {Phase::prefill, Phase::decode}) {
+    Problem p;
+    p.phase = phase;
+    p.b = p.h_q = p.h_kv = 4096;
+    p.max_s_q = phase == Phase::decode ? 16 : int64_t{1} << 30;
+    p.max_s_kv = p.window = int64_t{1} << 30;
+    p.d = p.d_v = 256;
+    p.stats = true;
+    p.method = method("thrift");
+    p.cache = CacheConfig::for_method(p.method, 1, p.h_kv, p.d, p.d_v);
+    Machine machine = Machine::here(1024);
+    const auto chosen = plan(p, machine);
+    ASSERT_TRUE(chosen.ok()) << chosen.status().message();
+    EXPECT_GT(chosen->workspace_bytes, 1'000'000'000);
+    machine.threads = 1025;
+    EXPECT_FALSE(plan(p, machine).ok());
+  }
 }
 
 TEST(Plan, RefusesACacheThatLacksWhatTheMethodReads) {

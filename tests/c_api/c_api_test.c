@@ -95,6 +95,9 @@ static double reference_row(const Tokens* t, int64_t s_kv, int64_t position, int
   return largest + log(sum);
 }
 
+/* The larger one, or NaN where there is one. */
+static double worse(double a, double b) { return b > a || b != b ? b : a; }
+
 /* How far out [s_q, H_Q, D_V] and lse [s_q, H_Q] of the last s_q rows of a sequence are from the definition, at most.
  */
 static double distance(const Tokens* t, int64_t s_kv, int64_t s_q, Mask mask, const float* out, const float* lse) {
@@ -102,8 +105,8 @@ static double distance(const Tokens* t, int64_t s_kv, int64_t s_q, Mask mask, co
   for (int64_t r = 0; r < s_q; ++r)
     for (int h = 0; h < H_Q; ++h) {
       const double want = reference_row(t, s_kv, s_kv - s_q + r, h, mask, row);
-      worst = fmax(worst, fabs(lse[r * H_Q + h] - want));
-      for (int c = 0; c < D_V; ++c) worst = fmax(worst, fabs(out[(r * H_Q + h) * D_V + c] - row[c]));
+      worst = worse(worst, fabs(lse[r * H_Q + h] - want));
+      for (int c = 0; c < D_V; ++c) worst = worse(worst, fabs(out[(r * H_Q + h) * D_V + c] - row[c]));
     }
   return worst;
 }
@@ -556,6 +559,7 @@ static void wrong_values_are_named(ThriftattnPool* pool) {
   WRONG_PROBLEM(struct_size, 8, "problem->struct_size 8");
   problem = problem_of(&config, "thrift", THRIFTATTN_DECODE, 1);
   CHECK_FAILS(thriftattn_plan_create(&problem, 0, &plan), invalid, "0 threads");
+  CHECK_FAILS(thriftattn_plan_create(&problem, 1025, &plan), invalid, "1025 threads");
   CHECK_FAILS(thriftattn_pool_create(-1, &pool), invalid, "-1 threads");
   CHECK_FAILS(thriftattn_pool_create(1025, &pool), invalid, "1025 threads");
 
