@@ -150,7 +150,7 @@ TEST(PageCodec, EqualsTheOracleInEveryForm) {
   }
 }
 
-BlockPages block_of(int64_t visible, int64_t total) { return {visible, visible, visible, total}; }
+BlockPages block_of(int64_t visible, int64_t total) { return {0, visible, visible, visible, total}; }
 
 TEST(Budget, PaperSolvesItsEquation) {
   // One k for all rows: sum over i of min(k, i + 1) = f n (n + 1) / 2. Rounding k moves the sum by at most half a row.
