@@ -281,6 +281,7 @@ TEST_F(RunArguments, AGivenTierThatIsNotStored) {
   bare.append(150);
   problem_ = bare.problem(4, {});
   plan_ = *plan(problem_, Machine::here(2));
+  workspace_.emplace(std::move(*Workspace::create(plan_)));
   args_.cache = &bare.cache();
   Selection selection{{0, 1, 1, 1, 1}, {{0, Tier::fp4x2}}};
   args_.given = &selection;
