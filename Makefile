@@ -4,6 +4,8 @@
 #   make test            build and run all tests
 #   make build           the program at build/release/thriftattn
 #   make asan            the fast tests under AddressSanitizer and UndefinedBehaviorSanitizer
+#   make tsan            the attention tests and the soak under ThreadSanitizer
+#   make soak            a cache in long random use against the oracle, SECONDS=600 of it unless told otherwise
 #   make fuzz            every parser of files under libFuzzer, RUNS=200000 inputs each unless told otherwise
 #   make format-check    clang-format over the tracked C and C++ files; `make format` rewrites them
 
@@ -13,8 +15,9 @@ MODEL ?= models/pocket-8m
 CONTEXT ?= 16384
 JOBS ?= $(shell nproc)
 RUNS ?= 200000
+SECONDS ?= 600
 
-.PHONY: all build demo test asan fuzz format format-check clean
+.PHONY: all build demo test asan tsan soak fuzz format format-check clean
 
 all: build
 
@@ -43,6 +46,20 @@ asan:
 	cmake --preset asan
 	cmake --build --preset asan -j $(JOBS)
 	ctest --preset asan -j $(JOBS) -LE slow
+
+# The model runner stays out: oneDNN's OpenMP is unknown to ThreadSanitizer.
+tsan:
+	@scripts/setup.sh test
+	cmake --preset tsan
+	cmake --build --preset tsan -j $(JOBS) --target test_attention
+	THRIFTATTN_SOAK_SECONDS=30 build/tsan/tests/test_attention --gtest_brief=1 \
+	  --gtest_filter='Soak.*:Cache*:Damaged.*:Splits.*:Chunks.*:Threads.*'
+
+soak:
+	@scripts/setup.sh test
+	cmake --preset dev
+	cmake --build --preset dev -j $(JOBS) --target test_attention
+	THRIFTATTN_SOAK_SECONDS=$(SECONDS) build/dev/tests/test_attention --gtest_filter='Soak.*'
 
 fuzz:
 	@scripts/setup.sh fuzz

@@ -79,7 +79,9 @@ void choose(const Problem& problem, const BlockPages& block, const PageRef* page
   int64_t candidates = 0;
   for (int64_t p = first; p < end_page; ++p)
     if (!is_forced(m.force, block, p)) c.order[candidates++] = static_cast<int32_t>(p);
-  const float* key = by_error ? c.contribution.data() : c.score.data();
+  float* key = by_error ? c.contribution.data() : c.score.data();
+  for (int64_t p = first; p < end_page; ++p)  // what compares with nothing has no order that a sort could keep to
+    if (std::isnan(key[p])) key[p] = -INFINITY;
   const auto before = [key](int32_t a, int32_t b) { return key[a] > key[b] || (key[a] == key[b] && a < b); };
   const auto begin = c.order.begin(), end = begin + candidates;
 

@@ -404,6 +404,40 @@ TEST_F(Damaged, AnyValuesCanBeAttendedTo) {
   EXPECT_GT(loads, 50);
 }
 
+// Ranking many pages whose scores are NaN must stay within them, too.
+TEST_F(Damaged, PagesWithoutAScoreAreRankedLast) {
+  const Tokens tokens = attention_like(shape_, 64 * 90);
+  config_.min_max = config_.variance = true;
+  KvCache cache = make(config_);
+  const SeqId seq = cache.new_sequence();
+  append(cache, seq, tokens, 0, tokens.s, 640);
+  ASSERT_OK(cache.save(seq, path()));
+  ASSERT_OK(cache.free(seq));
+  const std::vector<uint8_t> good = bytes_of(path());
+  uint64_t header = 0;
+  std::memcpy(&header, &good[16], sizeof(header));
+  std::mt19937 random(3);
+  int loads = 0;
+  for (int i = 0; i < 40; ++i) {
+    std::vector<uint8_t> bad = good;
+    for (int n = 0; n < 40 << (i % 4); ++n) {  // runs of NaN, in whichever form they fall
+      const size_t at = header + random() % (bad.size() - header - 64);
+      std::fill_n(bad.begin() + static_cast<int64_t>(at), 64, uint8_t{0x7f});
+    }
+    reseal(bad);
+    write_bytes(path(), bad);
+    const auto loaded = cache.load(path());
+    if (!loaded.ok()) continue;
+    ++loads;
+    for (const char* policy : {"block_mean", "quest", "second_moment", "fp4_mass"})
+      for (const char* budget : {"0.3", "mass:0.9", "tolerance:1e-3"})
+        attend(cache, *loaded, method(std::string("thrift:policy=") + policy + ",budget=" + budget), tokens, 2,
+               Phase::decode, 0);
+    ASSERT_OK(cache.free(*loaded));
+  }
+  EXPECT_GT(loads, 0);
+}
+
 TEST_F(Damaged, PageScalesBeyondTheirRangeAreRefused) {
   uint64_t header = 0;
   std::memcpy(&header, &good_[16], sizeof(header));

@@ -22,7 +22,7 @@
 namespace thriftattn::testing {
 namespace {
 
-constexpr int64_t kLongest = 700;  // tokens of one sequence
+constexpr int64_t kLongest = 600;  // tokens of one sequence
 constexpr size_t kMostSequences = 6;
 
 // What the test knows of one sequence: its keys and values as they were stored in 16 bit, and as a lossy cut left them.
@@ -86,7 +86,7 @@ class Episode {
   std::string options_after(const std::string& separator) const { return separator + window_; }
 
   void set_up() {
-    static const Shape kShapes[] = {{4, 2, 64, 64}, {2, 1, 16, 48}, {3, 3, 32, 32}, {4, 1, 80, 64}, {2, 2, 48, 16}};
+    static const Shape kShapes[] = {{4, 2, 32, 32}, {2, 1, 16, 48}, {3, 3, 32, 16}, {4, 1, 80, 64}, {2, 2, 48, 16}};
     static const char* const kForms[] = {"", ",format=mxfp4", ",scales=4over6"};
     static const char* const kWindows[] = {"force=sink:1+diagonal+previous:1", "force=none", "force=sink:2+previous:2",
                                            "force=sink:1+diagonal+previous:1,recent=4"};
@@ -383,8 +383,8 @@ class Episode {
       block += blocks;
       const std::string what = "sequence " + std::to_string(seqs[i]) + ", layer " + std::to_string(layer) + ", " +
                                to_string(p.method) + ", " + std::to_string(in.s_q) + " of " + std::to_string(in.s_kv);
-      if (in.s_q > 0) {
-        if (all_heads && holds_what_the_oracle_thinks(seqs[i], layer, in)) {
+      if (in.s_q > 0 && one_in(2)) {  // the oracle is slow: half of the sequences, their selections half as often
+        if (all_heads && one_in(2) && holds_what_the_oracle_thinks(seqs[i], layer, in)) {
           expect_same_selection(of_sequence, in, what);
         }
         expect_rows(out, lse, row, heads, oracle::attend(in, of_sequence), in, x, what);
@@ -458,7 +458,7 @@ TEST(Soak, ManySequencesAgreeWithTheOracle) {
   int episodes = 0, calls = 0;
   for (; (Clock::now() < end || episodes == 0) && !HasFailure(); ++seed, ++episodes) {
     Episode episode(seed);
-    episode.run(40);
+    episode.run(60);
     calls += episode.calls();
     if (HasFailure()) {
       ADD_FAILURE() << "THRIFTATTN_SOAK_SEED=" << seed << " THRIFTATTN_SOAK_SECONDS=0 repeats this:\n"
