@@ -28,7 +28,10 @@ constexpr size_t kMostSequences = 6;
 // What the test knows of one sequence: its keys and values as they were stored in 16 bit, and as a lossy cut left them.
 struct Known {
   std::vector<Tokens> layers;  // k and v; no q
-  bool grown_alone = true;     // never cut, never forked: what its window holds is known
+  bool was_cut = false;        // then 16-bit pages of its window may be gone
+  bool was_shared = false;     // then a fork may hold 16-bit pages outside its window
+
+  bool grown_alone() const { return !was_cut && !was_shared; }
 
   int64_t length() const { return layers[0].s; }
 };
@@ -156,7 +159,7 @@ class Episode {
       EXPECT_GT(cache_->config().max_bytes, 0);
       return;
     }
-    known_[seq].grown_alone = false;
+    known_[seq].was_shared = true;
     known_[*copy] = known_[seq];
   }
 
@@ -202,13 +205,13 @@ class Episode {
     const Status status = cache_->truncate(seq, to, lossy);
     if (!status.ok()) {
       EXPECT_EQ(status.code(), Code::unsupported) << status.message();
-      EXPECT_FALSE(lossy || exact || (k.grown_alone && in_window)) << status.message();
+      EXPECT_FALSE(lossy || exact || (k.grown_alone() && in_window)) << status.message();
       EXPECT_EQ(cache_->length(seq), length);
       return;
     }
-    EXPECT_TRUE(lossy || exact || in_window || !k.grown_alone) << "a cut that cannot be exact was made";
+    EXPECT_TRUE(lossy || exact || in_window || !k.grown_alone()) << "a cut that cannot be exact was made";
     cut(seq, to, lossy);
-    k.grown_alone = false;
+    k.was_cut = true;
   }
 
   // The sequence has been truncated. An exact cut leaves every value; a lossy one may change those of its new tail.
@@ -276,10 +279,29 @@ class Episode {
         all.s += grow[i];
       }
       attend(phase, layer, seqs, rows, grow);
-      for (const SeqId seq : seqs) EXPECT_OK(cache_->settle(seq, layer));
+      for (const SeqId seq : seqs) {
+        EXPECT_OK(cache_->settle(seq, layer));
+        expect_window(seq, layer);
+      }
       if (one_in(4)) attend(phase, layer, seqs, rows, {});
       if (HasFailure()) return;
     }
+  }
+
+  // Between steps, the window is in 16 bit and nothing else is.
+  void expect_window(SeqId seq, int layer) {
+    const CacheState& s = cache_->state();
+    const CacheConfig& c = s.config;
+    const Known& k = known_[seq];
+    const int64_t full = k.layers[static_cast<size_t>(layer)].s / kPageTokens;
+    for (int64_t p = 0; p < full; ++p)
+      for (int h = 0; h < c.h_kv; ++h) {
+        const bool there = s.forms_of(s.find(seq)->pages[static_cast<size_t>(p)], layer)[h].high >= 0;
+        const bool in_window = s.stored(layer, h).all_high || p < c.sink || p >= full - c.recent;
+        EXPECT_TRUE(there ? in_window || k.was_shared : !in_window || k.was_cut)
+            << "sequence " << seq << ", layer " << layer << ", page " << p << " of " << full << ", KV head " << h
+            << (there ? " is" : " is not") << " stored in 16 bit";
+      }
   }
 
   // The cache is full: what the step has appended so far goes again.
@@ -293,7 +315,7 @@ class Episode {
       EXPECT_EQ(cache_->length(seq), shortest);
       EXPECT_OK(cache_->truncate(seq, shortest, true));
       cut(seq, shortest, true);
-      known_[seq].grown_alone = false;
+      known_[seq].was_cut = true;
     }
   }
 
