@@ -47,5 +47,5 @@ cmake --build "$root/build" -j "$jobs"
 if [ $# -gt 0 ]; then
   ctest --test-dir "$root/build" -j "$jobs" --output-on-failure -R "$@"
 else
-  ctest --test-dir "$root/build" -j "$jobs" --output-on-failure -LE slow -E '^(example|Steps/Identity|HeadDims|OracleAgreement|Soak|CacheFile\.ComesBack)'
+  ctest --test-dir "$root/build" -j "$jobs" --output-on-failure -LE slow -E '^(example|Steps/Identity|HeadDims|OracleAgreement|Chunks|Soak|CacheFile\.ComesBack)'
 fi
