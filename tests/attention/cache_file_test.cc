@@ -154,6 +154,7 @@ TEST_F(CacheFile, ComesBackBitForBitInEveryForm) {
           if (storage == "high_only" && !options.empty()) continue;
           if (shape.d != 64 && high == DType::bf16) continue;
           for (const int64_t s : {0, 1, 63, 64, 320, 321, 383}) {
+            if (s != 383 && !options.empty()) continue;
             SCOPED_TRACE(spec + " d=" + std::to_string(shape.d) + " tokens " + std::to_string(s));
             const Tokens tokens = attention_like(shape, s + 200);
             CacheConfig config = config_of(spec, shape);
