@@ -2,13 +2,24 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "thriftattn/status.h"
 
+namespace CLI {
+class App;
+}
+
 namespace thriftattn::cli {
+
+// A command that has put its options into the program's: what it does, once they are parsed.
+struct Command {
+  CLI::App* app = nullptr;
+  std::function<Status()> run;
+};
 
 // What every command needs to run a model.
 struct RunOptions {
@@ -42,6 +53,49 @@ struct GenerateOptions {
   std::string save_cache;  // file for the prompt's keys and values; empty = none
   std::string load_cache;  // file that holds those of the prompt's first tokens; empty = none
 };
+
+struct DoctorOptions {
+  std::string method = "thrift";
+  int h_q = 32, h_kv = 8, d = 128;
+  int64_t s_kv = 131072;
+  int layers = 32;
+  int batch = 1;
+  int threads = 0;
+  bool json = false;
+};
+
+struct InspectOptions {
+  std::string path;  // a model's folder or a saved cache
+  bool tensors = false;
+  bool json = false;
+};
+
+struct BenchOptions {
+  std::string phase = "decode";  // decode, prefill, append or rank
+  std::vector<int64_t> s_kv = {16384};
+  int64_t s_q = 0;  // rows of a prefill, tokens of an append; 0 = 512
+  int batch = 1;
+  int h_q = 32, h_kv = 8, d = 128;
+  std::vector<std::string> methods = {"fp16", "fp4", "thrift"};
+  int threads = 0;
+  std::string target;  // instruction set; empty = the best
+  std::string json;    // as in eval
+  int reps = 5;
+};
+
+Command add_doctor(CLI::App* app);
+Command add_inspect(CLI::App* app);
+Command add_bench(CLI::App* app);
+Command add_completion(CLI::App* app);
+
+// What this machine has and what would run on it.
+Status doctor(const DoctorOptions& options);
+
+// What a checkpoint or a saved cache is, without loading its weights or pages.
+Status inspect(const InspectOptions& options);
+
+// How long attention takes, beside what the machine could do; results are checked before they are timed.
+Status bench_attention(const BenchOptions& options);
 
 // The loss of each method on each text: a table on stdout, JSON in a file.
 Status eval_texts(const EvalOptions& options);

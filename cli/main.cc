@@ -9,9 +9,11 @@
 #include <iostream>
 #include <new>
 #include <string>
+#include <utility>
 
 #include "commands.h"
 #include "progress.h"
+#include "report.h"
 
 namespace thriftattn::cli {
 namespace {
@@ -34,11 +36,8 @@ int exit_code(Code code) {
   return 1;
 }
 
-// One line, whatever stands in it: names out of files may hold line breaks and what a terminal would obey.
 int fail(int code, std::string message) {
-  std::replace_if(
-      message.begin(), message.end(), [](unsigned char c) { return c < 0x20 || c == 0x7f; }, ' ');
-  fmt::print(stderr, "thriftattn: {}\n", message);
+  fmt::print(stderr, "thriftattn: {}\n", one_line(std::move(message)));
   return code;
 }
 
@@ -169,6 +168,8 @@ int run(int argc, char** argv) {
   generate_command->footer(
       "Example: thriftattn generate --model models/pocket-8m --prompt-file prompt.txt --max-tokens 64 --method thrift");
 
+  const Command commands[] = {add_doctor(&app), add_inspect(&app), add_bench(&app), add_completion(&app)};
+
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
@@ -177,7 +178,11 @@ int run(int argc, char** argv) {
       return flushed();
     }
     if (app.get_subcommands().empty() && argc > 1) {
-      return fail(2, fmt::format("'{}' is not a command: eval and generate are", argv[1]));
+      std::string names;
+      for (const CLI::App* command : app.get_subcommands([](const CLI::App*) { return true; })) {
+        names += (names.empty() ? "" : ", ") + command->get_name();
+      }
+      return fail(2, fmt::format("'{}' is not a command: {} are", argv[1], names));
     }
     return fail(2, error.what());
   }
@@ -186,9 +191,12 @@ int run(int argc, char** argv) {
   if (eval_command->parsed()) {
     if (text->empty() && questions->empty()) return fail(2, "eval needs --text FILE... or --questions FILE.jsonl");
     status = questions->empty() ? eval_texts(eval) : eval_questions(eval);
-  } else {
+  } else if (generate_command->parsed()) {
     if (prompt->empty() && prompt_file->empty()) return fail(2, "generate needs --prompt TEXT or --prompt-file FILE");
     status = generate(generation);
+  }
+  for (const Command& command : commands) {
+    if (command.app->parsed()) status = command.run();
   }
   if (!status.ok()) return fail(exit_code(status.code()), status.message());
   return flushed();

@@ -146,21 +146,6 @@ Json figures_json(const Report& report, const Row& row, const Figures& figures, 
 
 std::string percent(const std::optional<double>& value) { return value ? fmt::format("{:.1f}", 100 * *value) : "-"; }
 
-// Lines of cells, the first column to the left and the others to the right.
-std::string align(const std::vector<std::vector<std::string>>& lines) {
-  std::vector<size_t> width(lines[0].size());
-  for (const auto& line : lines) {
-    for (size_t i = 0; i < line.size(); ++i) width[i] = std::max(width[i], line[i].size());
-  }
-  std::string out;
-  for (const auto& line : lines) {
-    out += fmt::format("{:<{}}", line[0], width[0]);
-    for (size_t i = 1; i < line.size(); ++i) out += fmt::format("  {:>{}}", line[i], width[i]);
-    out += '\n';
-  }
-  return out;
-}
-
 template <class At>
 std::string block(const Report& report, At at) {
   std::vector<std::vector<std::string>> lines{{"method", report.questions ? "answer NLL" : "NLL", "dNLL"}};
@@ -207,6 +192,26 @@ std::string part_of(const std::string& path) {
 }
 
 }  // namespace
+
+std::string one_line(std::string text) {
+  std::replace_if(
+      text.begin(), text.end(), [](unsigned char c) { return c < 0x20 || c == 0x7f; }, ' ');
+  return text;
+}
+
+std::string align(const std::vector<std::vector<std::string>>& lines) {
+  std::vector<size_t> width(lines[0].size());
+  for (const auto& line : lines) {
+    for (size_t i = 0; i < line.size(); ++i) width[i] = std::max(width[i], line[i].size());
+  }
+  std::string out;
+  for (const auto& line : lines) {
+    out += fmt::format("{:<{}}", line[0], width[0]);
+    for (size_t i = 1; i < line.size(); ++i) out += fmt::format("  {:>{}}", line[i], width[i]);
+    out += '\n';
+  }
+  return out;
+}
 
 MachineInfo machine_info() {
   MachineInfo machine;

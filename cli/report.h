@@ -61,6 +61,12 @@ struct MachineInfo {
   std::string compiler;  // with its version
 };
 
+// `text` with what would break its line, or what a terminal would obey, as spaces: names out of files hold anything.
+std::string one_line(std::string text);
+
+// Lines of cells, the first column to the left and the others to the right.
+std::string align(const std::vector<std::vector<std::string>>& lines);
+
 // The machine this runs on: cpu, cores and compiler; the rest is the run's to fill.
 MachineInfo machine_info();
 

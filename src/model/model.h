@@ -18,6 +18,9 @@ std::string to_string(Compute compute);
 // True where this processor multiplies BF16 natively (AVX512_BF16 or AMX_BF16).
 bool has_native_bf16();
 
+// The instruction set that oneDNN multiplies with here, as it spells it, e.g. "avx512_core_bf16".
+std::string product_isa();
+
 struct Weights;  // weights.h
 
 class Model {

@@ -1,0 +1,180 @@
+"""doctor, inspect, bench and completion.
+
+python3 commands_test.py PROGRAM SOURCE_DIR [unittest arguments]
+"""
+import json
+import os
+import re
+import shutil
+import subprocess
+import unittest
+
+import program
+from program import MODEL, PROGRAM, SOURCE
+
+COMMANDS = ("eval", "generate", "doctor", "inspect", "bench", "completion")
+
+
+class Doctor(program.Case):
+    def ask(self, *arguments):
+        return json.loads(self.succeeds("doctor", "--json", *arguments).stdout)
+
+    def test_the_table_says_what_the_json_says(self):
+        found, table = self.ask(), self.succeeds("doctor").stdout.decode()
+        self.assertEqual(found["schema"], "thriftattn.doctor/1")
+        for name in (found["machine"]["cpu"], *found["machine"]["targets"], *found["machine"]["features"],
+                     found["machine"]["products"], found["plans"]["decode"]["kernel"]):
+            self.assertIn(name, table)
+
+    def test_bytes_are_those_that_a_cache_of_the_model_takes(self):
+        costs = {row["storage"]: row for row in self.ask("--h-q", 4, "--h-kv", 2, "--d", 128, "--layers", 8, "--s-kv",
+                                                         4096)["storage"]}
+        self.assertAlmostEqual(costs["high_only"]["bytes_per_token"] / (2 * 8 * 2 * 128 * 2), 1, delta=0.01)
+        self.assertLess(costs["fp4_only"]["bytes_per_token"], costs["residual"]["bytes_per_token"])
+        self.assertLess(costs["residual"]["bytes_per_token"], costs["high_only"]["bytes_per_token"])
+        for row in costs.values():
+            self.assertGreaterEqual(row["bytes"], row["bytes_per_token"] * 4096)
+
+    def test_a_plan_that_is_refused_says_why(self):
+        plans = self.ask("--method", "thrift:policy=fp4_mass")["plans"]
+        self.assertIn("fp4_mass", plans["prefill"]["refused"])
+        self.assertEqual(plans["decode"]["kernel"], "decode_score_first")
+        self.assertIn("refused: ", self.succeeds("doctor", "--method", "thrift:policy=fp4_mass").stdout.decode())
+
+    def test_nonsense_is_refused(self):
+        self.refused(["h_q 7", "h_kv 2"], "doctor", "--h-q", 7, "--h-kv", 2)
+        self.refused(["magic"], "doctor", "--method", "magic")
+        self.refused(["--s-kv"], "doctor", "--s-kv", 0)
+
+
+class Inspect(program.Case):
+    def test_a_checkpoint(self):
+        found = json.loads(self.succeeds("inspect", MODEL, "--json", "--tensors").stdout)
+        self.assertTrue(found["readable"])
+        self.assertEqual((found["layers"], found["h_kv"], found["d"]), (8, 2, 128))
+        self.assertEqual(found["tensors"], len(found["list"]))
+        self.assertEqual(found["bytes"], sum(tensor["bytes"] for tensor in found["list"]))
+        self.assertEqual(found["bytes"], 2 * found["parameters"], "all of it is BF16")
+        index = json.loads((SOURCE / "models/pocket-8m/model.safetensors.index.json").read_text())
+        self.assertEqual({tensor["name"] for tensor in found["list"]}, set(index["weight_map"]))
+        table = self.succeeds("inspect", MODEL, "--tensors").stdout.decode()
+        for tensor in found["list"]:
+            self.assertIn(tensor["name"], table)
+
+    def test_what_cannot_be_run_is_described_and_says_why(self):
+        model = self.path("model")
+        shutil.copytree(MODEL, model)
+        config = json.loads(self.read("model/config.json"))
+        self.file("model/config.json", json.dumps({**config, "architectures": ["ParrotForCausalLM"]}))
+        found = json.loads(self.succeeds("inspect", model, "--json").stdout)
+        self.assertFalse(found["readable"])
+        self.assertIn("ParrotForCausalLM", found["refused"])
+        self.assertEqual(found["dtypes"], {"BF16": found["tensors"]})
+
+    def test_a_saved_cache(self):
+        saved = self.path("saved")
+        self.succeeds("generate", "--model", MODEL, "--prompt", "Once upon a time", "--max-tokens", 2, "--save-cache", saved)
+        found = json.loads(self.succeeds("inspect", saved, "--json").stdout)
+        self.assertEqual((found["kind"], found["layers"], found["d"]), ("saved cache", 8, 128))
+        self.assertEqual(found["file_bytes"], os.path.getsize(saved))
+        self.assertGreater(found["tokens"], 3)
+
+    def test_what_is_neither_is_refused(self):
+        self.refused(["/no/such"], "inspect", "/no/such")
+        self.refused(["config.json"], "inspect", self.folder.name)
+        self.refused(["text.txt"], "inspect", self.file("text.txt", "Not a cache at all."))
+
+    def read(self, name):
+        with open(self.path(name), encoding="utf-8") as f:
+            return f.read()
+
+
+class Bench(program.Case):
+    SHAPE = ("--h-q", 4, "--h-kv", 2, "--d", 64, "--s-kv", 300, "--reps", 2)
+
+    def rows(self, *arguments):
+        out = self.path("out.json")
+        table = self.succeeds("bench", "attention", *self.SHAPE, "--json", out, *arguments).stdout.decode()
+        with open(out, encoding="utf-8") as f:
+            found = json.load(f)
+        self.assertGreater(found["machine"]["read_gb_per_s"], 0)
+        self.assertGreater(found["machine"]["matrix_gflops"], 0)
+        for row in found["rows"]:
+            self.assertTrue(0 < row["ms_min"] <= row["ms_median"] <= row["ms_max"])
+            self.assertAlmostEqual(row["gb_per_s"], row["bytes"] / row["ms_median"] / 1e6)
+            self.assertAlmostEqual(row["pct_of_read_bandwidth"],
+                                   100 * row["gb_per_s"] / found["machine"]["read_gb_per_s"])
+            self.assertIn(row["method"], table)
+        return found["rows"]
+
+    def test_decode(self):
+        fp16, fp4 = self.rows("--method", "fp16", "fp4")
+        self.assertEqual(fp16["flops"], 4 * 4 * 64 * 300, "2 d for a score, 2 d for a value")
+        # K and V of 300 tokens in 16 bit; q and out in F32.
+        self.assertAlmostEqual(fp16["bytes"], 2 * 2 * 2 * 64 * 300 + 8 * 4 * 64)
+        self.assertLess(fp4["bytes"], fp16["bytes"])
+        self.assertLess(fp16["rel_err"], 2e-3)
+        self.assertTrue(1e-3 < fp4["rel_err"] < 0.5, fp4["rel_err"])
+
+    def test_every_phase(self):
+        for phase, s_q in (("prefill", 100), ("append", 100), ("rank", 1)):
+            for row in self.rows("--phase", phase, "--method", "thrift", *(("--s-q", s_q) if s_q > 1 else ())):
+                self.assertEqual((row["phase"], row["s_q"]), (phase, s_q))
+
+    def test_a_target_is_forced_or_refused(self):
+        targets = json.loads(self.succeeds("doctor", "--json").stdout)["machine"]["targets"]
+        for target in targets:
+            self.assertEqual({row["target"] for row in self.rows("--method", "fp4", "--target", target)}, {target})
+        self.refused(["Z80", *targets], "bench", "attention", *self.SHAPE, "--target", "Z80")
+
+    def test_nonsense_is_refused(self):
+        self.refused(["fp4", "ranks no pages"], "bench", "attention", *self.SHAPE, "--phase", "rank", "--method", "fp4")
+        self.refused(["--phase", "verify"], "bench", "attention", "--phase", "verify")
+        self.refused(["magic"], "bench", "attention", "--method", "magic")
+        self.refused(["h_q 7"], "bench", "attention", "--h-q", 7, "--h-kv", 2)
+        self.refused(["/no/such"], "bench", "attention", "--json", "/no/such/out.json")
+
+
+class Completion(program.Case):
+    def complete(self, *words):
+        script = self.file("completion.bash", self.succeeds("completion", "bash").stdout)
+        done = subprocess.run(["bash", "-c", 'source "$1"; shift; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _thriftattn; '
+                               'printf "%s\\n" "${COMPREPLY[@]}"', "-", script, "thriftattn", *words],
+                              capture_output=True, check=True, cwd=self.folder.name)
+        self.assertEqual(done.stderr, b"")
+        return set(done.stdout.decode().split())
+
+    def test_bash_completes_every_command_and_every_option(self):
+        self.assertLessEqual(set(COMMANDS), self.complete(""))
+        self.assertEqual(self.complete("ev"), {"eval"})
+        self.assertEqual(self.complete("bench", "att"), {"attention"})
+        for command in (*((c,) for c in COMMANDS), ("bench", "attention")):
+            text = self.succeeds(*command, "--help").stdout.decode()
+            options = set(re.findall(r"(?m)^\s+(?:-\w,)?(--[a-z-]+)", text))
+            self.assertGreater(len(options), 0)
+            self.assertEqual(self.complete(*command, "--"), options)
+
+    def test_bash_completes_files_where_a_value_stands(self):
+        self.file("book.txt", "")
+        self.assertEqual(self.complete("eval", "--text", "bo"), {"book.txt"})
+
+    @unittest.skipUnless(shutil.which("zsh"), "no zsh here")
+    def test_zsh_reads_its_script(self):
+        subprocess.run(["zsh", "-c", 'autoload -U compinit && compinit -D; source "$1"', "-",
+                        self.file("c.zsh", self.succeeds("completion", "zsh").stdout)], check=True)
+
+    def test_fish_names_every_command(self):
+        script = self.succeeds("completion", "fish").stdout.decode()
+        for command in (*COMMANDS, "attention"):
+            self.assertIn(f"-a {command} ", script)
+        self.assertIn("-l save-cache ", script)
+
+    def test_every_help_ends_with_an_example(self):
+        for command in (*((c,) for c in COMMANDS), ("bench", "attention")):
+            text = self.succeeds(*command, "--help").stdout.decode()
+            self.assertIn("Example: ", text.split("\n\n")[-1] + text[-400:])
+        self.refused(["sh"], "completion", "sh")
+
+
+if __name__ == "__main__":
+    program.main()
