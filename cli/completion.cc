@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cstdio>
 #include <functional>
 #include <memory>
@@ -41,31 +42,61 @@ void visit(const CLI::App* app, const std::string& path,
   }
 }
 
+// The values that an option takes where they are a few words, which CLI11 keeps as "{f32,bf16}" in the type's name.
+std::string choices_of(const CLI::Option* option) {
+  const std::string type = option->get_type_name();
+  const size_t open = type.find('{'), close = type.find('}');
+  if (open == type.npos || close == type.npos) return "";
+  std::string words = type.substr(open + 1, close - open - 1);
+  std::replace(words.begin(), words.end(), ',', ' ');
+  return words;
+}
+
+// What may follow a command: its own commands, the words that its positional takes, its options.
 std::string words_of(const CLI::App* app) {
   std::vector<std::string> words;
   for (const CLI::App* command : commands_of(app)) words.push_back(command->get_name());
+  for (const CLI::Option* option : app->get_options()) {
+    const std::string choices = option->get_positional() ? choices_of(option) : "";
+    if (!choices.empty()) words.push_back(choices);
+  }
   for (const std::string& option : options_of(app)) words.push_back(option);
   return joined(words);
 }
 
 // bash; zsh runs the same function through its bashcompinit.
 std::string bash(const CLI::App* app) {
-  std::string cases;
+  std::string paths, cases, values;
   visit(app, "", [&](const std::string& path, const CLI::App* command) {
+    if (!path.empty()) paths += fmt::format("{}\"{}\"", paths.empty() ? "" : " | ", path);
     cases += fmt::format("    \"{}\") words=\"{}\" ;;\n", path, words_of(command));
+    for (const CLI::Option* option : command->get_options()) {
+      const std::string choices = choices_of(option);
+      if (choices.empty()) continue;
+      for (const std::string& name : option->get_lnames()) {
+        values += fmt::format("    \"{} --{}\") words=\"{}\" only=1 ;;\n", path, name, choices);
+      }
+    }
   });
   return "_thriftattn() {\n"
-         "  local current=${COMP_WORDS[COMP_CWORD]} path= words= word i\n"
+         "  local current=${COMP_WORDS[COMP_CWORD]} path= words= only= next i\n"
          "  for ((i = 1; i < COMP_CWORD; i++)); do\n"
-         "    word=${COMP_WORDS[i]}\n"
-         "    [[ $word == [a-z]* ]] || break\n"
-         "    path+=\"${path:+ }$word\"\n"
+         "    next=\"$path${path:+ }${COMP_WORDS[i]}\"\n"
+         "    case $next in\n"
+         "    " +
+         paths +
+         ") path=$next ;;\n"
+         "    *) break ;;\n"
+         "    esac\n"
          "  done\n"
          "  case $path in\n" +
          cases +
          "  esac\n"
+         "  case \"$path ${COMP_WORDS[COMP_CWORD - 1]}\" in\n" +
+         values +
+         "  esac\n"
          "  COMPREPLY=($(compgen -W \"$words\" -- \"$current\"))\n"
-         "  [[ $current == -* || $path == \"\" ]] || COMPREPLY+=($(compgen -f -- \"$current\"))\n"
+         "  [[ $only || $current == -* || $path == \"\" ]] || COMPREPLY+=($(compgen -f -- \"$current\"))\n"
          "}\n"
          "complete -o filenames -F _thriftattn thriftattn\n";
 }
@@ -84,8 +115,13 @@ std::string fish(const CLI::App* app) {
                          quoted(next->get_description()));
     }
     for (const CLI::Option* option : command->get_options()) {
+      const std::string choices = choices_of(option),
+                        values = choices.empty() ? "" : fmt::format(" -x -a '{}'", choices);
+      if (option->get_positional() && !choices.empty())
+        out += fmt::format("complete -c thriftattn {} -f -a '{}'\n", when, choices);
       for (const std::string& name : option->get_lnames()) {
-        out += fmt::format("complete -c thriftattn {} -l {} -d {}\n", when, name, quoted(option->get_description()));
+        out += fmt::format("complete -c thriftattn {} -l {}{} -d {}\n", when, name, values,
+                           quoted(option->get_description()));
       }
     }
   });

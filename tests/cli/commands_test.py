@@ -157,6 +157,13 @@ class Completion(program.Case):
     def test_bash_completes_files_where_a_value_stands(self):
         self.file("book.txt", "")
         self.assertEqual(self.complete("eval", "--text", "bo"), {"book.txt"})
+        self.assertEqual(self.complete("inspect", "models/pocket-8m", "--t"), {"--tensors"}, "a path is no command")
+
+    def test_bash_completes_the_words_that_an_option_takes(self):
+        self.file("book.txt", "")
+        self.assertEqual(self.complete("eval", "--compute", ""), {"f32", "bf16"})
+        self.assertEqual(self.complete("bench", "attention", "--phase", "p"), {"prefill"})
+        self.assertLessEqual({"bash", "zsh", "fish"}, self.complete("completion", ""))
 
     @unittest.skipUnless(shutil.which("zsh"), "no zsh here")
     def test_zsh_reads_its_script(self):
