@@ -105,26 +105,32 @@ Status inspect_folder(const InspectOptions& options) {
 Status inspect_cache(const InspectOptions& options) {
   THRIFTATTN_ASSIGN_OR_RETURN(saved, inspect_saved(options.path));
   const CacheConfig& c = saved.config;
-  const Json json{{"schema", "thriftattn.inspect/1"},
-                  {"kind", "saved cache"},
-                  {"path", options.path},
-                  {"version", saved.version},
-                  {"tokens", saved.tokens},
-                  {"layers", c.layers},
-                  {"h_kv", c.h_kv},
-                  {"d", c.d},
-                  {"d_v", c.d_v},
-                  {"storage", c.storage_by_head.empty() ? to_string(c.storage) : "by head"},
-                  {"format", to_string(c.format)},
-                  {"high_dtype", c.high_dtype == DType::f16 ? "f16" : "bf16"},
-                  {"file_bytes", saved.file_bytes},
-                  {"cache_bytes", saved.bytes.total()},
-                  {"metadata", saved.metadata}};
+  Json json{{"schema", "thriftattn.inspect/1"},
+            {"kind", "saved cache"},
+            {"path", options.path},
+            {"version", saved.version},
+            {"tokens", saved.tokens},
+            {"layers", c.layers},
+            {"h_kv", c.h_kv},
+            {"d", c.d},
+            {"d_v", c.d_v},
+            {"storage", c.storage_by_head.empty() ? to_string(c.storage) : "by head"},
+            {"format", to_string(c.format)},
+            {"high_dtype", c.high_dtype == DType::f16 ? "f16" : "bf16"},
+            {"file_bytes", saved.file_bytes},
+            {"cache_bytes", saved.bytes.total()},
+            {"metadata", saved.metadata}};
   if (options.json) {
     fmt::print("{}\n", json.dump(1, ' ', false, Json::error_handler_t::replace));
-  } else {
-    print(json);
+    return {};
   }
+  // What `generate` put beside the pages, its text's tokens left out; of what others put there, how much it is.
+  const Json metadata = Json::parse(saved.metadata, nullptr, false);
+  json["metadata"] = saved.metadata.empty() ? Json() : Json(fmt::format("{} bytes", saved.metadata.size()));
+  for (const char* key : {"model", "compute", "method", "prefill"}) {
+    if (metadata.is_object() && metadata.contains(key) && metadata[key].is_string()) json[key] = metadata[key];
+  }
+  print(json);
   return {};
 }
 
@@ -135,7 +141,14 @@ Status inspect(const InspectOptions& options) {
   if (!std::filesystem::exists(options.path, error)) {
     return not_found(fmt::format("{}: no such file or folder", options.path));
   }
-  return std::filesystem::is_directory(options.path, error) ? inspect_folder(options) : inspect_cache(options);
+  if (std::filesystem::is_directory(options.path, error)) return inspect_folder(options);
+  if (options.path.ends_with(".json") || options.path.ends_with(".safetensors")) {
+    return invalid_argument(fmt::format("{}: a checkpoint is named by its folder", options.path));
+  }
+  if (options.tensors) {
+    return invalid_argument(fmt::format("{}: --tensors lists those of a checkpoint's folder", options.path));
+  }
+  return inspect_cache(options);
 }
 
 Command add_inspect(CLI::App* app) {

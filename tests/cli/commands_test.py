@@ -78,11 +78,17 @@ class Inspect(program.Case):
         self.assertEqual((found["kind"], found["layers"], found["d"]), ("saved cache", 8, 128))
         self.assertEqual(found["file_bytes"], os.path.getsize(saved))
         self.assertGreater(found["tokens"], 3)
+        self.assertEqual(len(json.loads(found["metadata"])["tokens"]), found["tokens"])
+        table = self.succeeds("inspect", saved).stdout.decode()
+        self.assertRegex(table, r"(?m)^method +thrift$")
+        self.assertLess(max(map(len, table.splitlines())), 120, "a table, not the prompt's tokens")
+        self.refused([saved, "--tensors"], "inspect", saved, "--tensors")
 
     def test_what_is_neither_is_refused(self):
         self.refused(["/no/such"], "inspect", "/no/such")
         self.refused(["config.json"], "inspect", self.folder.name)
         self.refused(["text.txt"], "inspect", self.file("text.txt", "Not a cache at all."))
+        self.refused(["config.json", "folder"], "inspect", os.path.join(MODEL, "config.json"))
 
     def read(self, name):
         with open(self.path(name), encoding="utf-8") as f:
