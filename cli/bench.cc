@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "commands.h"
+#include "input.h"
 #include "model/linear.h"
 #include "progress.h"
 #include "report.h"
@@ -178,7 +179,7 @@ struct Bench {
 // Appends s_kv tokens of every sequence to every layer; the milliseconds of each full step.
 Status Bench::fill(KvCache* cache, std::span<const SeqId> seqs, int64_t s_kv, std::vector<double>* times) {
   const BenchOptions& o = options;
-  const int64_t step = o.phase == "append" && o.s_q > 0 ? o.s_q : 512;
+  const int64_t step = std::min(s_kv, o.s_q > 0 ? o.s_q : 512);
   std::vector<float> k, v;
   for (size_t s = 0; s < seqs.size(); ++s) {
     for (int64_t t = 0; t < s_kv; t += step) {
@@ -227,7 +228,7 @@ Result<Timing> Bench::run(const Method& method, int64_t s_kv) {
   const bool prefill = o.phase == "prefill", append = o.phase == "append", rank = o.phase == "rank";
   Timing row;
   row.s_kv = s_kv;
-  row.s_q = prefill ? std::min(s_kv, o.s_q > 0 ? o.s_q : 512) : append ? std::min(s_kv, o.s_q > 0 ? o.s_q : 512) : 1;
+  row.s_q = prefill || append ? std::min(s_kv, o.s_q > 0 ? o.s_q : 512) : 1;
   row.method = to_string(method);
 
   // One layer tells what a layer takes; then as many as exceed the last-level cache four times.
@@ -246,7 +247,7 @@ Result<Timing> Bench::run(const Method& method, int64_t s_kv) {
   row.target = chosen.target;
   const Method& resolved = chosen.problem.method;
   if (rank && (resolved.policy == Policy::none || resolved.budget.kind == Budget::Kind::all)) {
-    return invalid_argument(fmt::format("method {} ranks no pages", row.method));
+    return invalid_argument(fmt::format("method {} ranks no pages: it has nothing to time in phase rank", row.method));
   }
   const double rough = 4.0 * static_cast<double>(o.batch * s_kv) * o.h_kv * o.d;  // of a layer in 16 bit
   const double wanted = 4.0 * static_cast<double>(last_level), room = 0.5 * static_cast<double>(memory().available);
@@ -268,7 +269,6 @@ Result<Timing> Bench::run(const Method& method, int64_t s_kv) {
   const double width = static_cast<double>(o.d) * o.h_q * o.batch;
 
   if (append) {
-    if (times.empty()) return invalid_argument(fmt::format("an append of {} tokens needs as many of s_kv", row.s_q));
     take_times(std::move(times), &row);
     const double share = static_cast<double>(row.s_q) / static_cast<double>(s_kv) / o.batch;
     row.bytes = 8.0 * static_cast<double>(row.s_q) * o.h_kv * o.d + total * share;  // F32 in, the stored forms out
@@ -356,9 +356,14 @@ Result<Timing> Bench::run(const Method& method, int64_t s_kv) {
 
 Status bench_attention(const BenchOptions& o) {
   THRIFTATTN_RETURN_IF_ERROR(check_writable(o.json, {}));
+  const bool appended = o.phase == "append";
+  if (o.s_q > 0 && !appended && o.phase != "prefill") {
+    return invalid_argument(
+        fmt::format("--s-q {}: phase {} takes one row: prefill and append take more", o.s_q, o.phase));
+  }
   std::vector<Method> methods;
   for (const std::string& spec : o.methods) {
-    THRIFTATTN_ASSIGN_OR_RETURN(method, parse_method(spec));
+    THRIFTATTN_ASSIGN_OR_RETURN(method, one_method(spec));
     methods.push_back(method);
   }
   if (o.h_q % o.h_kv != 0) return invalid_argument(fmt::format("h_q {} is not a multiple of h_kv {}", o.h_q, o.h_kv));
@@ -429,16 +434,18 @@ Status bench_attention(const BenchOptions& o) {
                             {"rel_err", r.rel_err},
                             {"layers", r.layers},
                             {"cold", r.cold}});
-    const bool appended = o.phase == "append";  // writes more than it computes
     warm |= !r.cold && !appended;
     lines.push_back({r.method + (r.cold || appended ? "" : " *"), fmt::format("{}", r.s_q), fmt::format("{}", r.s_kv),
                      r.target, fmt::format("{:.3f}", r.median), fmt::format("{:.3f}", r.least),
                      fmt::format("{:.3f}", r.most), fmt::format("{:.1f}", r.bytes / 1e6), fmt::format("{:.1f}", gb),
-                     fmt::format("{:.1f}", 100 * gb / read_gb), fmt::format("{:.1f}", gf),
-                     fmt::format("{:.1f}", 100 * gf / gflops), fmt::format("{:.1e}", r.rel_err)});
+                     fmt::format("{:.1f}", 100 * gb / read_gb), appended ? "-" : fmt::format("{:.1f}", gf),
+                     appended ? "-" : fmt::format("{:.1f}", 100 * gf / gflops), fmt::format("{:.1e}", r.rel_err)});
   }
   text += align(lines);
-  text += "\nMB: what the problem must read (append: and write); rel err: of sampled rows to attention in double\n";
+  text += fmt::format("\nms: median of {}; {}\n",
+                      appended ? "all appends of s_q tokens" : fmt::format("{} repetitions", o.reps),
+                      appended ? "MB: what must be read and written; rel err: of the keys read back"
+                               : "MB: what the problem must read; rel err: of sampled rows to attention in double");
   if (warm) text += "* the caches it rotates over are not four times the last-level cache: parts of them stay in it\n";
   if (o.json == "-") {
     fmt::print("{}\n", json.dump(1));
@@ -459,21 +466,28 @@ Command add_bench(CLI::App* app) {
       ->check(CLI::IsMember({"decode", "prefill", "append", "rank"}))
       ->capture_default_str();
   command->add_option("--s-kv", o->s_kv, "tokens of a sequence")->check(tokens)->capture_default_str();
-  command->add_option("--s-q", o->s_q, "rows of a prefill, tokens of an append; default 512")->check(tokens);
+  command->add_option("--s-q", o->s_q, "rows of a prefill, tokens of an append, up to --s-kv; default 512")
+      ->check(tokens);
   command->add_option("--batch", o->batch, "sequences")->check(CLI::Range(1, 4096))->capture_default_str();
   command->add_option("--h-q", o->h_q, "query heads")->check(CLI::Range(1, 4096))->capture_default_str();
   command->add_option("--h-kv", o->h_kv, "KV heads")->check(CLI::Range(1, 1024))->capture_default_str();
   command->add_option("--d", o->d, "channels of a head")->check(CLI::Range(1, 4096))->capture_default_str();
-  command->add_option("--method", o->methods, "name[:key=value,...]")->capture_default_str();
+  const CLI::Option* method =
+      command->add_option("--method", o->methods, "name[:key=value,...]; rank: thrift alone")->capture_default_str();
   command->add_option("--threads", o->threads, "0 = all processors")->check(CLI::Range(0, 1024))->capture_default_str();
   command->add_option("--target", o->target, "instruction set, as doctor lists them; default the best");
-  command->add_option("--reps", o->reps, "repetitions")->check(CLI::Range(1, 10000))->capture_default_str();
+  command->add_option("--reps", o->reps, "repetitions of all phases but append")
+      ->check(CLI::Range(1, 10000))
+      ->capture_default_str();
   command->add_option("--json", o->json, "write all figures to this file; - = to stdout, instead of the table");
   command->footer(
       "Example: thriftattn bench attention --phase decode --s-kv 16384 131072 --method fp16 fp4 thrift --json "
       "out.json");
   bench->footer("Example: thriftattn bench attention --phase decode --s-kv 16384");
-  return {command, [o] { return bench_attention(*o); }};
+  return {command, [o, method] {
+            if (method->empty() && o->phase == "rank") o->methods = {"thrift"};
+            return bench_attention(*o);
+          }};
 }
 
 }  // namespace thriftattn::cli

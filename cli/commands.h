@@ -76,7 +76,7 @@ struct BenchOptions {
   int64_t s_q = 0;  // rows of a prefill, tokens of an append; 0 = 512
   int batch = 1;
   int h_q = 32, h_kv = 8, d = 128;
-  std::vector<std::string> methods = {"fp16", "fp4", "thrift"};
+  std::vector<std::string> methods = {"fp16", "fp4", "thrift"};  // rank: thrift, where none is named
   int threads = 0;
   std::string target;  // instruction set; empty = the best
   std::string json;    // as in eval

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "commands.h"
+#include "input.h"
 #include "model/model.h"
 #include "report.h"
 #include "system.h"
@@ -67,7 +68,7 @@ double gib(int64_t bytes) { return static_cast<double>(bytes) / (1 << 30); }
 }  // namespace
 
 Status doctor(const DoctorOptions& o) {
-  THRIFTATTN_ASSIGN_OR_RETURN(method, parse_method(o.method));
+  THRIFTATTN_ASSIGN_OR_RETURN(method, one_method(o.method));
   const MachineInfo info = machine_info();
   const int threads = ThreadPool(o.threads).size();
   const Machine machine = Machine::here(threads);
@@ -175,12 +176,12 @@ Command add_doctor(CLI::App* app) {
   command->add_option("--h-kv", o->h_kv, "KV heads")->check(CLI::Range(1, 1024))->capture_default_str();
   command->add_option("--d", o->d, "channels of a head")->check(CLI::Range(1, 4096))->capture_default_str();
   command->add_option("--s-kv", o->s_kv, "tokens of a sequence")
-      ->check(CLI::Range(int64_t{1}, int64_t{1} << 32))
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 30))
       ->capture_default_str();
   command->add_option("--layers", o->layers, "of the model, for the size of its cache")
       ->check(CLI::Range(1, 4096))
       ->capture_default_str();
-  command->add_option("--batch", o->batch, "sequences")->check(CLI::Range(1, 65536))->capture_default_str();
+  command->add_option("--batch", o->batch, "sequences")->check(CLI::Range(1, 4096))->capture_default_str();
   command->add_option("--threads", o->threads, "0 = all processors")->check(CLI::Range(0, 1024))->capture_default_str();
   command->add_flag("--json", o->json, "as JSON on stdout");
   command->footer("Example: thriftattn doctor --h-q 32 --h-kv 8 --d 128 --s-kv 131072 --method thrift");

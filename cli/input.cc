@@ -68,6 +68,12 @@ size_t valid_utf8(std::string_view bytes) {
   return i;
 }
 
+Result<Method> one_method(const std::string& spec) {
+  if (!spec.starts_with('@')) return parse_method(spec);
+  return invalid_argument(
+      fmt::format("--method {}: a schedule is for the layers of a model, which eval and generate have", spec));
+}
+
 Result<std::string> read_text(const std::string& path) {
   std::error_code error;
   const auto status = std::filesystem::status(path, error);

@@ -5,12 +5,16 @@
 #include <string_view>
 #include <vector>
 
+#include "thriftattn/method.h"
 #include "thriftattn/status.h"
 
 namespace thriftattn::cli {
 
 // A whole file of UTF-8. Refused, with the path: no such file, a folder, empty, not UTF-8 (with the offset).
 Result<std::string> read_text(const std::string& path);
+
+// A method for a command that runs no model, so that a schedule, @FILE, has no layers to speak of and is refused.
+Result<Method> one_method(const std::string& spec);
 
 // The length in bytes of the longest prefix of `bytes` that is whole, valid UTF-8.
 size_t valid_utf8(std::string_view bytes);

@@ -45,6 +45,8 @@ class Doctor(program.Case):
         self.refused(["h_q 7", "h_kv 2"], "doctor", "--h-q", 7, "--h-kv", 2)
         self.refused(["magic"], "doctor", "--method", "magic")
         self.refused(["--s-kv"], "doctor", "--s-kv", 0)
+        self.refused(["head_dim 100", "256"], "doctor", "--d", 100)
+        self.refused(["@schedule.json", "layers"], "doctor", "--method", "@schedule.json")
 
 
 class Inspect(program.Case):
@@ -127,6 +129,16 @@ class Bench(program.Case):
             for row in self.rows("--phase", phase, "--method", "thrift", *(("--s-q", s_q) if s_q > 1 else ())):
                 self.assertEqual((row["phase"], row["s_q"]), (phase, s_q))
 
+    def test_what_is_not_given_fits_the_phase(self):
+        self.assertEqual([row["method"] for row in self.rows("--phase", "rank")], ["thrift"])
+        for row in self.rows("--phase", "append", "--method", "fp16"):  # 512 tokens where there are as many
+            self.assertEqual((row["s_q"], row["s_kv"]), (300, 300))
+
+    def test_a_star_marks_what_stays_in_a_cache(self):
+        table = self.succeeds("bench", "attention", *self.SHAPE, "--method", "fp16").stdout.decode()
+        self.assertIn("\nfp16 * ", table)
+        self.assertIn("\n* the caches", table)
+
     def test_a_target_is_forced_or_refused(self):
         targets = json.loads(self.succeeds("doctor", "--json").stdout)["machine"]["targets"]
         for target in targets:
@@ -137,6 +149,9 @@ class Bench(program.Case):
         self.refused(["fp4", "ranks no pages"], "bench", "attention", *self.SHAPE, "--phase", "rank", "--method", "fp4")
         self.refused(["--phase", "verify"], "bench", "attention", "--phase", "verify")
         self.refused(["magic"], "bench", "attention", "--method", "magic")
+        self.refused(["@schedule.json", "layers"], "bench", "attention", "--method", "@schedule.json")
+        self.refused(["--s-q 4", "decode"], "bench", "attention", *self.SHAPE, "--s-q", 4)
+        self.refused(["bench", "attention"], "bench")
         self.refused(["h_q 7"], "bench", "attention", "--h-q", 7, "--h-kv", 2)
         self.refused(["/no/such"], "bench", "attention", "--json", "/no/such/out.json")
 
