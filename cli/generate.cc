@@ -27,13 +27,16 @@ double seconds_since(Clock::time_point begin) { return std::chrono::duration<dou
 // A sequence that holds the beginning of the prompt, out of a file. Its length is the page that holds the prompt's last
 // token or the first one that the file lacks: query blocks begin there, so that reading on equals reading at once.
 Result<SeqId> resume(model::Session& session, const std::string& path, const std::vector<int32_t>& prompt) {
+  const auto too_long = [&](int64_t tokens) {
+    return invalid_argument(
+        fmt::format("{}: holds {} tokens, more than the {} of the prompt", path, tokens, prompt.size()));
+  };
+  THRIFTATTN_ASSIGN_OR_RETURN(header, inspect_saved(path));
+  if (header.tokens > std::ssize(prompt)) return too_long(header.tokens);
   THRIFTATTN_ASSIGN_OR_RETURN(seq, session.load(path));
   const auto saved = session.tokens(seq);
   const auto [differs, at] = std::mismatch(saved.begin(), saved.end(), prompt.begin(), prompt.end());
-  if (differs != saved.end() && at == prompt.end()) {
-    return invalid_argument(
-        fmt::format("{}: holds {} tokens, more than the {} of the prompt", path, saved.size(), prompt.size()));
-  }
+  if (differs != saved.end() && at == prompt.end()) return too_long(std::ssize(saved));
   if (differs != saved.end()) {
     return invalid_argument(fmt::format("{}: the prompt's token {} is {}, the saved one is {}", path,
                                         differs - saved.begin(), *at, *differs));

@@ -177,12 +177,15 @@ int run(int argc, char** argv) {
       app.exit(error);
       return flushed();
     }
-    if (app.get_subcommands().empty() && argc > 1) {
-      std::string names;
-      for (const CLI::App* command : app.get_subcommands([](const CLI::App*) { return true; })) {
-        names += (names.empty() ? "" : ", ") + command->get_name();
-      }
-      return fail(2, fmt::format("'{}' is not a command: {} are", argv[1], names));
+    const CLI::App* last = &app;  // the last command that was given
+    while (!last->get_subcommands().empty()) last = last->get_subcommands().front();
+    std::string names;
+    for (const CLI::App* command : last->get_subcommands([](const CLI::App*) { return true; })) {
+      names += (names.empty() ? "" : ", ") + command->get_name();
+    }
+    if (last == &app && argc > 1) return fail(2, fmt::format("'{}' is not a command: {} are", argv[1], names));
+    if (!names.empty() && error.get_name() == "RequiredError") {
+      return fail(2, fmt::format("{} needs a command: {}", last->get_name(), names));
     }
     return fail(2, error.what());
   }

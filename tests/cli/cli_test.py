@@ -426,7 +426,8 @@ class Generate(Case):
         self.succeeds(*begin, "--prompt", "It was a dark and stormy night", "--save-cache", saved)
         load = (*begin, "--load-cache", saved)
         self.refused([saved, "token 3"], *load, "--prompt", "It was no dark and stormy night, and")
-        self.refused([saved, "more than"], *load, "--prompt", "It was a dark")
+        self.refused([saved, "more than the", "of the prompt"], *load, "--prompt", "It was a dark")
+        self.refused([saved, "more than the", "of the prompt"], *load, "--prompt", "It")
         self.refused([saved, "method", "thrift", "fp16"], *load, "--prompt", "It was a dark and stormy night",
                      "--method", "fp16")
         self.refused([saved + "x", "no such file"], *begin, "--prompt", "It", "--load-cache", saved + "x")

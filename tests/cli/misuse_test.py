@@ -67,6 +67,7 @@ REFUSED = [
     (("eval", "generate"), ("--model",)),
     (("--frobnicate",), ("--frobnicate",)),
     (("",), ()),
+    ((), ("eval", "completion")),
 ]
 
 
