@@ -53,7 +53,7 @@ tsan:
 	cmake --preset tsan
 	cmake --build --preset tsan -j $(JOBS) --target test_attention
 	THRIFTATTN_SOAK_SECONDS=30 build/tsan/tests/test_attention --gtest_brief=1 \
-	  --gtest_filter='Soak.*:Cache*:Damaged.*:Splits.*:Chunks.*:Threads.*'
+	  --gtest_filter='Soak.*:Cache*:Damaged.*:Batch.*:KvHeads.*:StorageByHead.*'
 
 soak:
 	@scripts/setup.sh test
