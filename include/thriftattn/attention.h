@@ -81,7 +81,7 @@ struct Selection {
   std::vector<Promoted> pages;
 };
 
-// What a call did. Pairs are (query block, full page, head) triples that a block can see.
+// What a call did. Pairs are (query block, full page, query head) triples that a block can see.
 struct Stats {
   int64_t pairs = 0, promoted = 0;
   int64_t wanted_not_stored = 0;  // promotions that the policy asked for and the storage could not serve
