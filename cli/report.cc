@@ -297,7 +297,8 @@ std::string table(const Report& report) {
            block(report, [](const Row& row) -> const Figures& { return row.mean; });
   }
   const bool references = std::any_of(report.rows.begin(), report.rows.end(), [](const Row& r) { return r.reference; });
-  out += "\nrecovery: share of the loss of paper-fp4 given back; like: of the loss of an fp4 of the same arithmetic\n";
+  out += "\nNLL: mean loss in nats per token; dNLL: what it exceeds fp16 by; promoted: of (query block, page) pairs\n";
+  out += "recovery: share of the loss of paper-fp4 given back; like: of the loss of an fp4 of the same arithmetic\n";
   if (references) out += "* reference, run for comparison\n";
   return out;
 }
