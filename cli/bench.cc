@@ -442,10 +442,10 @@ Status bench_attention(const BenchOptions& o) {
                      appended ? "-" : fmt::format("{:.1f}", 100 * gf / gflops), fmt::format("{:.1e}", r.rel_err)});
   }
   text += align(lines);
-  text += fmt::format("\nms: median of {}; {}\n",
-                      appended ? "all appends of s_q tokens" : fmt::format("{} repetitions", o.reps),
-                      appended ? "MB: what must be read and written; rel err: of the keys read back"
-                               : "MB: what the problem must read; rel err: of sampled rows to attention in double");
+  text +=
+      fmt::format("\nms: median of {}; {}\n", appended ? "all appends of s_q tokens" : fmt::format("--reps {}", o.reps),
+                  appended ? "MB: what must be read and written; rel err: of the keys read back"
+                           : "MB: what the problem must read; rel err: of sampled rows to attention in double");
   if (warm) text += "* the caches it rotates over are not four times the last-level cache: parts of them stay in it\n";
   if (o.json == "-") {
     fmt::print("{}\n", json.dump(1));

@@ -103,9 +103,13 @@ std::string bash(const CLI::App* app) {
 
 std::string fish(const CLI::App* app) {
   std::string out = "complete -c thriftattn -f -n __fish_use_subcommand\n";
-  const auto quoted = [](std::string text) {
-    for (size_t i = 0; (i = text.find_first_of("\\'", i)) != text.npos; i += 2) text.insert(i, "\\");
-    return "'" + text + "'";
+  const auto quoted = [](const std::string& text) {
+    std::string quotes = "'";
+    for (const char c : text) {
+      if (c == '\\' || c == '\'') quotes += '\\';
+      quotes += c;
+    }
+    return quotes + '\'';
   };
   visit(app, "", [&](const std::string& path, const CLI::App* command) {
     std::string when = "-n __fish_use_subcommand";
