@@ -59,18 +59,17 @@ void decode_k(const BlockTask& t, const PageRef& page, Tier tier, float* tile) {
   const PageLayout& l = *t.layout;
   if (tier == Tier::fp16) return decode_high(t.high_dtype, page.high, int64_t{kPageTokens} * l.d, tile);
   const PageSummary facts = summary_of(page);
-  const Fp4Format format = t.method->format;
   if (t.centring && !mean_apart(t, tier)) {
     HWY_ALIGN float mean[kMaxChannels];
     decode_high(t.high_dtype, mean_of(t, page), l.d, mean);
-    decode_plane<Start::rows>(l.k, format, l.d, facts.k_exponent[0], page.fp4 + l.k_codes, page.fp4 + l.k_scales, mean,
-                              tile);
+    decode_plane<Start::rows>(l.k, t.format, l.d, facts.k_exponent[0], page.fp4 + l.k_codes, page.fp4 + l.k_scales,
+                              mean, tile);
   } else {
-    decode_plane<Start::zero>(l.k, format, l.d, facts.k_exponent[0], page.fp4 + l.k_codes, page.fp4 + l.k_scales,
+    decode_plane<Start::zero>(l.k, t.format, l.d, facts.k_exponent[0], page.fp4 + l.k_codes, page.fp4 + l.k_scales,
                               nullptr, tile);
   }
   if (tier == Tier::fp4x2)
-    decode_plane<Start::sum>(l.k, format, l.d, facts.k_exponent[1], page.residual + l.k_codes,
+    decode_plane<Start::sum>(l.k, t.format, l.d, facts.k_exponent[1], page.residual + l.k_codes,
                              page.residual + l.k_scales, nullptr, tile);
 }
 
@@ -83,11 +82,10 @@ void decode_v(const BlockTask& t, const PageRef& page, Tier tier, int64_t tokens
     return;
   }
   const PageSummary facts = summary_of(page);
-  const Fp4Format format = t.method->format;
-  decode_plane<Start::zero>(l.v, format, kPageTokens, facts.v_exponent[0], page.fp4 + l.v_codes, page.fp4 + l.v_scales,
-                            nullptr, tile);
+  decode_plane<Start::zero>(l.v, t.format, kPageTokens, facts.v_exponent[0], page.fp4 + l.v_codes,
+                            page.fp4 + l.v_scales, nullptr, tile);
   if (tier == Tier::fp4x2)
-    decode_plane<Start::sum>(l.v, format, kPageTokens, facts.v_exponent[1], page.residual + l.v_codes,
+    decode_plane<Start::sum>(l.v, t.format, kPageTokens, facts.v_exponent[1], page.residual + l.v_codes,
                              page.residual + l.v_scales, nullptr, tile);
 }
 

@@ -34,6 +34,7 @@ struct BlockTask {
   const PageLayout* layout;
   const Method* method;
   DType high_dtype;
+  Fp4Format format;  // of the planes that the cache holds
   bool centring;
   bool mma4;
   float sm_scale, softcap;  // softcap 0 = none

@@ -298,6 +298,7 @@ class Run {
     t.layout = call_.layout;
     t.method = &problem_.method;
     t.high_dtype = problem_.cache.high_dtype;
+    t.format = problem_.cache.format;
     t.centring = problem_.cache.centring;
     t.mma4 = mma4_;
     t.sm_scale = problem_.sm_scale;

@@ -214,6 +214,25 @@ TEST(StorageByHead, MustNameEveryHeadOfEveryLayer) {
   EXPECT_NE(cache.status().message().find("2 x 2"), std::string::npos) << cache.status().message();
 }
 
+// A method that drops the rest has no say in how FP4 is written: what the cache holds is read as the cache's.
+TEST(Formats, PromotedPagesAreReadInTheCachesOwn) {
+  const Tokens tokens = attention_like(kShape, 64 * 12);
+  for (const std::string format : {"nvfp4", "mxfp4"}) {
+    const CacheConfig config = CacheConfig::for_method(method("thrift:policy=block_mean,format=" + format), 1,
+                                                       kShape.h_kv, kShape.d, kShape.d_v);
+    auto cache = KvCache::create(config);
+    ASSERT_TRUE(cache.ok());
+    const SeqId seq = cache->new_sequence();
+    append_and_settle(*cache, seq, tokens, tokens.s);
+    const std::string spec = "topk:storage=residual,budget=0.9";
+    const Answer as_named = ask({&*cache, seq, 0, spec + ",format=" + format, {}}, tokens);
+    for (const std::string other : {"nvfp4", "mxfp4"}) {
+      const Answer answer = ask({&*cache, seq, 0, spec + ",format=" + other, {}}, tokens);
+      for (int head = 0; head < kShape.h_kv; ++head) expect_same_head(answer, as_named, head, format + " as " + other);
+    }
+  }
+}
+
 TEST(Sinks, MustBeFinite) {
   const Tokens tokens = attention_like(kShape, 100);
   auto cache = KvCache::create(CacheConfig::for_method(method("thrift"), 1, kShape.h_kv, kShape.d, kShape.d_v));
