@@ -366,11 +366,10 @@ Status KvCache::truncate(SeqId seq, int64_t tokens, bool lossy) {
         const PageForms& forms = s.forms_of(old_page, l)[h];
         encoded |= forms.summary >= 0 || length(seq, l) / kPageTokens > cut;
         if (forms.high < 0 && !lossy)
-          return unsupported(fmt::format(
-              "sequence {} cannot be truncated to {} tokens exactly: page {} of layer {} has no "
-              "16-bit form (lengths from {} on, or a multiple of {}, or lossy, can)",
-              seq, tokens, cut, l, std::max<int64_t>(0, (length(seq, l) / kPageTokens - s.config.recent) * kPageTokens),
-              kPageTokens));
+          return unsupported(
+              fmt::format("sequence {} cannot be truncated to {} tokens exactly: page {} of layer {} has no "
+                          "16-bit form (lengths from {} on, or a multiple of {}, or lossy, can)",
+                          seq, tokens, cut, l, q.released[l] * kPageTokens, kPageTokens));
       }
     }
     if (encoded) {
@@ -439,9 +438,9 @@ Status KvCache::read(SeqId seq, int layer, int64_t first, const MutableView& k, 
   const View ck{k.data, k.dtype, k.tokens, k.heads, k.channels, k.token_stride, k.head_stride};
   const View cv{v.data, v.dtype, v.tokens, v.heads, v.channels, v.token_stride, v.head_stride};
   THRIFTATTN_RETURN_IF_ERROR(check_shape(s.config, ck, cv));
-  if (first < 0 || first + k.tokens > length(seq, layer))
-    return invalid_argument(fmt::format("tokens [{}, {}) of layer {} are not in sequence {}: it holds {}", first,
-                                        first + k.tokens, layer, seq, length(seq, layer)));
+  if (first < 0 || k.tokens > length(seq, layer) - first)  // the sum of both may overflow
+    return invalid_argument(fmt::format("{} tokens from {} on of layer {} are not in sequence {}: it holds {}",
+                                        k.tokens, first, layer, seq, length(seq, layer)));
   const Sequence& q = s.sequences[seq];
   const int d = s.config.d, d_v = s.config.d_v;
   float pk[kMaxChannels * kPageTokens], pv[kMaxChannels * kPageTokens], row[kMaxChannels];

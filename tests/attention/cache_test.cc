@@ -307,8 +307,10 @@ TEST(Cache, RefusesWrongArguments) {
   EXPECT_EQ(cache.length(seq + 1), -1);
   EXPECT_EQ(cache.length(seq), 0);
   std::vector<float> out(64 * 2);
-  refused(cache.read(seq, 0, 0, mutable_view(out.data(), 1, 2, 64), mutable_view(out.data(), 1, 2, 64)),
-          Code::invalid_argument);
+  for (const int64_t first : {int64_t{-1}, int64_t{0}, INT64_MAX - 1, INT64_MAX}) {
+    const MutableView one = mutable_view(out.data(), 1, 2, 64);
+    refused(cache.read(seq, 0, first, one, one), Code::invalid_argument);
+  }
   ASSERT_OK(cache.free(seq));
   refused(cache.free(seq), Code::not_found);
   refused(cache.append(seq, 0, k, v, pool()), Code::not_found);
@@ -535,6 +537,21 @@ TEST(Cache, TruncateIntoAnEncodedPageIsExactOrRefusedUnlessLossy) {
   for (size_t i = 0; i < after.v.size(); ++i) ASSERT_NEAR(after.v[i], before.v[i], 0.01) << i;  // 16-bit rounding
   ASSERT_OK(append(cache, seq, tokens, 199, 64));
   EXPECT_EQ(cache.length(seq), 263);
+}
+
+TEST(Cache, ARefusedTruncateNamesALengthThatIsExact) {
+  const Tokens tokens = exact_tokens({2, 1, 64, 64}, 64 * 10);
+  KvCache cache = make(config_of("thrift", tokens.shape));
+  const SeqId seq = cache.new_sequence();
+  ASSERT_OK(append(cache, seq, tokens, 0, tokens.s));
+  settle(cache, seq);
+  ASSERT_OK(cache.truncate(seq, 64 * 6));  // drops the pages that the window held
+  ASSERT_OK(append(cache, seq, tokens, 64 * 6, 64));
+  settle(cache, seq);
+  const Status refused = cache.truncate(seq, 64 * 5 + 7);
+  EXPECT_EQ(refused.code(), Code::unsupported);
+  EXPECT_NE(refused.message().find("lengths from 384 on"), std::string::npos) << refused.message();
+  EXPECT_OK(cache.truncate(seq, 64 * 6 + 7));
 }
 
 TEST(Cache, TruncateEndsAStepThatOnlySomeLayersTook) {
