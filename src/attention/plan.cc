@@ -34,6 +34,7 @@ Status check(const Problem& p) {
   if (p.window < 0 || p.window > kMaxTokens) return refuse("window", p.window, "0 (none) to 2^30 tokens are");
   if (!(p.softcap >= 0) || !std::isfinite(p.softcap))
     return refuse("softcap", p.softcap, "0 (none) or a positive number");
+  if (p.method.rest == Tier::fp4x2) return refuse("rest", to_string(p.method.rest), "fp4, none and fp16 are");
   const CacheConfig& c = p.cache;
   if (c.h_kv != p.h_kv || c.d != p.d || c.d_v != p.d_v)
     return invalid_argument(
