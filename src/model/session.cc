@@ -108,7 +108,9 @@ struct Session::State {
 
   Result<Json> identity() const;
   PhasePlans& of(Phase phase) { return phase == Phase::decode ? decode : prefill; }
+  Status check_whole(SeqId seq) const;
   Status check(SeqId seq, std::span<const int32_t> tokens, Phase phase);
+  Result<SeqId> adopt(SeqId seq, std::span<const int32_t> tokens);
   Status forward(SeqId seq, std::span<const int32_t> tokens, Phase phase, LogitRows rows, const LogitSink& sink,
                  const Advance& advance);
   Status attend(Phase phase, const LayerStep& step);
@@ -237,9 +239,32 @@ Status Session::State::write_logits(const float* x, int64_t n, LogitRows rows, c
   return {};
 }
 
+// Ok where every layer holds the sequence's tokens, as it does unless a step of it has failed.
+Status Session::State::check_whole(SeqId seq) const {
+  if (cache.length(seq) < 0) return not_found(fmt::format("sequence {} does not exist", seq));
+  for (int layer = 0; layer < model->config().layers; ++layer) {
+    if (cache.length(seq, layer) == std::ssize(history[seq])) continue;
+    return invalid_argument(fmt::format("sequence {} can only be freed: a step of it did not end well", seq));
+  }
+  return {};
+}
+
+// Gives a new sequence of the cache its tokens; frees it where there is no memory for them.
+Result<SeqId> Session::State::adopt(SeqId seq, std::span<const int32_t> tokens) {
+  try {
+    if (seq < 0) throw std::bad_alloc();
+    history.resize(std::max(history.size(), static_cast<size_t>(seq) + 1));
+    history[seq].assign(tokens.begin(), tokens.end());
+    return seq;
+  } catch (const std::bad_alloc&) {
+    (void)cache.free(seq);
+    return Status(Code::out_of_memory, "no memory left for another sequence");
+  }
+}
+
 Status Session::State::check(SeqId seq, std::span<const int32_t> tokens, Phase phase) {
+  THRIFTATTN_RETURN_IF_ERROR(check_whole(seq));
   const int64_t n = std::ssize(tokens), past = cache.length(seq);
-  if (past < 0) return not_found(fmt::format("sequence {} does not exist", seq));
   const int64_t limit = phase == Phase::decode ? std::min<int64_t>(max_step, kMaxDecodeRows) : max_step;
   if (n < 1 || n > limit) {
     return invalid_argument(fmt::format("a step of {} tokens is not supported: 1 to {} are", n, limit));
@@ -355,6 +380,7 @@ Result<SeqId> Session::copy_from(const Session& other, SeqId seq) {
   const int64_t n = from.length(seq);
   if (other.state_->model != state_->model) return invalid_argument("the other session runs another model");
   if (n < 0) return not_found(fmt::format("sequence {} does not exist in the other session", seq));
+  THRIFTATTN_RETURN_IF_ERROR(other.state_->check_whole(seq));
   if (from.config().storage != Storage::high_only || !from.config().storage_by_head.empty()) {
     return unsupported(
         fmt::format("copying from storage {} is not supported: high_only is", to_string(from.config().storage)));
@@ -362,9 +388,8 @@ Result<SeqId> Session::copy_from(const Session& other, SeqId seq) {
   if (n > state_->max_tokens) {
     return invalid_argument(fmt::format("{} tokens are more than the {} of the session", n, state_->max_tokens));
   }
-  const SeqId copy = new_sequence();
+  THRIFTATTN_ASSIGN_OR_RETURN(copy, state_->adopt(state_->cache.new_sequence(), other.tokens(seq)));
   const auto fill = [&]() -> Status {
-    state_->history[copy] = other.state_->history[seq];
     // In 16 bit, as both caches store them: exact.
     const int64_t k_width = int64_t{c.h_kv} * c.d, v_width = int64_t{c.h_kv} * c.d_v;
     std::vector<uint16_t> k(n * k_width), v(n * v_width);
@@ -392,20 +417,18 @@ Result<SeqId> Session::copy_from(const Session& other, SeqId seq) {
 }
 
 SeqId Session::new_sequence() {
-  const SeqId seq = state_->cache.new_sequence();
-  state_->history.resize(std::max(state_->history.size(), static_cast<size_t>(seq) + 1));
-  state_->history[seq].clear();
-  return seq;
+  const auto seq = state_->adopt(state_->cache.new_sequence(), {});
+  return seq.ok() ? *seq : -1;
 }
 
 Result<SeqId> Session::fork(SeqId seq) {
+  THRIFTATTN_RETURN_IF_ERROR(state_->check_whole(seq));
   THRIFTATTN_ASSIGN_OR_RETURN(copy, state_->cache.fork(seq));
-  state_->history.resize(std::max(state_->history.size(), static_cast<size_t>(copy) + 1));
-  state_->history[copy] = state_->history[seq];
-  return copy;
+  return state_->adopt(copy, tokens(seq));
 }
 
 Status Session::truncate(SeqId seq, int64_t length) {
+  THRIFTATTN_RETURN_IF_ERROR(state_->check_whole(seq));
   THRIFTATTN_RETURN_IF_ERROR(state_->cache.truncate(seq, length));
   state_->history[seq].resize(length);
   return {};
@@ -426,7 +449,7 @@ Result<Json> Session::State::identity() const {
 }
 
 Status Session::save(SeqId seq, const std::string& path) const {
-  if (length(seq) < 0) return not_found(fmt::format("sequence {} does not exist", seq));
+  THRIFTATTN_RETURN_IF_ERROR(state_->check_whole(seq));
   try {
     THRIFTATTN_ASSIGN_OR_RETURN(metadata, state_->identity());
     metadata["tokens"] = state_->history[seq];
@@ -467,9 +490,7 @@ Result<SeqId> Session::load(const std::string& path) {
       (void)state_->cache.free(seq);
       return data_loss(path + ": was replaced while it was read");
     }
-    state_->history.resize(std::max(state_->history.size(), static_cast<size_t>(seq) + 1));
-    state_->history[seq] = std::move(tokens);
-    return seq;
+    return state_->adopt(seq, tokens);
   } catch (const std::bad_alloc&) {
     return Status(Code::out_of_memory, fmt::format("{}: no memory left to load it", path));
   }

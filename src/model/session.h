@@ -68,14 +68,14 @@ class Session {
   Session& operator=(Session&&) noexcept;
   ~Session();
 
-  SeqId new_sequence();
+  SeqId new_sequence();  // -1 where no memory is left
   Result<SeqId> fork(SeqId seq);
   Status free(SeqId seq);
   int64_t length(SeqId seq) const;  // tokens; -1 for an unknown sequence
 
   // Appends `tokens` to a sequence: 1 to max_step of them, at most kMaxDecodeRows in Phase::decode, each below vocab().
   // Refused, with nothing appended, where they are not. After any later error, Code::cancelled included, the sequence
-  // can only be freed.
+  // can only be freed: what else it is asked for is refused.
   Status forward(SeqId seq, std::span<const int32_t> tokens, Phase phase, LogitRows rows, const LogitSink& sink,
                  const Advance& advance = nullptr);
 

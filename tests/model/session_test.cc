@@ -480,6 +480,31 @@ TEST(Session, CancellingStopsBetweenLayers) {
   EXPECT_EQ(one_shot(session, g.tokens).size(), g.tokens.size() * kVocab);
 }
 
+TEST(Session, AfterAStepThatFailedASequenceCanOnlyBeFreed) {
+  Tiny tiny("llama-f32-tied");
+  const Golden g = golden("llama-f32-tied");
+  const auto path = std::filesystem::temp_directory_path() / "thriftattn_failed_step";
+  std::filesystem::remove(path);
+  for (const double stop : {0.5, 1.0}) {  // in its middle; when all layers hold the tokens already
+    Session session = tiny.session("fp16"), other = tiny.session("fp16");
+    const SeqId seq = session.new_sequence();
+    const auto forward = [&](const Advance& advance) {
+      return session.forward(seq, std::span(g.tokens).first(80), Phase::prefill, LogitRows::none, nullptr, advance);
+    };
+    ASSERT_TRUE(forward(nullptr).ok());
+    EXPECT_EQ(forward([&](double done) { return done < stop; }).code(), Code::cancelled);
+    const int64_t length = session.length(seq);
+    for (const Status& status : {forward(nullptr), session.fork(seq).status(), session.truncate(seq, length),
+                                 session.save(seq, path), other.copy_from(session, seq).status()}) {
+      EXPECT_EQ(status.code(), Code::invalid_argument);
+      EXPECT_NE(status.message().find("can only be freed"), std::string::npos) << status.message();
+    }
+    EXPECT_EQ(session.length(seq), length);
+    EXPECT_FALSE(std::filesystem::exists(path));
+    EXPECT_TRUE(session.free(seq).ok());
+  }
+}
+
 TEST(Session, StepsThatDoNotFitAreRefusedAndAppendNothing) {
   Tiny tiny("llama-f32-tied");
   Session session = tiny.session("fp16", {.max_tokens = 100, .max_step = 50});
