@@ -73,6 +73,7 @@ class THRIFTATTN_API KvCache {
 
   const CacheConfig& config() const;
 
+  // A new, empty sequence; -1 where the system has no memory left for its tables.
   SeqId new_sequence();
 
   // Appends k [n, h_kv, d] and v [n, h_kv, d_v] to one layer of a sequence, n >= 0. All layers must be brought to the

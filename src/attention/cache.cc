@@ -204,15 +204,21 @@ const CacheConfig& KvCache::config() const { return state_->config; }
 const CacheState& KvCache::state() const { return *state_; }
 
 SeqId KvCache::new_sequence() {
+  const CacheConfig& c = state_->config;
   auto& all = state_->sequences;
-  size_t id = 0;
-  while (id < all.size() && all[id].live) ++id;
-  if (id == all.size()) all.emplace_back();
-  all[id] = {};
-  all[id].live = true;
-  all[id].layer_length.assign(state_->config.layers, 0);
-  all[id].released.assign(state_->config.layers, state_->config.sink);
-  return static_cast<SeqId>(id);
+  try {
+    Sequence fresh;
+    fresh.live = true;
+    fresh.layer_length.assign(c.layers, 0);
+    fresh.released.assign(c.layers, c.sink);
+    size_t id = 0;
+    while (id < all.size() && all[id].live) ++id;
+    if (id == all.size()) all.emplace_back();
+    all[id] = std::move(fresh);
+    return static_cast<SeqId>(id);
+  } catch (const std::bad_alloc&) {
+    return -1;
+  }
 }
 
 Status KvCache::append(SeqId seq, int layer, const View& k, const View& v, ThreadPool& pool) {
@@ -312,6 +318,7 @@ Result<SeqId> KvCache::fork(SeqId seq) {
   const int64_t need = tail_records * s.layout.high_bytes + (tail ? form_table_bytes(s.config) : 0) +
                        pages_for(tokens) * int64_t{sizeof(int32_t)};
   const SeqId copy = new_sequence();
+  if (copy < 0) return Status(Code::out_of_memory, fmt::format("no memory left for a fork of sequence {}", seq));
   const Sequence& from = s.sequences[seq];
   Sequence& to = s.sequences[copy];
   if ((s.config.max_bytes > 0 && memory_use(s).total() + need > s.config.max_bytes) || !s.high.reserve(tail_records) ||

@@ -590,6 +590,7 @@ Result<SeqId> KvCache::load(const std::string& path, std::string* metadata) {
       return std::count_if(h.forms.begin(), h.forms.end(), [form](uint8_t forms) { return (forms & form) != 0; });
     };
     seq = new_sequence();
+    if (seq < 0) throw std::bad_alloc();
     Sequence& q = s.sequences[seq];
     if (!s.fp4.reserve(count(kFp4)) || !s.residual.reserve(count(kResidual)) || !s.high.reserve(count(kHigh)) ||
         !s.summary.reserve(count(kSummary)) || !reserve_pages(s, h.pages(), q.pages, h.pages())) {

@@ -229,7 +229,11 @@ Status run_call(const Plan& plan, Workspace& workspace, ThreadPool& pool, const 
   call.select_only = select_only;
   call.stats = stats;
   THRIFTATTN_RETURN_IF_ERROR(check_forms(p, a, call));
-  return w.backend->run(plan, w.scratch.get(), pool, call);
+  try {
+    return w.backend->run(plan, w.scratch.get(), pool, call);
+  } catch (const std::bad_alloc&) {
+    return Status(Code::out_of_memory, "no memory left for the selection or the stats of a call");
+  }
 }
 
 }  // namespace

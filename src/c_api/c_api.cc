@@ -370,7 +370,9 @@ ThriftattnCode thriftattn_cache_new_sequence(ThriftattnCache* cache, int32_t* se
   return guarded([&]() -> Status {
     RETURN_IF_NULL(cache);
     RETURN_IF_NULL(seq);
-    *seq = cache->value.new_sequence();
+    const SeqId made = cache->value.new_sequence();
+    if (made < 0) throw std::bad_alloc();
+    *seq = made;
     return {};
   });
 }

@@ -11,9 +11,11 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <new>
 
 #include "cpu/backend.h"
 #include "cpu/kernels.h"
@@ -162,6 +164,7 @@ class Run {
       const PrefillTask& t = tasks[task];
       prefill_block(t.sequence, t.kv_head, t.first_head, t.heads, t.block, w, task);
     });
+    if (out_of_memory_) throw std::bad_alloc();
     for (size_t i = 0; i < task_stats_.size(); ++i)
       for (int h = 0; h < tasks[i].heads; ++h) {
         const SequenceCall& s = call_.sequences[tasks[i].sequence];
@@ -189,6 +192,7 @@ class Run {
                          [&](int64_t i, int w) { attend_unit(i / plan_.splits, i % plan_.splits, kept, w); });
     }
     pool_.parallel_for(units, [&](int64_t u, int) { finish_unit(u); });
+    if (out_of_memory_) throw std::bad_alloc();
     for (size_t u = 0; u < task_stats_.size(); ++u) {
       const int64_t s = static_cast<int64_t>(u) / std::ssize(call_.kv_heads);
       const int g = call_.kv_heads[u % call_.kv_heads.size()];
@@ -406,14 +410,13 @@ class Run {
       for (int h = 0; h < heads; ++h)
         for (int i = 0; i < rows; ++i) store_row_result(s, first + i, g * group_ + first_head + h, r, h * rows + i);
     }
-    if (details_) {
-      TaskStats& stats = task_stats_[task];
+    fill_stats(task, [&](TaskStats& stats) {
       for (int h = 0; h < heads; ++h) {
         const Choice& c = scratch_.choices[w][h];
         stats.selection.emplace_back(c.result().begin(), c.result().end());
         head_stats(r, h * rows, rows, pages, last_page, facts, c, stats);
       }
-    }
+    });
   }
 
   // --- decode
@@ -521,12 +524,11 @@ class Run {
       for (int h = 0; h < group_; ++h)
         for (int64_t i = 0; i < at.s.s_q; ++i) store_row_result(at.s, i, at.g * group_ + h, r, h * at.s.s_q + i);
     }
-    if (details_) {
-      TaskStats& stats = task_stats_[u];
+    fill_stats(u, [&](TaskStats& stats) {
       stats.selection.emplace_back(unit.choice.result().begin(), unit.choice.result().end());
       for (int h = 0; h < group_; ++h)
         head_stats(r, h * at.s.s_q, at.s.s_q, at.pages, at.end, unit.block, unit.choice, stats);
-    }
+    });
   }
 
   // --- statistics
@@ -543,6 +545,17 @@ class Run {
                       query_blocks(problem_.phase, call_.sequences.back().s_q, call_.sequences.back().s_kv);
     selection_.resize(blocks);
     page_mass_.assign(call_.sequences.size() * problem_.h_kv * max_pages(problem_), 0.0);
+  }
+
+  // Details alone allocate during a run; what a task throws would end the process.
+  template <class Fill>
+  void fill_stats(int64_t task, const Fill& fill) {
+    if (!details_) return;
+    try {
+      fill(task_stats_[task]);
+    } catch (const std::bad_alloc&) {
+      out_of_memory_ = true;
+    }
   }
 
   // The rows of one query head of one block.
@@ -630,6 +643,7 @@ class Run {
   std::vector<std::vector<Promoted>> selection_;
   std::vector<double> page_mass_;
   double mass_above_fp4_ = 0, error_estimate_ = 0;
+  std::atomic<bool> out_of_memory_ = false;  // for the details
 };
 
 }  // namespace
