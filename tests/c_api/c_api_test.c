@@ -415,7 +415,8 @@ static void sequences_fork_shrink_and_end(ThriftattnPool* pool) {
     CHECK(fabsf(k[i] - t.k[i]) < 0.15f);
   }
   CHECK(differ > 0);
-  CHECK_FAILS(thriftattn_cache_read(cache, fork, 0, 1, &all_k, &all_v), THRIFTATTN_INVALID_ARGUMENT, "301");
+  CHECK_FAILS(thriftattn_cache_read(cache, fork, 0, 1, &all_k, &all_v), THRIFTATTN_INVALID_ARGUMENT,
+              "300 tokens from 1 on");
 
   CHECK_FAILS(thriftattn_cache_truncate(cache, seq, 100, 0), THRIFTATTN_UNSUPPORTED, "exactly");
   CHECK_FAILS(thriftattn_cache_truncate(cache, seq, 100, 2), THRIFTATTN_INVALID_ARGUMENT, "lossy 2");
