@@ -77,6 +77,9 @@ Result<Plan> plan(const Problem& problem, const Machine& machine) {
   plan.problem = problem;
   Problem& p = plan.problem;
   if (p.sm_scale == 0) p.sm_scale = 1.0f / std::sqrt(static_cast<float>(p.d));
+  if (p.softcap > 0 && !std::isfinite(p.sm_scale / p.softcap))
+    return invalid_argument(
+        fmt::format("softcap {} is not supported: its ratio to sm_scale {} must be finite", p.softcap, p.sm_scale));
   Method& m = p.method;
   // Where heads differ, those that a call names are checked by it.
   const Storage storage = p.cache.storage_by_head.empty() ? p.cache.storage : m.storage;

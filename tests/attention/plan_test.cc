@@ -138,6 +138,7 @@ TEST(Plan, RefusalsNameTheValueAndWhatIsSupported) {
   expect_refused([](Problem& p) { p.softcap = -2; }, {"softcap -2", "positive"});
   expect_refused([](Problem& p) { p.softcap = NAN; }, {"softcap nan", "positive"});
   expect_refused([](Problem& p) { p.softcap = INFINITY; }, {"softcap inf", "positive"});
+  expect_refused([](Problem& p) { p.softcap = 1e-40f; }, {"softcap 1", "finite"});
   expect_refused([](Problem& p) { p.method.rest = Tier::fp4x2; }, {"rest fp4x2", "fp16"});
   expect_refused([](Problem& p) { p.cache.h_kv = 4; }, {"4", "2"});
   expect_refused([](Problem& p) { p.method = method("thrift:arithmetic=mma8"); }, {"cpu", "mma8", "kv4"});
