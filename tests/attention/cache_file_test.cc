@@ -108,7 +108,8 @@ std::vector<float> attend(const KvCache& cache, SeqId seq, const Method& m, cons
 }
 
 bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(),
+                    [](float x, float y) { return std::bit_cast<uint32_t>(x) == std::bit_cast<uint32_t>(y); });
 }
 
 // `a` in `ca` and `b` in `cb` hold the same, and attention over them gives the same bits.

@@ -96,7 +96,8 @@ TEST_P(Form, GivesTheReferenceIds) {
 TEST_P(Form, StreamsGiveWholeCharactersAndTheTextOfTheirTokens) {
   const auto t = Tokenizer::load(THRIFTATTN_SOURCE_DIR "/" + dir());
   ASSERT_TRUE(t.ok()) << t.status().message();
-  for (const Json& golden : read_json(dir() + "/golden.json")["texts"]) {
+  const Json file = read_json(dir() + "/golden.json");
+  for (const Json& golden : file["texts"]) {
     const Ids ids = golden["ids"].get<Ids>();
     TextStream stream(*t);
     std::string out;
