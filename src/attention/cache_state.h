@@ -120,8 +120,6 @@ struct CacheState {
   }
 };
 
-inline constexpr int64_t pages_for(int64_t tokens) { return (tokens + kPageTokens - 1) / kPageTokens; }
-
 // What the form tables hold of one page: its forms, and the counts of its users.
 int64_t form_table_bytes(const CacheConfig& config);
 

@@ -52,7 +52,7 @@ Result<Workspace> Workspace::create(const Plan& plan) {
     buffers->backend = &*backend;
     buffers->scratch = backend->scratch(plan);
     const Problem& p = plan.problem;
-    buffers->pages.resize(static_cast<size_t>(p.b) * p.h_kv * ((p.max_s_kv + kPageTokens - 1) / kPageTokens));
+    buffers->pages.resize(static_cast<size_t>(p.b) * p.h_kv * pages_for(p.max_s_kv));
     buffers->sequences.reserve(p.b);
     buffers->all_heads.resize(p.h_kv);
     std::iota(buffers->all_heads.begin(), buffers->all_heads.end(), 0);
@@ -192,7 +192,7 @@ Status run_call(const Plan& plan, Workspace& workspace, ThreadPool& pool, const 
     return invalid_argument(
         fmt::format("the workspace was made for another plan: {}, not {}", to_string(w.plan), to_string(plan)));
   const CacheState& state = a.cache->state();
-  const int64_t stride = (p.max_s_kv + kPageTokens - 1) / kPageTokens;
+  const int64_t stride = pages_for(p.max_s_kv);
   w.sequences.clear();
   int64_t first_row = 0, first_block = 0;
   for (size_t i = 0; i < a.seqs.size(); ++i) {
@@ -205,7 +205,7 @@ Status run_call(const Plan& plan, Workspace& workspace, ThreadPool& pool, const 
     PageRef* pages = w.pages.data() + i * p.h_kv * stride;
     s.pages = pages;
     const std::vector<int32_t>& table = state.find(a.seqs[i])->pages;
-    for (int64_t page = 0; page < (s.s_kv + kPageTokens - 1) / kPageTokens; ++page)
+    for (int64_t page = 0; page < pages_for(s.s_kv); ++page)
       for (int g = 0; g < p.h_kv; ++g) {
         const PageForms& forms = state.forms_of(table[page], a.layer)[g];
         pages[g * stride + page] = {state.fp4.at(forms.fp4), state.residual.at(forms.residual),

@@ -28,9 +28,6 @@ HWY_BEFORE_NAMESPACE();
 namespace thriftattn::cpu {
 namespace HWY_NAMESPACE {
 
-constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
-constexpr float kLog2e = 1.44269504088896341f;
-
 // A walk over one head's promoted pages, page by page.
 struct TierCursor {
   std::span<const Promoted> promoted;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -10,6 +11,9 @@
 #include "format/selection.h"
 
 namespace thriftattn::cpu {
+
+inline constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
+inline constexpr float kLog2e = 1.44269504088896341f;
 
 // Tile memory of one thread: one page decoded to float, in each tier that some head reads, and the scores against it.
 struct Tiles {

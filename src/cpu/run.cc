@@ -27,11 +27,9 @@
 namespace thriftattn::cpu {
 namespace {
 
-constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-constexpr float kLog2e = 1.44269504088896341f;
 
-int64_t max_pages(const Problem& p) { return (p.max_s_kv + kPageTokens - 1) / kPageTokens; }
+int64_t max_pages(const Problem& p) { return pages_for(p.max_s_kv); }
 int heads_per_task(const Problem& p) { return std::min(kMaxHeadsPerTask, p.h_q / p.h_kv); }
 
 // Policies whose scores come from the attention scores themselves.
@@ -324,9 +322,7 @@ class Run {
   }
 
   // Pages, tail included, that rows up to position `last` see.
-  int64_t end_page(const SequenceCall& s, int64_t last) const {
-    return (mask_.end_token(last, s.s_kv) + kPageTokens - 1) / kPageTokens;
-  }
+  int64_t end_page(const SequenceCall& s, int64_t last) const { return pages_for(mask_.end_token(last, s.s_kv)); }
 
   // In which tier the `oracle` policy scores pages: the best that is stored.
   void best_tiers(const PageRef* pages, const BlockPages& block, Choice& c) const {

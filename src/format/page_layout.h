@@ -25,6 +25,9 @@ THRIFTATTN_HD constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
+// Pages that `tokens` tokens stand in, the tail included.
+THRIFTATTN_HD constexpr int64_t pages_for(int64_t tokens) { return (tokens + kPageTokens - 1) / kPageTokens; }
+
 // Codes and scales of one [depth, lanes] matrix. Codes stand in cells of 16 depths x 16 lanes = 128 bytes, cells of one
 // 16-lane column one after another. In a cell, word `lane` of half i (64 bytes, 8 depths) holds the codes of its lane:
 // byte e has depth 8i + e in its low nibble and depth 8i + 4 + e in its high one. A 16-lane register load thus brings 8

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "format/page_layout.h"
 #include "thriftattn/method.h"
 
 namespace thriftattn {
@@ -38,7 +39,7 @@ inline BlockPages block_pages(int64_t first, int64_t last, int64_t s_kv, Mask ma
   const int64_t full = s_kv / kPageTokens;
   BlockPages b;
   b.total = full;
-  b.visible = std::min(full, (mask.end_token(last, s_kv) + kPageTokens - 1) / kPageTokens);
+  b.visible = std::min(full, pages_for(mask.end_token(last, s_kv)));
   b.first_visible = std::min(b.visible, mask.first_token(first) / kPageTokens);
   b.first_diagonal = std::max<int64_t>(first, 0) / kPageTokens;
   b.end_diagonal = last < 0 ? 0 : last / kPageTokens + 1;

@@ -365,7 +365,8 @@ Status Session::forward(SeqId seq, std::span<const int32_t> tokens, Phase phase,
       p.workspace = std::move(workspace);
     }
     std::vector<int32_t>& all = state_->history[seq];
-    all.reserve(all.size() + tokens.size());
+    const size_t length = all.size() + tokens.size();  // reserved now: what the cache has taken must be kept
+    if (all.capacity() < length) all.reserve(std::max(length, 2 * all.capacity()));
     THRIFTATTN_RETURN_IF_ERROR(state_->forward(seq, tokens, phase, rows, sink, advance));
     all.insert(all.end(), tokens.begin(), tokens.end());
     return {};
