@@ -19,7 +19,7 @@
 
 #include "cpu/backend.h"
 #include "cpu/kernels.h"
-#include "cpu/select.h"
+#include "cpu/scratch.h"
 #include "format/rows.h"
 #include "format/selection.h"
 #include "format/softmax_state.h"
@@ -28,100 +28,6 @@ namespace thriftattn::cpu {
 namespace {
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-
-int64_t max_pages(const Problem& p) { return pages_for(p.max_s_kv); }
-int heads_per_task(const Problem& p) { return std::min(kMaxHeadsPerTask, p.h_q / p.h_kv); }
-
-// Policies whose scores come from the attention scores themselves.
-bool scores_first(const Problem& p) { return p.method.policy == Policy::fp4_mass || p.method.policy == Policy::oracle; }
-// Whether the scores of the first pass are those of the pages read in FP4 in the second.
-bool keeps_scores(const Problem& p) { return p.method.policy == Policy::fp4_mass && p.method.rest == Tier::fp4; }
-
-// False where the forced pages are all that is promoted, so that nothing needs a rank.
-bool ranks(const Problem& p) {
-  const Budget& b = p.method.budget;
-  return p.method.policy != Policy::none && b.kind != Budget::Kind::all &&
-         !(b.kind == Budget::Kind::fraction && b.value == 0);
-}
-
-// Query rows of one task and what becomes of them.
-struct Rows {
-  Rows(int64_t rows, int d, int d_v, bool mma4, int64_t page_log2_stride)
-      : q(rows * d),
-        q4(mma4 ? rows * d : 0),
-        finite(rows),
-        m(rows),
-        l(rows),
-        l_high(rows),
-        o(rows * d_v),
-        page_log2(rows * page_log2_stride) {}
-  std::vector<float> q, q4;         // [rows, d]; rows with NaN or Inf are zero here
-  std::vector<uint8_t> finite;      // [rows]
-  std::vector<float> m, l, l_high;  // [rows]
-  std::vector<float> o;             // [rows, d_v]
-  std::vector<float> page_log2;     // [rows, max pages] or empty
-
-  SoftmaxState state() { return {m.data(), l.data(), l_high.data(), o.data()}; }
-  void clear(int64_t rows, int d_v) {
-    std::fill_n(m.begin(), rows, kMinusInf);
-    std::fill_n(l.begin(), rows, 0.0f);
-    std::fill_n(l_high.begin(), rows, 0.0f);
-    std::fill_n(o.begin(), rows * d_v, 0.0f);
-  }
-};
-
-struct Worker {
-  Worker(int64_t tile_rows, int d, int d_v) : memory((3 * 64) * (d + d_v) + tile_rows * 2 * kPageTokens + 64) {
-    float* at = memory.data();
-    at += (64 - reinterpret_cast<uintptr_t>(at) % 64) / sizeof(float) % 16;
-    for (int f = 1; f < 4; ++f) {
-      tiles.k[f] = at;
-      at += 64 * d;
-      tiles.v[f] = at;
-      at += 64 * d_v;
-    }
-    tiles.k[0] = tiles.v[0] = nullptr;
-    tiles.p = at;
-    tiles.p4 = at + tile_rows * kPageTokens;
-  }
-  std::vector<float> memory;
-  Tiles tiles;
-  int64_t pairs = 0, promoted = 0, wanted_not_stored = 0;
-};
-
-// One (sequence, KV head) of a decode step.
-struct Unit {
-  Unit(const Problem& p, int64_t rows, int splits, bool mma4, bool keep_scores)
-      : rows_(rows, p.d, p.d_v, mma4, scores_first(p) || p.stats ? max_pages(p) : 0),
-        choice(max_pages(p)),
-        scores(keep_scores ? rows * max_pages(p) * kPageTokens : 0) {
-    for (int s = 1; s < splits; ++s) partial.emplace_back(rows, 0, p.d_v, false, 0);
-  }
-  Rows rows_;                 // the first split's state, and the merged one
-  std::vector<Rows> partial;  // the other splits'
-  Choice choice;
-  std::vector<float> scores;  // [rows, max pages * 64]
-  BlockPages block;
-};
-
-// One task of a prefill: a query block of some query heads of one KV head.
-struct PrefillTask {
-  int64_t sequence;
-  int kv_head, first_head, heads;  // first_head counts from 0 in the group
-  int64_t block;
-};
-
-}  // namespace
-
-struct Scratch {
-  std::vector<Worker> workers;
-  std::vector<Rows> rows;                    // prefill, by worker
-  std::vector<std::vector<Choice>> choices;  // prefill, by worker and head
-  std::vector<PrefillTask> tasks;            // prefill
-  std::vector<Unit> units;                   // decode
-};
-
-namespace {
 
 // Sums that Stats wants, of one task; added up in task order, so that they do not depend on threads either.
 struct TaskStats {
@@ -643,77 +549,6 @@ class Run {
 };
 
 }  // namespace
-
-std::string refusal(const Problem& p, const Machine& machine) {
-  if (machine.targets.empty()) return "no instruction set to run on";
-  const std::vector<std::string> known = targets();
-  if (std::find(known.begin(), known.end(), machine.targets.front()) == known.end())
-    return fmt::format("target {} is not compiled in or not run by this machine", machine.targets.front());
-  if (p.method.arithmetic == Arithmetic::mma8) return "arithmetic=mma8 has no CPU kernel: kv4 and mma4 have";
-  if (p.method.p_quant == PQuant::constant && p.method.arithmetic != Arithmetic::mma4)
-    return "p_quant=constant is a variant of arithmetic=mma4";
-  return {};
-}
-
-void plan(const Machine& machine, Plan& plan) {
-  const Problem& p = plan.problem;
-  const int group = p.h_q / p.h_kv;
-  const int64_t pages = max_pages(p);
-  const bool mma4 = p.method.arithmetic == Arithmetic::mma4;
-  plan.backend = "cpu";
-  plan.target = machine.targets.front();
-  plan.threads = machine.threads;
-  plan.splits = 1;
-  const int64_t tiles = int64_t{3} * 64 * (p.d + p.d_v);
-  const int64_t log2 = (scores_first(p) || p.stats) ? pages : 0;
-  const auto row_floats = [&](int64_t rows) { return rows * (p.d * (mma4 ? 2 : 1) + p.d_v + 4 + log2); };
-  int64_t floats = 0;
-  if (p.phase == Phase::prefill) {
-    plan.kernel = "prefill_tiles";
-    plan.rows_per_tile = kPageTokens;
-    floats = machine.threads * (tiles + 2 * kPageTokens * kPageTokens + row_floats(heads_per_task(p) * kPageTokens) +
-                                heads_per_task(p) * pages * 9);
-  } else {
-    const bool score_first = scores_first(p) && ranks(p);
-    plan.kernel = score_first ? "decode_score_first" : "decode_one_pass";
-    plan.rows_per_tile = static_cast<int>(group * p.max_s_q);
-    // Four tasks per thread level out their lengths; a range shorter than 8 pages is not worth its merge. The constant
-    // p scale depends on the running maximum, so it must see the pages in one order.
-    const int64_t units = int64_t{p.b} * p.h_kv;
-    if (p.method.p_quant != PQuant::constant)
-      plan.splits = static_cast<int>(
-          std::clamp<int64_t>((4 * machine.threads + units - 1) / units, 1, std::max<int64_t>(1, pages / 8)));
-    if (machine.threads == 1) plan.splits = 1;
-    const int64_t kept = score_first && keeps_scores(p) ? pages * kPageTokens : 0;
-    floats = machine.threads * (tiles + plan.rows_per_tile * 2 * kPageTokens) +
-             units * (row_floats(plan.rows_per_tile) + plan.rows_per_tile * kept + pages * 9 +
-                      (plan.splits - 1) * plan.rows_per_tile * (p.d_v + 4));
-  }
-  plan.workspace_bytes = floats * int64_t{sizeof(float)};
-}
-
-std::shared_ptr<Scratch> make_scratch(const Plan& plan) {
-  const Problem& p = plan.problem;
-  auto scratch = std::make_shared<Scratch>();
-  const bool mma4 = p.method.arithmetic == Arithmetic::mma4;
-  for (int w = 0; w < plan.threads; ++w) {
-    scratch->workers.emplace_back(plan.rows_per_tile, p.d, p.d_v);
-    if (p.phase == Phase::prefill) {
-      scratch->rows.emplace_back(int64_t{heads_per_task(p)} * kPageTokens, p.d, p.d_v, mma4,
-                                 scores_first(p) || p.stats ? max_pages(p) : 0);
-      scratch->choices.emplace_back(heads_per_task(p), Choice(max_pages(p)));
-    }
-  }
-  if (p.phase == Phase::prefill) {
-    const int64_t steps = (p.h_q / p.h_kv + heads_per_task(p) - 1) / heads_per_task(p);
-    scratch->tasks.reserve(p.b * p.h_kv * steps * (p.max_s_q / kPageTokens + 2));
-  }
-  if (p.phase == Phase::decode)
-    for (int64_t u = 0; u < int64_t{p.b} * p.h_kv; ++u)
-      scratch->units.emplace_back(p, plan.rows_per_tile, plan.splits, mma4,
-                                  plan.kernel == "decode_score_first" && keeps_scores(p));
-  return scratch;
-}
 
 Status run(const Plan& plan, Scratch& scratch, ThreadPool& pool, const AttentionCall& call) {
   if (pool.size() > plan.threads)

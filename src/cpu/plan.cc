@@ -1,0 +1,83 @@
+// What the CPU backend serves, and how: kernel, target, tile, splits and the memory for them.
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "cpu/backend.h"
+#include "cpu/kernels.h"
+#include "cpu/scratch.h"
+
+namespace thriftattn::cpu {
+
+std::string refusal(const Problem& p, const Machine& machine) {
+  if (machine.targets.empty()) return "no instruction set to run on";
+  const std::vector<std::string> known = targets();
+  if (std::find(known.begin(), known.end(), machine.targets.front()) == known.end())
+    return fmt::format("target {} is not compiled in or not run by this machine", machine.targets.front());
+  if (p.method.arithmetic == Arithmetic::mma8) return "arithmetic=mma8 has no CPU kernel: kv4 and mma4 have";
+  if (p.method.p_quant == PQuant::constant && p.method.arithmetic != Arithmetic::mma4)
+    return "p_quant=constant is a variant of arithmetic=mma4";
+  return {};
+}
+
+void plan(const Machine& machine, Plan& plan) {
+  const Problem& p = plan.problem;
+  const int group = p.h_q / p.h_kv;
+  const int64_t pages = max_pages(p);
+  const bool mma4 = p.method.arithmetic == Arithmetic::mma4;
+  plan.backend = "cpu";
+  plan.target = machine.targets.front();
+  plan.threads = machine.threads;
+  plan.splits = 1;
+  const int64_t tiles = int64_t{3} * 64 * (p.d + p.d_v);
+  const int64_t log2 = (scores_first(p) || p.stats) ? pages : 0;
+  const auto row_floats = [&](int64_t rows) { return rows * (p.d * (mma4 ? 2 : 1) + p.d_v + 4 + log2); };
+  int64_t floats = 0;
+  if (p.phase == Phase::prefill) {
+    plan.kernel = "prefill_tiles";
+    plan.rows_per_tile = kPageTokens;
+    floats = machine.threads * (tiles + 2 * kPageTokens * kPageTokens + row_floats(heads_per_task(p) * kPageTokens) +
+                                heads_per_task(p) * pages * 9);
+  } else {
+    const bool score_first = scores_first(p) && ranks(p);
+    plan.kernel = score_first ? "decode_score_first" : "decode_one_pass";
+    plan.rows_per_tile = static_cast<int>(group * p.max_s_q);
+    // Four tasks per thread level out their lengths; a range shorter than 8 pages is not worth its merge. The constant
+    // p scale depends on the running maximum, so it must see the pages in one order.
+    const int64_t units = int64_t{p.b} * p.h_kv;
+    if (p.method.p_quant != PQuant::constant)
+      plan.splits = static_cast<int>(
+          std::clamp<int64_t>((4 * machine.threads + units - 1) / units, 1, std::max<int64_t>(1, pages / 8)));
+    if (machine.threads == 1) plan.splits = 1;
+    const int64_t kept = score_first && keeps_scores(p) ? pages * kPageTokens : 0;
+    floats = machine.threads * (tiles + plan.rows_per_tile * 2 * kPageTokens) +
+             units * (row_floats(plan.rows_per_tile) + plan.rows_per_tile * kept + pages * 9 +
+                      (plan.splits - 1) * plan.rows_per_tile * (p.d_v + 4));
+  }
+  plan.workspace_bytes = floats * int64_t{sizeof(float)};
+}
+
+std::shared_ptr<Scratch> make_scratch(const Plan& plan) {
+  const Problem& p = plan.problem;
+  auto scratch = std::make_shared<Scratch>();
+  const bool mma4 = p.method.arithmetic == Arithmetic::mma4;
+  for (int w = 0; w < plan.threads; ++w) {
+    scratch->workers.emplace_back(plan.rows_per_tile, p.d, p.d_v);
+    if (p.phase == Phase::prefill) {
+      scratch->rows.emplace_back(int64_t{heads_per_task(p)} * kPageTokens, p.d, p.d_v, mma4,
+                                 scores_first(p) || p.stats ? max_pages(p) : 0);
+      scratch->choices.emplace_back(heads_per_task(p), Choice(max_pages(p)));
+    }
+  }
+  if (p.phase == Phase::prefill) {
+    const int64_t steps = (p.h_q / p.h_kv + heads_per_task(p) - 1) / heads_per_task(p);
+    scratch->tasks.reserve(p.b * p.h_kv * steps * (p.max_s_q / kPageTokens + 2));
+  }
+  if (p.phase == Phase::decode)
+    for (int64_t u = 0; u < int64_t{p.b} * p.h_kv; ++u)
+      scratch->units.emplace_back(p, plan.rows_per_tile, plan.splits, mma4,
+                                  plan.kernel == "decode_score_first" && keeps_scores(p));
+  return scratch;
+}
+
+}  // namespace thriftattn::cpu

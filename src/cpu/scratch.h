@@ -1,0 +1,107 @@
+// Memory of one plan on the CPU, and the few questions about a problem that both the plan and the run ask.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/select.h"
+#include "format/selection.h"
+#include "thriftattn/attention.h"
+
+namespace thriftattn::cpu {
+
+inline int64_t max_pages(const Problem& p) { return pages_for(p.max_s_kv); }
+inline int heads_per_task(const Problem& p) { return std::min(kMaxHeadsPerTask, p.h_q / p.h_kv); }
+
+// Policies whose scores come from the attention scores themselves.
+inline bool scores_first(const Problem& p) {
+  return p.method.policy == Policy::fp4_mass || p.method.policy == Policy::oracle;
+}
+// Whether the scores of the first pass are those of the pages read in FP4 in the second.
+inline bool keeps_scores(const Problem& p) { return p.method.policy == Policy::fp4_mass && p.method.rest == Tier::fp4; }
+
+// False where the forced pages are all that is promoted, so that nothing needs a rank.
+inline bool ranks(const Problem& p) {
+  const Budget& b = p.method.budget;
+  return p.method.policy != Policy::none && b.kind != Budget::Kind::all &&
+         !(b.kind == Budget::Kind::fraction && b.value == 0);
+}
+
+// Query rows of one task and what becomes of them.
+struct Rows {
+  Rows(int64_t rows, int d, int d_v, bool mma4, int64_t page_log2_stride)
+      : q(rows * d),
+        q4(mma4 ? rows * d : 0),
+        finite(rows),
+        m(rows),
+        l(rows),
+        l_high(rows),
+        o(rows * d_v),
+        page_log2(rows * page_log2_stride) {}
+  std::vector<float> q, q4;         // [rows, d]; rows with NaN or Inf are zero here
+  std::vector<uint8_t> finite;      // [rows]
+  std::vector<float> m, l, l_high;  // [rows]
+  std::vector<float> o;             // [rows, d_v]
+  std::vector<float> page_log2;     // [rows, max pages] or empty
+
+  SoftmaxState state() { return {m.data(), l.data(), l_high.data(), o.data()}; }
+  void clear(int64_t rows, int d_v) {
+    std::fill_n(m.begin(), rows, kMinusInf);
+    std::fill_n(l.begin(), rows, 0.0f);
+    std::fill_n(l_high.begin(), rows, 0.0f);
+    std::fill_n(o.begin(), rows * d_v, 0.0f);
+  }
+};
+
+struct Worker {
+  Worker(int64_t tile_rows, int d, int d_v) : memory((3 * 64) * (d + d_v) + tile_rows * 2 * kPageTokens + 64) {
+    float* at = memory.data();
+    at += (64 - reinterpret_cast<uintptr_t>(at) % 64) / sizeof(float) % 16;
+    for (int f = 1; f < 4; ++f) {
+      tiles.k[f] = at;
+      at += 64 * d;
+      tiles.v[f] = at;
+      at += 64 * d_v;
+    }
+    tiles.k[0] = tiles.v[0] = nullptr;
+    tiles.p = at;
+    tiles.p4 = at + tile_rows * kPageTokens;
+  }
+  std::vector<float> memory;
+  Tiles tiles;
+  int64_t pairs = 0, promoted = 0, wanted_not_stored = 0;
+};
+
+// One (sequence, KV head) of a decode step.
+struct Unit {
+  Unit(const Problem& p, int64_t rows, int splits, bool mma4, bool keep_scores)
+      : rows_(rows, p.d, p.d_v, mma4, scores_first(p) || p.stats ? max_pages(p) : 0),
+        choice(max_pages(p)),
+        scores(keep_scores ? rows * max_pages(p) * kPageTokens : 0) {
+    for (int s = 1; s < splits; ++s) partial.emplace_back(rows, 0, p.d_v, false, 0);
+  }
+  Rows rows_;                 // the first split's state, and the merged one
+  std::vector<Rows> partial;  // the other splits'
+  Choice choice;
+  std::vector<float> scores;  // [rows, max pages * 64]
+  BlockPages block;
+};
+
+// One task of a prefill: a query block of some query heads of one KV head.
+struct PrefillTask {
+  int64_t sequence;
+  int kv_head, first_head, heads;  // first_head counts from 0 in the group
+  int64_t block;
+};
+
+struct Scratch {
+  std::vector<Worker> workers;
+  std::vector<Rows> rows;                    // prefill, by worker
+  std::vector<std::vector<Choice>> choices;  // prefill, by worker and head
+  std::vector<PrefillTask> tasks;            // prefill
+  std::vector<Unit> units;                   // decode
+};
+
+}  // namespace thriftattn::cpu
