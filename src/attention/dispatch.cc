@@ -183,6 +183,26 @@ Status check_forms(const Problem& p, const AttendArgs& a, const AttentionCall& c
   return {};
 }
 
+// Where the records of every page of every sequence lie: pages [b, h_kv, stride].
+void resolve_pages(const CacheState& state, const AttendArgs& a, std::span<const SequenceCall> sequences,
+                   int64_t stride, PageRef* pages, ThreadPool& pool) {
+  constexpr int64_t kPages = 256;  // of a task
+  const int h_kv = state.config.h_kv;
+  const int64_t tasks = (stride + kPages - 1) / kPages;
+  pool.parallel_for(std::ssize(sequences) * tasks, [&](int64_t task, int) {
+    const int64_t i = task / tasks, first = task % tasks * kPages;
+    const std::vector<int32_t>& table = state.find(a.seqs[i])->pages;
+    PageRef* of_sequence = pages + i * h_kv * stride;
+    for (int64_t p = first; p < std::min(first + kPages, pages_for(sequences[i].s_kv)); ++p) {
+      const PageForms* forms = state.forms_of(table[p], a.layer);
+      for (int h = 0; h < h_kv; ++h)
+        of_sequence[h * stride + p] = {state.fp4.at(forms[h].fp4), state.residual.at(forms[h].residual),
+                                       reinterpret_cast<const uint16_t*>(state.high.at(forms[h].high)),
+                                       state.summary.at(forms[h].summary)};
+    }
+  });
+}
+
 Status run_call(const Plan& plan, Workspace& workspace, ThreadPool& pool, const AttendArgs& a, bool select_only,
                 Stats* stats) {
   const Problem& p = plan.problem;
@@ -202,20 +222,12 @@ Status run_call(const Plan& plan, Workspace& workspace, ThreadPool& pool, const 
     s.first_row = first_row;
     s.first_block = first_block;
     s.page_stride = stride;
-    PageRef* pages = w.pages.data() + i * p.h_kv * stride;
-    s.pages = pages;
-    const std::vector<int32_t>& table = state.find(a.seqs[i])->pages;
-    for (int64_t page = 0; page < pages_for(s.s_kv); ++page)
-      for (int g = 0; g < p.h_kv; ++g) {
-        const PageForms& forms = state.forms_of(table[page], a.layer)[g];
-        pages[g * stride + page] = {state.fp4.at(forms.fp4), state.residual.at(forms.residual),
-                                    reinterpret_cast<const uint16_t*>(state.high.at(forms.high)),
-                                    state.summary.at(forms.summary)};
-      }
+    s.pages = w.pages.data() + i * p.h_kv * stride;
     first_row += s.s_q;
     first_block += (p.phase == Phase::prefill ? p.h_q : p.h_kv) * query_blocks(p.phase, s.s_q, s.s_kv);
     w.sequences.push_back(s);
   }
+  resolve_pages(state, a, w.sequences, stride, w.pages.data(), pool);
   AttentionCall call;
   call.problem = &p;
   call.layout = &state.layout;

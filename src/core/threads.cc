@@ -20,27 +20,46 @@ struct ThreadPool::Shared {
   Call call = nullptr;
   int64_t count = 0;
   std::atomic<int64_t> next{0};
-  uint64_t generation = 0;  // counts the parallel_for calls, so that a worker joins each once
-  int busy = 0;             // workers that have not finished the current call
-  bool stopping = false;
+  std::atomic<uint64_t> generation{0};  // counts the parallel_for calls, so that a worker joins each once
+  std::atomic<int> busy{0};             // workers that have not finished the current call
+  std::atomic<bool> stopping{false};
 
   void drain(int worker) {
     for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) call(task, i, worker);
   }
 
   void work(int worker) {
-    uint64_t seen = 0;
-    for (;;) {
-      {
+    for (uint64_t seen = 0;; ++seen) {
+      const auto called = [&] { return generation.load(std::memory_order_acquire) != seen || stopping.load(); };
+      if (!spin_until(called)) {
         std::unique_lock lock(mutex);
-        start.wait(lock, [&] { return stopping || generation != seen; });
-        if (stopping) return;
-        seen = generation;
+        start.wait(lock, called);
       }
+      if (stopping) return;
       drain(worker);
-      std::lock_guard lock(mutex);
-      if (--busy == 0) done.notify_one();
+      if (busy.fetch_sub(1, std::memory_order_acq_rel) > 1) continue;
+      std::lock_guard lock(mutex);  // the caller is either before its check of `busy` or waits already
+      done.notify_one();
     }
+  }
+
+  // One call follows another within microseconds in a decode step, and going to sleep and being woken costs tens of
+  // them: watch for a while first. False where nothing happened.
+  template <class Condition>
+  static bool spin_until(const Condition& condition) {
+    for (int i = 0; i < 1000; ++i) {
+      if (condition()) return true;
+      pause();
+    }
+    return false;
+  }
+
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("isb");
+#endif
   }
 };
 
@@ -87,12 +106,14 @@ void ThreadPool::run(int64_t count, const void* task, Call call) {
     s.count = count;
     s.next.store(0);
     s.busy = static_cast<int>(s.workers.size());
-    ++s.generation;
+    s.generation.fetch_add(1, std::memory_order_release);
   }
   s.start.notify_all();
   s.drain(0);
+  const auto finished = [&] { return s.busy.load(std::memory_order_acquire) == 0; };
+  if (Shared::spin_until(finished)) return;
   std::unique_lock lock(s.mutex);
-  s.done.wait(lock, [&] { return s.busy == 0; });
+  s.done.wait(lock, finished);
 }
 
 }  // namespace thriftattn

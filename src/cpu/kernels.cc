@@ -14,7 +14,6 @@
 #define HWY_TARGET_INCLUDE "cpu/kernels.cc"
 #include <hwy/foreach_target.h>  // NOLINT: must come before highway.h
 
-#include <hwy/contrib/math/math-inl.h>
 #include <hwy/highway.h>
 
 #include <algorithm>
@@ -22,32 +21,12 @@
 #include <limits>
 
 #include "cpu/kernels.h"
+#include "cpu/scores-inl.h"
 #include "cpu/tile-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace thriftattn::cpu {
 namespace HWY_NAMESPACE {
-
-// A walk over one head's promoted pages, page by page.
-struct TierCursor {
-  std::span<const Promoted> promoted;
-  size_t next = 0;
-
-  Tier at(int64_t page, Tier rest) {
-    while (next < promoted.size() && promoted[next].page < page) ++next;
-    return next < promoted.size() && promoted[next].page == page ? promoted[next].tier : rest;
-  }
-};
-
-const uint16_t* mean_of(const BlockTask& t, const PageRef& page) {
-  return reinterpret_cast<const uint16_t*>(page.summary + t.layout->mean);
-}
-
-PageSummary summary_of(const PageRef& page) {
-  PageSummary facts;
-  std::memcpy(&facts, page.summary, sizeof(facts));
-  return facts;
-}
 
 // In mma4 an FP4 page's mean is kept out of the tile, because it meets the unquantised q.
 bool mean_apart(const BlockTask& t, Tier tier) { return t.mma4 && t.centring && tier == Tier::fp4; }
@@ -86,31 +65,6 @@ void decode_v(const BlockTask& t, const PageRef& page, Tier tier, int64_t tokens
                              page.residual + l.v_scales, nullptr, tile);
 }
 
-// Tokens [first, end) of page `p` that row r sees, counted in the page.
-struct Visible {
-  int64_t first, end;
-};
-Visible visible_tokens(const BlockTask& t, int64_t p, int r) {
-  const int64_t position = t.first_position + r % t.period, page = p * kPageTokens;
-  return {std::clamp<int64_t>(t.mask.first_token(position) - page, 0, kPageTokens),
-          std::clamp<int64_t>(t.mask.end_token(position, t.s_kv) - page, 0, kPageTokens)};
-}
-
-// The part of a row's scores that its mask hides becomes -inf.
-void hide(const Visible& visible, float* row) {
-  const DF df;
-  const int64_t n = static_cast<int64_t>(hn::Lanes(df));
-  const VF hidden = hn::Set(df, kMinusInf);
-  for (int64_t i = 0; i < visible.first; i += n) {
-    const auto before = hn::FirstN(df, static_cast<size_t>(std::min(n, visible.first - i)));
-    hn::StoreU(hn::IfThenElse(before, hidden, hn::LoadU(df, row + i)), df, row + i);
-  }
-  for (int64_t i = visible.end / n * n; i < kPageTokens; i += n) {
-    const auto kept = hn::FirstN(df, static_cast<size_t>(std::max<int64_t>(0, visible.end - i)));
-    hn::StoreU(hn::IfThenElse(kept, hn::LoadU(df, row + i), hidden), df, row + i);
-  }
-}
-
 // s[rows, 64] = scaled, masked log2 scores of rows [first, first + rows) against page p.
 void score_tile(const BlockTask& t, int64_t p, Tier tier, const float* tile, int first, float* s) {
   const DF df;
@@ -126,39 +80,7 @@ void score_tile(const BlockTask& t, int64_t p, Tier tier, const float* tile, int
   }
   const float* q = (quantised ? t.q4 : t.q) + static_cast<int64_t>(first) * d;
   multiply(t.rows, d, kPageTokens, q, d, tile, kPageTokens, s, kPageTokens, apart);
-  const VF scale = hn::Set(df, t.softcap > 0 ? t.sm_scale / t.softcap : t.sm_scale * kLog2e);
-  const VF cap = hn::Set(df, t.softcap * kLog2e);
-  for (int r = 0; r < t.rows; ++r) {
-    float* row = s + r * kPageTokens;
-    for (int64_t i = 0; i < kPageTokens; i += n) {
-      VF x = hn::Mul(hn::LoadU(df, row + i), scale);
-      if (t.softcap > 0) x = hn::Mul(hn::Tanh(df, x), cap);
-      hn::StoreU(x, df, row + i);
-    }
-    const Visible visible = visible_tokens(t, p, r);
-    if (visible.first > 0 || visible.end < kPageTokens) hide(visible, row);
-  }
-}
-
-float row_max(const float* row) {
-  const DF df;
-  VF m = hn::LoadU(df, row);
-  for (int64_t i = static_cast<int64_t>(hn::Lanes(df)); i < kPageTokens; i += static_cast<int64_t>(hn::Lanes(df)))
-    m = hn::Max(m, hn::LoadU(df, row + i));
-  return hn::GetLane(hn::MaxOfLanes(df, m));
-}
-
-// row = 2^(row - m); returns the sum. m is finite.
-float exponentiate(float* row, float m) {
-  const DF df;
-  const VF vm = hn::Set(df, m);
-  VF sum = hn::Zero(df);
-  for (int64_t i = 0; i < kPageTokens; i += static_cast<int64_t>(hn::Lanes(df))) {
-    const VF e = exp2_negative(hn::Sub(hn::LoadU(df, row + i), vm));
-    hn::StoreU(e, df, row + i);
-    sum = hn::Add(sum, e);
-  }
-  return hn::GetLane(hn::SumOfLanes(df, sum));
+  finish_scores(t, p, 0, t.rows, s);
 }
 
 // One step of online softmax for rows [first, first + rows): scores s become p, the state moves on.
@@ -173,7 +95,7 @@ void softmax_tile(const BlockTask& t, int64_t p, Tier tier, int first, float* s)
     const float old_m = state.m[row], m = std::max(old_m, row_max(x));
     if (m == kMinusInf) {  // nothing seen yet, and nothing here
       std::fill(x, x + kPageTokens, 0.0f);
-      if (t.page_log2) t.page_log2[row * t.page_stride + p] = kMinusInf;
+      if (t.page_m) t.page_m[row * t.page_stride + p] = kMinusInf;
       continue;
     }
     if (m > old_m && old_m != kMinusInf) {
@@ -188,7 +110,10 @@ void softmax_tile(const BlockTask& t, int64_t p, Tier tier, int first, float* s)
     const float sum = exponentiate(x, m);
     state.l[row] += sum;
     if (tier > Tier::fp4) state.l_high[row] += sum;
-    if (t.page_log2) t.page_log2[row * t.page_stride + p] = sum > 0 ? m + std::log2(sum) : kMinusInf;
+    if (t.page_m) {
+      t.page_m[row * t.page_stride + p] = m;
+      t.page_l[row * t.page_stride + p] = sum;
+    }
   }
 }
 
@@ -253,27 +178,19 @@ void attend(const BlockTask& t, Tiles& tiles) {
     Tier tier[kMaxHeadsPerTask];
     bool wanted[4];
     page_tiers(t, p, cursors, tier, wanted);
-    for (int h = 0; h < t.heads && t.page_log2; ++h) {  // a page that is skipped has no mass
+    for (int h = 0; h < t.heads && t.page_m; ++h) {  // a page that is skipped has no mass
       if (tier[h] != Tier::none) continue;
-      for (int r = h * t.rows; r < (h + 1) * t.rows; ++r) t.page_log2[r * t.page_stride + p] = kMinusInf;
+      for (int r = h * t.rows; r < (h + 1) * t.rows; ++r) t.page_m[r * t.page_stride + p] = kMinusInf;
     }
     for (const Tier form : {Tier::fp4, Tier::fp4x2, Tier::fp16}) {
       const int f = static_cast<int>(form);
       if (!wanted[f]) continue;
-      const bool kept = t.scores && form == Tier::fp4;
-      if (!kept) decode_k(t, t.pages[p], form, tiles.k[f]);
+      decode_k(t, t.pages[p], form, tiles.k[f]);
       decode_v(t, t.pages[p], form, std::min<int64_t>(kPageTokens, t.s_kv - p * kPageTokens), tiles.v[f]);
       for (int h = 0; h < t.heads; ++h) {
         if (tier[h] != form) continue;
         const int first = h * t.rows;
-        if (kept) {
-          for (int r = 0; r < t.rows; ++r)
-            std::memcpy(tiles.p + r * kPageTokens,
-                        t.scores + (first + r) * t.score_stride + (p - t.score_page) * kPageTokens,
-                        kPageTokens * sizeof(float));
-        } else {
-          score_tile(t, p, form, tiles.k[f], first, tiles.p);
-        }
+        score_tile(t, p, form, tiles.k[f], first, tiles.p);
         softmax_tile(t, p, form, first, tiles.p);
         const float* probabilities = tiles.p;
         if (t.mma4 && form == Tier::fp4) {
@@ -304,45 +221,53 @@ void score(const BlockTask& t, Tiles& tiles) {
         score_tile(t, p, form, tiles.k[f], first, tiles.p);
         for (int r = 0; r < t.rows; ++r) {
           float* x = tiles.p + r * kPageTokens;
-          if (t.scores)
-            std::memcpy(t.scores + (first + r) * t.score_stride + (p - t.score_page) * kPageTokens, x,
-                        kPageTokens * sizeof(float));
-          const float m = row_max(x);
-          t.page_log2[(first + r) * t.page_stride + p] = m == kMinusInf ? kMinusInf : m + std::log2(exponentiate(x, m));
+          const int64_t at = (first + r) * t.page_stride + p;
+          t.page_m[at] = row_max(x);
+          if (t.page_m[at] != kMinusInf) t.page_l[at] = exponentiate(x, t.page_m[at]);
         }
       }
     }
   }
 }
 
-void rank(Policy policy, const PageLayout& layout, DType high_dtype, const float* q_mean, float sm_scale,
+void rank(Policy policy, const PageLayout& layout, DType high_dtype, const float* q_mean, int heads, float sm_scale,
           const PageRef* pages, int64_t n, float* score) {
   const DF df;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(df));
+  constexpr int64_t kAhead = 8;  // pages: summaries lie apart, and nothing else brings them nearer
   for (int64_t p = 0; p < n; ++p) {
     const uint8_t* summary = pages[p].summary;
-    if (policy == Policy::quest) {
-      const auto* low = reinterpret_cast<const uint16_t*>(summary + layout.min);
-      const auto* high = reinterpret_cast<const uint16_t*>(summary + layout.max);
-      VF sum = hn::Zero(df);
-      for (int64_t c = 0; c < layout.d; c += lanes) {
-        const VF q = hn::LoadU(df, q_mean + c);
-        sum = hn::Add(sum,
-                      hn::Max(hn::Mul(q, load_high(high_dtype, low + c)), hn::Mul(q, load_high(high_dtype, high + c))));
+    if (p + kAhead < n)
+      for (int64_t at = 0; at < layout.summary_bytes; at += 64)
+        __builtin_prefetch(pages[p + kAhead].summary + at, 0, 3);
+    score[p] = kMinusInf;
+    for (int h0 = 0; h0 < heads; h0 += 4) {
+      const float* q = q_mean + static_cast<int64_t>(h0) * layout.d;
+      const int some = std::min(4, heads - h0);
+      float of_head[4];
+      if (policy != Policy::quest)
+        dot_four(q, some, high_dtype, reinterpret_cast<const uint16_t*>(summary + layout.mean), layout.d, of_head);
+      for (int h = 0; h < some; ++h, q += layout.d) {
+        VF sum = hn::Zero(df);
+        if (policy == Policy::quest) {
+          const auto* low = reinterpret_cast<const uint16_t*>(summary + layout.min);
+          const auto* high = reinterpret_cast<const uint16_t*>(summary + layout.max);
+          for (int64_t c = 0; c < layout.d; c += lanes) {
+            const VF x = hn::LoadU(df, q + c);
+            sum = hn::Add(
+                sum, hn::Max(hn::Mul(x, load_high(high_dtype, low + c)), hn::Mul(x, load_high(high_dtype, high + c))));
+          }
+          of_head[h] = hn::GetLane(hn::SumOfLanes(df, sum));
+        } else if (policy == Policy::second_moment) {
+          const auto* variance = reinterpret_cast<const float*>(summary + layout.variance);
+          for (int64_t c = 0; c < layout.d; c += lanes) {
+            const VF x = hn::LoadU(df, q + c);
+            sum = hn::MulAdd(hn::Mul(x, x), hn::LoadU(df, variance + c), sum);
+          }
+          of_head[h] += 0.5f * sm_scale * hn::GetLane(hn::SumOfLanes(df, sum));
+        }
+        score[p] = std::max(score[p], sm_scale * of_head[h]);
       }
-      score[p] = sm_scale * hn::GetLane(hn::SumOfLanes(df, sum));
-      continue;
-    }
-    const auto* mean = reinterpret_cast<const uint16_t*>(summary + layout.mean);
-    score[p] = sm_scale * dot_high(high_dtype, q_mean, mean, layout.d);
-    if (policy == Policy::second_moment) {
-      const auto* variance = reinterpret_cast<const float*>(summary + layout.variance);
-      VF sum = hn::Zero(df);
-      for (int64_t c = 0; c < layout.d; c += lanes) {
-        const VF q = hn::LoadU(df, q_mean + c);
-        sum = hn::MulAdd(hn::Mul(q, q), hn::LoadU(df, variance + c), sum);
-      }
-      score[p] += 0.5f * sm_scale * sm_scale * hn::GetLane(hn::SumOfLanes(df, sum));
     }
   }
 }
@@ -367,7 +292,7 @@ void quantize_rows(const Method& method, int64_t rows, int d, const float* q, fl
 }
 
 const Kernels* table() {
-  static constexpr Kernels kTable = {"", attend, score, rank, quantize_rows};
+  static constexpr Kernels kTable = {"", attend, score, rank, quantize_rows, {}};
   return &kTable;
 }
 
@@ -394,6 +319,7 @@ const std::vector<Kernels>& all_kernels() {
       hwy::GetChosenTarget().Update(hwy::SupportedTargets());
       tables.push_back(*HWY_DYNAMIC_DISPATCH(table)());
       tables.back().target = hwy::TargetName(target);
+      tables.back().decode = decode_kernels();
     }
     hwy::SetSupportedTargetsForTest(0);
     hwy::GetChosenTarget().Update(hwy::SupportedTargets());

@@ -58,27 +58,53 @@ struct BlockTask {
   std::span<const Promoted> promoted[kMaxHeadsPerTask];  // by head; ascending pages
   SoftmaxState state;
 
-  // Score-first: [heads * rows, score_stride], the scaled log2 scores of page p at column (p - score_page) * 64; null
-  // where scores are not kept.
-  float* scores;
-  int64_t score_stride, score_page;
-  // log2 of each page's sum of 2^s: [heads * rows, page_stride] at column p; null where not wanted.
-  float* page_log2;
+  // The softmax of each page: the sum of 2^s is page_l * 2^page_m; page_m is -inf where no token is seen, and page_l is
+  // anything then. [heads * rows, page_stride] at column p; null where not wanted.
+  float *page_m, *page_l;
   int64_t page_stride;
+
+  // Decode steps in kv4: q as integers of 16 bits, in the order of pair_position, rows padded to a multiple of 8 by
+  // zeros; row r is q16 * q_unit[r].
+  const int16_t* q16;   // [rows, layout->k.depth]
+  const float* q_unit;  // [rows]
+};
+
+inline constexpr int kMaxHeadsPerWalk = 16;
+
+// Decode and verify steps in kv4 (decode.cc). A task has one KV head (heads = 1) and all rows of its group; the arrays
+// of its state have room for 16 rows more, o for rows up to a multiple of 8. The tasks of one call, at most
+// kMaxHeadsPerWalk, have one range of pages, and their records lie side by side.
+struct DecodeKernels {
+  // Adds the pages of the tasks to their states.
+  void (*attend)(std::span<const BlockTask> tasks);
+  // Fills page_m and page_l alone; reads no V.
+  void (*score)(std::span<const BlockTask> tasks);
+  // In a state that has read the promoted pages of the task in its rest: takes them out and adds them in their tier.
+  void (*exchange)(const BlockTask& task);
+  // q [rows, d] to BlockTask::q16 and q_unit.
+  void (*quantize_q)(const PageLayout& layout, int rows, const float* q, int16_t* q16, float* q_unit);
+  // share[p] += weight * (the softmax mass of page p among n pages and a sink's logit, in units of log2).
+  void (*add_shares)(const float* page_m, const float* page_l, int64_t n, float sink, float weight, float* scratch,
+                     float* share);
 };
 
 struct Kernels {
   const char* target;
-  // Adds the pages of the task to its softmax state. Where scores are kept, pages read in fp4 take them from there.
+  // Adds the pages of the task to its softmax state.
   void (*attend)(const BlockTask& task, Tiles& tiles);
-  // Scores every page of the task, K only, each in its tier; fills `page_log2`, and `scores` where they are kept.
+  // Scores every page of the task, K only, each in its tier; fills page_m and page_l.
   void (*score)(const BlockTask& task, Tiles& tiles);
-  // score[p] for p in [0, n) of the policies that rank before reading: block_mean, quest, second_moment.
-  void (*rank)(Policy policy, const PageLayout& layout, DType high_dtype, const float* q_mean, float sm_scale,
-               const PageRef* pages, int64_t n, float* score);
+  // score[p] for p in [0, n) of the policies that rank before reading, block_mean, quest and second_moment: the largest
+  // of `heads` mean rows q_mean [heads, d].
+  void (*rank)(Policy policy, const PageLayout& layout, DType high_dtype, const float* q_mean, int heads,
+               float sm_scale, const PageRef* pages, int64_t n, float* score);
   // q4 = dec(enc(q)) of `rows` rows of d channels in the method's format (mma4).
   void (*quantize_rows)(const Method& method, int64_t rows, int d, const float* q, float* q4);
+  DecodeKernels decode;
 };
+
+// Of Highway's chosen target.
+const DecodeKernels& decode_kernels();
 
 // The table of one target of targets(); null for any other name.
 const Kernels* kernels_for(const std::string& target);

@@ -30,8 +30,8 @@ void plan(const Machine& machine, Plan& plan) {
   plan.threads = machine.threads;
   plan.splits = 1;
   const int64_t tiles = int64_t{3} * 64 * (p.d + p.d_v);
-  const int64_t log2 = (scores_first(p) || p.stats) ? pages : 0;
-  const auto row_floats = [&](int64_t rows) { return rows * (p.d * (mma4 ? 2 : 1) + p.d_v + 4 + log2); };
+  const int64_t masses = (scores_first(p) || p.stats) ? 2 * pages : 0;
+  const auto row_floats = [&](int64_t rows) { return rows * (p.d * (mma4 ? 2 : 1) + p.d_v + 4 + masses); };
   int64_t floats = 0;
   if (p.phase == Phase::prefill) {
     plan.kernel = "prefill_tiles";
@@ -39,20 +39,21 @@ void plan(const Machine& machine, Plan& plan) {
     floats = machine.threads * (tiles + 2 * kPageTokens * kPageTokens + row_floats(heads_per_task(p) * kPageTokens) +
                                 heads_per_task(p) * pages * 9);
   } else {
-    const bool score_first = scores_first(p) && ranks(p);
-    plan.kernel = score_first ? "decode_score_first" : "decode_one_pass";
+    plan.kernel = !(scores_first(p) && ranks(p)) ? "decode_one_pass"
+                  : exchanges(p)                 ? "decode_exchange"
+                                                 : "decode_score_first";
     plan.rows_per_tile = static_cast<int>(group * p.max_s_q);
     // Four tasks per thread level out their lengths; a range shorter than 8 pages is not worth its merge. The constant
     // p scale depends on the running maximum, so it must see the pages in one order.
-    const int64_t units = int64_t{p.b} * p.h_kv;
+    const int64_t walks = p.b * head_groups(p.h_kv), units = int64_t{p.b} * p.h_kv;
     if (p.method.p_quant != PQuant::constant)
       plan.splits = static_cast<int>(
-          std::clamp<int64_t>((4 * machine.threads + units - 1) / units, 1, std::max<int64_t>(1, pages / 8)));
+          std::clamp<int64_t>((4 * machine.threads + walks - 1) / walks, 1, std::max<int64_t>(1, pages / 8)));
     if (machine.threads == 1) plan.splits = 1;
-    const int64_t kept = score_first && keeps_scores(p) ? pages * kPageTokens : 0;
-    floats = machine.threads * (tiles + plan.rows_per_tile * 2 * kPageTokens) +
-             units * (row_floats(plan.rows_per_tile) + plan.rows_per_tile * kept + pages * 9 +
-                      (plan.splits - 1) * plan.rows_per_tile * (p.d_v + 4));
+    const int64_t rows = plan.rows_per_tile, integers = on_integers(p) ? Rows::padded(rows) * (p.d + 3) / 2 : 0;
+    if (mma4) floats = machine.threads * (tiles + rows * 2 * kPageTokens);
+    floats += units * (row_floats(rows) + integers + pages * (exchanges(p) ? 11 : 9) +
+                       (plan.splits - 1) * rows * (p.d + p.d_v + 4));
   }
   plan.workspace_bytes = floats * int64_t{sizeof(float)};
 }
@@ -62,7 +63,8 @@ std::shared_ptr<Scratch> make_scratch(const Plan& plan) {
   auto scratch = std::make_shared<Scratch>();
   const bool mma4 = p.method.arithmetic == Arithmetic::mma4;
   for (int w = 0; w < plan.threads; ++w) {
-    scratch->workers.emplace_back(plan.rows_per_tile, p.d, p.d_v);
+    const bool tiles = p.phase == Phase::prefill || mma4;
+    scratch->workers.emplace_back(tiles ? plan.rows_per_tile : 0, tiles ? p.d : 0, tiles ? p.d_v : 0);
     if (p.phase == Phase::prefill) {
       scratch->rows.emplace_back(int64_t{heads_per_task(p)} * kPageTokens, p.d, p.d_v, mma4,
                                  scores_first(p) || p.stats ? max_pages(p) : 0);
@@ -75,8 +77,7 @@ std::shared_ptr<Scratch> make_scratch(const Plan& plan) {
   }
   if (p.phase == Phase::decode)
     for (int64_t u = 0; u < int64_t{p.b} * p.h_kv; ++u)
-      scratch->units.emplace_back(p, plan.rows_per_tile, plan.splits, mma4,
-                                  plan.kernel == "decode_score_first" && keeps_scores(p));
+      scratch->units.emplace_back(p, plan.rows_per_tile, plan.splits, mma4);
   return scratch;
 }
 

@@ -2,9 +2,9 @@
 //
 //   prefill   per (sequence, KV head, up to 4 of its query heads, query block):   rank -> select -> attend -> finish
 //   decode    per (sequence, KV head):                            load q [-> rank -> select]
-//             per (sequence, KV head, range of pages), score-first only:  score
-//             per (sequence, KV head), score-first only:          select by mass
-//             per (sequence, KV head, range of pages):            attend
+//             per (sequence, range of pages), all KV heads:       [score, and per KV head select:] attend
+//             per (sequence, KV head), fp4_mass:                  select by the masses that this read
+//             per (sequence, KV head, part of the promoted):      exchange their FP4 for their tier
 //             per (sequence, KV head):                            merge -> finish
 //
 // Tasks write to places of their own, so results do not depend on the number of threads.
@@ -82,20 +82,30 @@ class Run {
 
   void decode() {
     const int64_t units = std::ssize(call_.sequences) * std::ssize(call_.kv_heads);
-    const bool score_first = scores_first(problem_) && !call_.given && ranks(problem_);
+    const int64_t walks = std::ssize(call_.sequences) * head_groups(std::ssize(call_.kv_heads));
+    const bool by_mass = scores_first(problem_) && !call_.given && ranks(problem_);
+    const bool exchange = by_mass && exchanges(problem_) && !call_.select_only;
     start_stats(units);
-    pool_.parallel_for(units, [&](int64_t u, int w) { load_unit(u, score_first, w); });
-    if (score_first) {
+    pool_.parallel_for(units, [&](int64_t u, int w) { load_unit(u, by_mass, w); });
+    const auto walk_all = [&](bool scores_alone) {
+      pool_.parallel_for(walks * plan_.splits, [&](int64_t i, int w) {
+        walk(i / plan_.splits, static_cast<int>(i % plan_.splits), scores_alone, w);
+      });
+    };
+    const auto select_all = [&] { pool_.parallel_for(units, [&](int64_t u, int w) { select_unit(u, w); }); };
+    if (exchange) {
+      walk_all(false);
+      select_all();
       pool_.parallel_for(units * plan_.splits,
-                         [&](int64_t i, int w) { score_unit(i / plan_.splits, i % plan_.splits, w); });
-      pool_.parallel_for(units, [&](int64_t u, int w) { select_unit(u, w); });
+                         [&](int64_t i, int) { exchange_unit(i / plan_.splits, static_cast<int>(i % plan_.splits)); });
+    } else {
+      if (by_mass) {
+        walk_all(true);
+        select_all();
+      }
+      if (!call_.select_only) walk_all(false);
     }
-    if (!call_.select_only) {
-      const bool kept = score_first && keeps_scores(problem_);
-      pool_.parallel_for(units * plan_.splits,
-                         [&](int64_t i, int w) { attend_unit(i / plan_.splits, i % plan_.splits, kept, w); });
-    }
-    pool_.parallel_for(units, [&](int64_t u, int) { finish_unit(u); });
+    pool_.parallel_for(units, [&](int64_t u, int) { finish_unit(u, exchange); });
     if (out_of_memory_) throw std::bad_alloc();
     for (size_t u = 0; u < task_stats_.size(); ++u) {
       const int64_t s = static_cast<int64_t>(u) / std::ssize(call_.kv_heads);
@@ -151,51 +161,52 @@ class Run {
   // Scores the pages of one block before reading them: the maximum over `heads` runs of `count` rows from `first`.
   float rank(const Rows& rows, int64_t first, int64_t count, int heads, const PageRef* pages, const BlockPages& block,
              Choice& choice) const {
-    float mean[kMaxChannels], q_norm = 0;
-    float *score = choice.score.data() + block.first_visible, *of_head = choice.share.data();
+    constexpr int kHeads = 8;  // at once: their means share one reading of the summaries
+    float means[kHeads * kMaxChannels], q_norm = 0;
+    float *score = choice.score.data() + block.first_visible, *of_some = choice.share.data();
     const int64_t n = block.n();
     std::fill_n(score, n, kMinusInf);
-    for (int h = 0; h < heads; ++h) {
-      if (!mean_row(rows, first + h * count, count, mean)) continue;
-      q_norm = std::max(q_norm, norm(mean, problem_.d));
+    for (int h = 0; h < heads;) {
+      int some = 0;
+      for (; h < heads && some < kHeads; ++h) {
+        float* mean = means + static_cast<int64_t>(some) * problem_.d;
+        if (!mean_row(rows, first + h * count, count, mean)) continue;
+        q_norm = std::max(q_norm, norm(mean, problem_.d));
+        ++some;
+      }
+      if (some == 0) continue;
       if (problem_.method.policy == Policy::recent) {
         for (int64_t p = 0; p < n; ++p) score[p] = static_cast<float>(p);
       } else {
-        kernels_.rank(problem_.method.policy, *call_.layout, problem_.cache.high_dtype, mean, problem_.sm_scale,
-                      pages + block.first_visible, n, of_head);
-        for (int64_t p = 0; p < n; ++p) score[p] = std::max(score[p], of_head[p]);
+        kernels_.rank(problem_.method.policy, *call_.layout, problem_.cache.high_dtype, means, some, problem_.sm_scale,
+                      pages + block.first_visible, n, of_some);
+        for (int64_t p = 0; p < n; ++p) score[p] = std::max(score[p], of_some[p]);
       }
     }
     return q_norm;
   }
 
-  // Scores by softmax mass: mean over the rows of a head, maximum over heads from `first_head` on. page_log2 holds the
-  // pages [block.first_visible, end_page) of the rows.
+  // Scores by softmax mass: mean over the rows of a head, maximum over heads from `first_head` on. page_m and page_l
+  // hold the pages [block.first_visible, end_page) of the rows.
   float rank_by_mass(const Rows& rows, int64_t first, int64_t count, int first_head, int heads, int64_t end_page,
                      const BlockPages& block, Choice& choice) const {
     const int64_t stride = max_pages(problem_), n = block.n(), all_pages = end_page - block.first_visible;
     float mean[kMaxChannels], q_norm = 0;
     float* score = choice.score.data() + block.first_visible;
-    double* share = choice.mass.data();
-    float* of_row = choice.share.data();
+    float* share = choice.mass.data();
     std::fill_n(score, n, 0.0f);
     for (int h = 0; h < heads; ++h) {
       const float sink = call_.sinks ? call_.sinks[first_head + h] * kLog2e : kMinusInf;
       if (mean_row(rows, first + h * count, count, mean)) q_norm = std::max(q_norm, norm(mean, problem_.d));
-      std::fill_n(share, n, 0.0);
-      int64_t seen = 0;
-      for (int64_t r = first + h * count; r < first + (h + 1) * count; ++r) {
-        if (!rows.finite[r] || all_pages == 0) continue;
-        ++seen;
-        const float* page = &rows.page_log2[r * stride + block.first_visible];
-        const float top = std::max(sink, *std::max_element(page, page + all_pages));
-        if (top == kMinusInf) continue;
-        double total = std::exp2(sink - top);
-        for (int64_t p = 0; p < all_pages; ++p) total += of_row[p] = std::exp2(page[p] - top);
-        for (int64_t p = 0; p < n; ++p) share[p] += of_row[p] / total;
-      }
-      for (int64_t p = 0; p < n && seen; ++p)
-        score[p] = std::max(score[p], static_cast<float>(share[p] / static_cast<double>(seen)));
+      const auto begin = rows.finite.begin() + first + h * count;
+      const auto seen = std::count(begin, begin + count, uint8_t{1});
+      std::fill_n(share, all_pages, 0.0f);
+      for (int64_t r = first + h * count; r < first + (h + 1) * count && all_pages > 0; ++r)
+        if (rows.finite[r])
+          kernels_.decode.add_shares(&rows.page_m[r * stride + block.first_visible],
+                                     &rows.page_l[r * stride + block.first_visible], all_pages, sink,
+                                     1.0f / static_cast<float>(seen), choice.share.data(), share);
+      for (int64_t p = 0; p < n; ++p) score[p] = std::max(score[p], share[p]);
     }
     return q_norm;
   }
@@ -225,6 +236,13 @@ class Run {
     t.q4 = r.q4.data();
     t.state = r.state();
     return t;
+  }
+
+  void want_pages(Rows& r, BlockTask& t) const {
+    if (r.page_m.empty()) return;
+    t.page_m = r.page_m.data();
+    t.page_l = r.page_l.data();
+    t.page_stride = max_pages(problem_);
   }
 
   // Pages, tail included, that rows up to position `last` see.
@@ -282,8 +300,7 @@ class Run {
     load_q(s, first, rows, g * group_ + first_head, heads, r);
 
     BlockTask t = block_task(s, pages, facts.first_visible, last_page, offset + first, heads, rows, rows, r);
-    t.page_log2 = r.page_log2.empty() ? nullptr : r.page_log2.data();
-    t.page_stride = max_pages(problem_);
+    want_pages(r, t);
     const int64_t blocks = query_blocks(Phase::prefill, s.s_q, s.s_kv);
     if (!call_.given && ranks(problem_) && scores_first(problem_)) {
       for (int h = 0; h < heads; ++h) {
@@ -336,10 +353,13 @@ class Run {
     return {s, g, s.pages + g * s.page_stride, group_ * s.s_q, s.s_kv - s.s_q, end_page(s, s.s_kv - 1)};
   }
 
-  void load_unit(int64_t u, bool score_first, int w) {
+  void load_unit(int64_t u, bool by_mass, int w) {
     const UnitPlace at = place(u);
     Unit& unit = scratch_.units[u];
     load_q(at.s, 0, at.s.s_q, at.g * group_, group_, unit.rows_);
+    if (!mma4_)
+      kernels_.decode.quantize_q(*call_.layout, static_cast<int>(at.rows), unit.rows_.q.data(), unit.q16.data(),
+                                 unit.q_unit.data());
     unit.block = block_pages(at.offset, at.s.s_kv - 1, at.s.s_kv, mask_);
     Choice& c = unit.choice;
     if (at.s.s_q == 0) {
@@ -350,7 +370,7 @@ class Run {
       given_selection(at.s.first_block + at.g, c);
     } else if (!ranks(problem_)) {
       choose_forced(problem_.method, unit.block, at.pages, c);
-    } else if (score_first) {  // the tiers to score in; the choice comes after
+    } else if (by_mass) {  // the tiers to score in; the choice comes after
       if (problem_.method.policy == Policy::oracle) {
         best_tiers(at.pages, unit.block, c);
       } else {
@@ -364,7 +384,11 @@ class Run {
     count(unit.block, c, scratch_.workers[w]);
   }
 
-  BlockTask unit_task(int64_t u, int64_t split) {
+  SoftmaxState state_of(Unit& unit, int split) const {
+    return split == 0 ? unit.rows_.state() : unit.partial[split - 1].state();
+  }
+
+  BlockTask unit_task(int64_t u, int split) {
     const UnitPlace at = place(u);
     Unit& unit = scratch_.units[u];
     const int64_t first = unit.block.first_visible, pages = at.end - first;
@@ -372,29 +396,35 @@ class Run {
                              first + pages * (split + 1) / plan_.splits, at.offset, 1, static_cast<int>(at.rows),
                              static_cast<int>(std::max<int64_t>(1, at.s.s_q)), unit.rows_);
     t.promoted[0] = unit.choice.result();
-    if (!unit.rows_.page_log2.empty()) {
-      t.page_log2 = unit.rows_.page_log2.data();
-      t.page_stride = max_pages(problem_);
-    }
-    if (split > 0) {
-      Rows& partial = unit.partial[split - 1];
-      partial.clear(at.rows, problem_.d_v);
-      t.state = partial.state();
-    }
+    t.q16 = unit.q16.data();
+    t.q_unit = unit.q_unit.data();
+    t.state = state_of(unit, split);
+    want_pages(unit.rows_, t);
     return t;
   }
 
-  void keep_scores(Unit& unit, BlockTask& t) const {
-    t.scores = unit.scores.data();
-    t.score_stride = max_pages(problem_) * kPageTokens;
-    t.score_page = 0;
-  }
-
-  void score_unit(int64_t u, int64_t split, int w) {
-    BlockTask t = unit_task(u, split);
-    if (!scratch_.units[u].scores.empty()) keep_scores(scratch_.units[u], t);
-    if (problem_.method.policy == Policy::fp4_mass) t.rest = Tier::fp4;  // scored in FP4 even where the rest is dropped
-    kernels_.score(t, scratch_.workers[w].tiles);
+  // One range of pages of some KV heads of one sequence.
+  void walk(int64_t i, int split, bool scores_alone, int w) {
+    const int64_t all = std::ssize(call_.kv_heads), groups = head_groups(all), sequence = i / groups;
+    if (call_.sequences[sequence].s_q == 0) return;
+    BlockTask tasks[kMaxHeadsPerWalk];
+    const int64_t first = i % groups * kMaxHeadsPerWalk, count = std::min<int64_t>(kMaxHeadsPerWalk, all - first);
+    for (int64_t h = 0; h < count; ++h) {
+      const int64_t u = sequence * all + first + h;
+      BlockTask& t = tasks[h] = unit_task(u, split);
+      if (scores_alone) {
+        // Scored in FP4 even where the rest is dropped.
+        if (problem_.method.policy == Policy::fp4_mass) t.rest = Tier::fp4;
+      } else {
+        if (split > 0) scratch_.units[u].partial[split - 1].clear(place(u).rows, problem_.d_v);
+      }
+    }
+    if (mma4_) {
+      for (int64_t h = 0; h < count; ++h)
+        (scores_alone ? kernels_.score : kernels_.attend)(tasks[h], scratch_.workers[w].tiles);
+    } else {
+      (scores_alone ? kernels_.decode.score : kernels_.decode.attend)({tasks, static_cast<size_t>(count)});
+    }
   }
 
   void select_unit(int64_t u, int w) {
@@ -405,20 +435,55 @@ class Run {
     const float q_norm = rank_by_mass(unit.rows_, 0, at.s.s_q, at.g * group_, group_, at.end, unit.block, c);
     choose(problem_, unit.block, at.pages, q_norm, c);
     count(unit.block, c, scratch_.workers[w]);
+    if (unit.exchanged.empty()) return;
+    unit.exchanged_count = 0;
+    for (const Promoted& p : c.result())
+      if (!is_forced(problem_.method.force, unit.block, p.page)) unit.exchanged[unit.exchanged_count++] = p;
+    for (int64_t r = 0; r < at.rows; ++r) unit.mass_before[r] = log2_sum(unit, r);
   }
 
-  void attend_unit(int64_t u, int64_t split, bool kept, int w) {
+  // log2 of a row's sum over all splits.
+  float log2_sum(Unit& unit, int64_t row) const {
+    float m = kMinusInf, l = 0;
+    for (int split = 0; split < plan_.splits; ++split) m = std::max(m, state_of(unit, split).m[row]);
+    for (int split = 0; split < plan_.splits && m != kMinusInf; ++split) {
+      const SoftmaxState s = state_of(unit, split);
+      l += s.l[row] * std::exp2(s.m[row] - m);
+    }
+    return l > 0 ? m + std::log2(l) : kMinusInf;
+  }
+
+  void exchange_unit(int64_t u, int split) {
+    Unit& unit = scratch_.units[u];
+    const int64_t n = unit.exchanged_count, first = n * split / plan_.splits, end = n * (split + 1) / plan_.splits;
+    if (call_.sequences[u / std::ssize(call_.kv_heads)].s_q == 0) return;
     BlockTask t = unit_task(u, split);
-    if (kept) keep_scores(scratch_.units[u], t);
-    if (!problem_.stats) t.page_log2 = nullptr;
-    kernels_.attend(t, scratch_.workers[w].tiles);
+    t.promoted[0] = {unit.exchanged.data() + first, static_cast<size_t>(end - first)};
+    kernels_.decode.exchange(t);
   }
 
-  void finish_unit(int64_t u) {
+  // Whether what an exchange took out of some row was so much more than what stayed that float sums lost it: an FP4
+  // score far above the true one.
+  bool cancelled(Unit& unit, int64_t rows) const {
+    constexpr float kMost = 10;  // log2: 2^10 rounding errors of what was there
+    for (int64_t r = 0; r < rows; ++r)
+      if (unit.mass_before[r] != kMinusInf && !(log2_sum(unit, r) >= unit.mass_before[r] - kMost)) return true;
+    return false;
+  }
+
+  void finish_unit(int64_t u, bool exchanged) {
     const UnitPlace at = place(u);
     Unit& unit = scratch_.units[u];
     Rows& r = unit.rows_;
     if (!call_.select_only) {
+      if (exchanged && at.s.s_q > 0 && cancelled(unit, at.rows)) {  // read again, each page in its own tier
+        load_q(at.s, 0, at.s.s_q, at.g * group_, group_, r);
+        for (int split = 0; split < plan_.splits; ++split) {
+          if (split > 0) unit.partial[split - 1].clear(at.rows, problem_.d_v);
+          const BlockTask t = unit_task(u, split);
+          kernels_.decode.attend({&t, 1});
+        }
+      }
       for (Rows& partial : unit.partial)
         for (int64_t i = 0; i < at.rows; ++i)
           merge({&r.m[i], &r.l[i], &r.l_high[i], &r.o[i * problem_.d_v]},
@@ -472,7 +537,8 @@ class Run {
       stats.mass_above_fp4 += r.l_high[i] / r.l[i];
       const float total = r.m[i] + std::log2(r.l[i]);
       for (int64_t p = block.first_visible; p < end_page; ++p)
-        mass[p] += std::exp2(r.page_log2[i * stride + p] - total);
+        if (r.page_m[i * stride + p] != kMinusInf)
+          mass[p] += r.page_l[i * stride + p] * std::exp2(r.page_m[i * stride + p] - total);
     }
     float mean[kMaxChannels];
     mean_row(r, first, count, mean);

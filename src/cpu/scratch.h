@@ -19,8 +19,15 @@ inline int heads_per_task(const Problem& p) { return std::min(kMaxHeadsPerTask, 
 inline bool scores_first(const Problem& p) {
   return p.method.policy == Policy::fp4_mass || p.method.policy == Policy::oracle;
 }
-// Whether the scores of the first pass are those of the pages read in FP4 in the second.
-inline bool keeps_scores(const Problem& p) { return p.method.policy == Policy::fp4_mass && p.method.rest == Tier::fp4; }
+// Walks over the pages of one sequence: each serves up to kMaxHeadsPerWalk KV heads.
+inline int64_t head_groups(int64_t kv_heads) { return (kv_heads + kMaxHeadsPerWalk - 1) / kMaxHeadsPerWalk; }
+
+// Decode steps run on integers, but for the emulation of FP4 tensor cores.
+inline bool on_integers(const Problem& p) { return p.method.arithmetic != Arithmetic::mma4; }
+// Whether a decode step reads all pages in FP4, learns their masses by that, and exchanges the promoted ones after.
+inline bool exchanges(const Problem& p) {
+  return on_integers(p) && p.method.policy == Policy::fp4_mass && p.method.rest == Tier::fp4;
+}
 
 // False where the forced pages are all that is promoted, so that nothing needs a rank.
 inline bool ranks(const Problem& p) {
@@ -31,20 +38,25 @@ inline bool ranks(const Problem& p) {
 
 // Query rows of one task and what becomes of them.
 struct Rows {
-  Rows(int64_t rows, int d, int d_v, bool mma4, int64_t page_log2_stride)
+  // With room for the registers and the rows of eight that kernels count in.
+  static constexpr int64_t kSpare = 16;
+  static int64_t padded(int64_t rows) { return round_up(rows, 8); }
+
+  Rows(int64_t rows, int d, int d_v, bool mma4, int64_t page_stride)
       : q(rows * d),
         q4(mma4 ? rows * d : 0),
         finite(rows),
-        m(rows),
-        l(rows),
-        l_high(rows),
-        o(rows * d_v),
-        page_log2(rows * page_log2_stride) {}
-  std::vector<float> q, q4;         // [rows, d]; rows with NaN or Inf are zero here
-  std::vector<uint8_t> finite;      // [rows]
-  std::vector<float> m, l, l_high;  // [rows]
-  std::vector<float> o;             // [rows, d_v]
-  std::vector<float> page_log2;     // [rows, max pages] or empty
+        m(rows + kSpare),
+        l(rows + kSpare),
+        l_high(rows + kSpare),
+        o(padded(rows) * d_v),
+        page_m(rows * page_stride),
+        page_l(rows * page_stride) {}
+  std::vector<float> q, q4;           // [rows, d]; rows with NaN or Inf are zero here
+  std::vector<uint8_t> finite;        // [rows]
+  std::vector<float> m, l, l_high;    // [rows]
+  std::vector<float> o;               // [rows, d_v]
+  std::vector<float> page_m, page_l;  // [rows, max pages] or empty: BlockTask says what they hold
 
   SoftmaxState state() { return {m.data(), l.data(), l_high.data(), o.data()}; }
   void clear(int64_t rows, int d_v) {
@@ -76,16 +88,23 @@ struct Worker {
 
 // One (sequence, KV head) of a decode step.
 struct Unit {
-  Unit(const Problem& p, int64_t rows, int splits, bool mma4, bool keep_scores)
+  Unit(const Problem& p, int64_t rows, int splits, bool mma4)
       : rows_(rows, p.d, p.d_v, mma4, scores_first(p) || p.stats ? max_pages(p) : 0),
         choice(max_pages(p)),
-        scores(keep_scores ? rows * max_pages(p) * kPageTokens : 0) {
+        exchanged(exchanges(p) ? max_pages(p) : 0),
+        mass_before(exchanges(p) ? rows : 0),
+        q16(mma4 ? 0 : Rows::padded(rows) * round_up(p.d, 32)),
+        q_unit(mma4 ? 0 : Rows::padded(rows)) {
     for (int s = 1; s < splits; ++s) partial.emplace_back(rows, 0, p.d_v, false, 0);
   }
   Rows rows_;                 // the first split's state, and the merged one
   std::vector<Rows> partial;  // the other splits'
   Choice choice;
-  std::vector<float> scores;  // [rows, max pages * 64]
+  std::vector<Promoted> exchanged;  // promoted pages that were read in FP4 first
+  int64_t exchanged_count = 0;
+  std::vector<float> mass_before;  // [rows], log2 of the sum over all pages before the exchange
+  std::vector<int16_t> q16;        // [rows, padded d], rows padded too
+  std::vector<float> q_unit;       // [rows]
   BlockPages block;
 };
 

@@ -22,7 +22,7 @@ struct Choice {
   std::vector<float> score;         // of the policy, or its estimated mass where the policy estimates mass itself
   std::vector<float> share;         // estimated share of the softmax mass
   std::vector<float> contribution;  // estimated error of reading the page in fp4
-  std::vector<double> mass;         // scratch of the ranking by mass
+  std::vector<float> mass;          // scratch of the ranking by mass
   std::vector<int32_t> order;
   std::vector<Tier> tier;
   std::vector<Promoted> promoted;  // the result: `count` pages, ascending

@@ -9,6 +9,7 @@
 
 #include <hwy/highway.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "format/page_layout.h"
@@ -112,11 +113,31 @@ inline void decode_high(DType type, const uint16_t* from, int64_t n, float* to) 
 
 // --- products
 
+// Memory that is needed next, brought into L2 while a product works: into L1 would take the places of its own misses.
+struct Ahead {
+  const uint8_t* at = nullptr;
+  int64_t bytes = 0;
+  HWY_INLINE void touch(int64_t offset) const {
+    if (offset < bytes) __builtin_prefetch(at + offset, 0, 2);
+  }
+};
+
+// What the right-hand side of a product is made of.
+struct Floats {
+  using T = float;
+  static HWY_INLINE VF load(const T* from) { return hn::LoadU(DF(), from); }
+};
+template <DType kType>
+struct High {
+  using T = uint16_t;
+  static HWY_INLINE VF load(const T* from) { return load_high(kType, from); }
+};
+
 // c[R, NV * lanes] (+)= a[R, depth] b[depth, NV * lanes], all of c in registers.
-template <int R, int NV>
+template <class B, int R, int NV>
 HWY_INLINE void multiply_registers(int64_t depth, const float* HWY_RESTRICT a, int64_t a_stride,
-                                   const float* HWY_RESTRICT b, int64_t b_stride, float* HWY_RESTRICT c,
-                                   int64_t c_stride, bool accumulate) {
+                                   const typename B::T* HWY_RESTRICT b, int64_t b_stride, float* HWY_RESTRICT c,
+                                   int64_t c_stride, bool accumulate, const Ahead& ahead, int64_t ahead_at) {
   const DF df;
   const int64_t n = static_cast<int64_t>(hn::Lanes(df));
   VF sum[R][NV];
@@ -124,7 +145,11 @@ HWY_INLINE void multiply_registers(int64_t depth, const float* HWY_RESTRICT a, i
     for (int j = 0; j < NV; ++j) sum[r][j] = accumulate ? hn::LoadU(df, c + r * c_stride + j * n) : hn::Zero(df);
   for (int64_t k = 0; k < depth; ++k) {
     VF row[NV];
-    for (int j = 0; j < NV; ++j) row[j] = hn::LoadU(df, b + k * b_stride + j * n);
+    for (int j = 0; j < NV; ++j) row[j] = B::load(b + k * b_stride + j * n);
+    if (ahead.bytes > 0) {
+      const int64_t at = ahead_at + k * b_stride * static_cast<int64_t>(sizeof(typename B::T));
+      for (int64_t e = 0; e < NV * n * static_cast<int64_t>(sizeof(typename B::T)); e += 64) ahead.touch(at + e);
+    }
     for (int r = 0; r < R; ++r) {
       const VF x = hn::Set(df, a[r * a_stride + k]);
       for (int j = 0; j < NV; ++j) sum[r][j] = hn::MulAdd(x, row[j], sum[r][j]);
@@ -135,43 +160,95 @@ HWY_INLINE void multiply_registers(int64_t depth, const float* HWY_RESTRICT a, i
 }
 
 // The same for any number of rows.
-template <int NV>
-void multiply_columns(int64_t rows, int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                      float* c, int64_t c_stride, bool accumulate) {
+template <class B, int NV>
+void multiply_columns(int64_t rows, int64_t depth, const float* a, int64_t a_stride, const typename B::T* b,
+                      int64_t b_stride, float* c, int64_t c_stride, bool accumulate, Ahead ahead, int64_t ahead_at) {
   constexpr int kRows = 6;
   int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows)
-    multiply_registers<kRows, NV>(depth, a + r * a_stride, a_stride, b, b_stride, c + r * c_stride, c_stride,
-                                  accumulate);
+  for (; r + kRows <= rows; r += kRows) {
+    multiply_registers<B, kRows, NV>(depth, a + r * a_stride, a_stride, b, b_stride, c + r * c_stride, c_stride,
+                                     accumulate, ahead, ahead_at);
+    ahead = {};
+  }
   a += r * a_stride;
   c += r * c_stride;
+  const auto rest = [&]<int R>() {
+    multiply_registers<B, R, NV>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate, ahead, ahead_at);
+  };
   switch (rows - r) {
     case 5:
-      return multiply_registers<5, NV>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
+      return rest.template operator()<5>();
     case 4:
-      return multiply_registers<4, NV>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
+      return rest.template operator()<4>();
     case 3:
-      return multiply_registers<3, NV>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
+      return rest.template operator()<3>();
     case 2:
-      return multiply_registers<2, NV>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
+      return rest.template operator()<2>();
     case 1:
-      return multiply_registers<1, NV>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
+      return rest.template operator()<1>();
     default:
       return;
   }
 }
 
-// c[rows, columns] (+)= a[rows, depth] b[depth, columns]; columns is a multiple of 16.
-inline void multiply(int64_t rows, int64_t depth, int64_t columns, const float* a, int64_t a_stride, const float* b,
-                     int64_t b_stride, float* c, int64_t c_stride, bool accumulate) {
+// c[rows, columns] (+)= a[rows, depth] b[depth, columns]; columns is a multiple of 16. `ahead` is as large as b.
+template <class B = Floats>
+void multiply(int64_t rows, int64_t depth, int64_t columns, const float* a, int64_t a_stride, const typename B::T* b,
+              int64_t b_stride, float* c, int64_t c_stride, bool accumulate, const Ahead& ahead = {}) {
   // 6 x 4 accumulators, 4 rows of b and a broadcast fit 32 registers; 6 x 2 fit 16.
   constexpr int kVectors = HWY_MAX_BYTES >= 64 ? 4 : 2;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(DF())), step = kVectors * lanes;
+  const auto at = [](int64_t column) { return column * static_cast<int64_t>(sizeof(typename B::T)); };
   int64_t j = 0;
   for (; j + step <= columns; j += step)
-    multiply_columns<kVectors>(rows, depth, a, a_stride, b + j, b_stride, c + j, c_stride, accumulate);
+    multiply_columns<B, kVectors>(rows, depth, a, a_stride, b + j, b_stride, c + j, c_stride, accumulate, ahead, at(j));
   for (; j < columns; j += lanes)
-    multiply_columns<1>(rows, depth, a, a_stride, b + j, b_stride, c + j, c_stride, accumulate);
+    multiply_columns<B, 1>(rows, depth, a, a_stride, b + j, b_stride, c + j, c_stride, accumulate, ahead, at(j));
+}
+
+// out[i] = all lanes of v[i] together, for four registers: fewer steps than one by one.
+template <class Op>
+HWY_INLINE void reduce_four(const VF* v, const Op& op, float* out) {
+  const DF df;
+  const hn::Repartition<double, DF> d64;
+  const hn::CappedTag<float, 4> block;
+  const auto halves = [&](VF a, VF b) HWY_ATTR {
+    return hn::BitCast(d64, op(hn::InterleaveLower(df, a, b), hn::InterleaveUpper(df, a, b)));
+  };
+  const auto first = halves(v[0], v[1]), second = halves(v[2], v[3]);
+  const VF blocks = op(hn::BitCast(df, hn::InterleaveLower(d64, first, second)),
+                       hn::BitCast(df, hn::InterleaveUpper(d64, first, second)));
+  HWY_ALIGN float all[16];
+  hn::Store(blocks, df, all);
+  auto one = hn::Load(block, all);
+  for (size_t i = 4; i < hn::Lanes(df); i += 4) one = op(one, hn::Load(block, all + i));
+  hn::StoreU(one, block, out);
+}
+
+struct Larger {
+  template <class V>
+  HWY_INLINE V operator()(V a, V b) const {
+    return hn::Max(a, b);
+  }
+};
+struct Sum {
+  template <class V>
+  HWY_INLINE V operator()(V a, V b) const {
+    return hn::Add(a, b);
+  }
+};
+
+// out[r] = q[r] . x for up to four rows of q [rows, d]; all four of out are written.
+inline void dot_four(const float* q, int rows, DType type, const uint16_t* x, int d, float* out) {
+  const DF df;
+  VF sum[4] = {hn::Zero(df), hn::Zero(df), hn::Zero(df), hn::Zero(df)};
+  const float* row[4];
+  for (int r = 0; r < 4; ++r) row[r] = q + static_cast<int64_t>(std::min(r, rows - 1)) * d;  // one too many twice
+  for (int c = 0; c < d; c += static_cast<int>(hn::Lanes(df))) {
+    const VF v = load_high(type, x + c);
+    for (int r = 0; r < 4; ++r) sum[r] = hn::MulAdd(v, hn::LoadU(df, row[r] + c), sum[r]);
+  }
+  reduce_four(sum, Sum(), out);
 }
 
 inline float dot_high(DType type, const float* a, const uint16_t* b, int64_t n) {
