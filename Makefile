@@ -7,7 +7,7 @@
 #   make tsan            the attention tests and the soak under ThreadSanitizer
 #   make soak            a cache in long random use against the oracle, SECONDS=600 of it unless told otherwise
 #   make fuzz            every parser of files under libFuzzer, RUNS=200000 inputs each unless told otherwise
-#   make bench-peers     decode beside PyTorch and ONNX Runtime, which it installs into build/; BENCH="--phase prefill ..."
+#   make bench-peers     decode beside PyTorch and ONNX Runtime, which it installs into build/; BENCH="--phase ..."
 #   make format-check    clang-format over the tracked C and C++ files; `make format` rewrites them
 
 # Two texts, because the loss on one is known to about 0.002 nats only.

@@ -305,9 +305,8 @@ def gqa_model(shape, element, cache, bits, mode):
          value("total_sequence_length", T.INT32, [1]), *optional],
         [value("output", element, [*rows, shape.h_q * shape.d]), value("present_key", cache, held),
          value("present_value", cache, held)])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)],
-                              ir_version=10)
-    return model.SerializeToString()
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
 
 
 def ort_peer(o, inputs, name, dtype, cache_type, bits, mode):
@@ -384,12 +383,13 @@ def ours(o, shape):
     """One round of thriftattn: its machine and its rows."""
     with tempfile.TemporaryDirectory() as folder:
         out = os.path.join(folder, "ours.json")
-        command = [o.program, "bench", "attention", "--phase", o.phase, "--s-kv", shape.s_kv, "--s-q", shape.s_q, "--batch",
-                   o.batch, "--h-q", o.h_q, "--h-kv", o.h_kv, "--d", o.d, "--threads", o.threads, "--reps", o.reps,
-                   *(["--target", o.target] if o.target else []), "--json", out, "--method", *o.method]
+        command = [o.program, "bench", "attention", "--phase", o.phase, "--s-kv", shape.s_kv, "--s-q", shape.s_q,
+                   "--batch", o.batch, "--h-q", o.h_q, "--h-kv", o.h_kv, "--d", o.d, "--threads", o.threads,
+                   "--reps", o.reps, *(["--target", o.target] if o.target else []), "--json", out, "--method", *o.method]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
         if done.returncode:
-            raise Refused(done.stderr.strip().removeprefix("thriftattn: ") or f"{o.program} ended with {done.returncode}")
+            said = done.stderr.strip().removeprefix("thriftattn: ")
+            raise Refused(said or f"{o.program} ended with {done.returncode}")
         with open(out, encoding="utf-8") as f:
             found = json.load(f)
     return found["machine"], found["rows"]
@@ -420,9 +420,9 @@ def bench(o, s_kv, machines):
     rows = []
     for same in zip(*mine):  # one method in all rounds
         first = same[0]
-        row = finish({key: first[key] for key in ("phase", "s_q", "s_kv", "batch", "h_q", "h_kv", "d", "method", "target",
-                                                  "threads")}, [[r["ms_median"]] for r in same],
-                     first["bytes"], first["flops"], machine, {key: first[key] for key in ("rel_err", "layers", "cold")})
+        shape_of = ("phase", "s_q", "s_kv", "batch", "h_q", "h_kv", "d", "method", "target", "threads")
+        row = finish({key: first[key] for key in shape_of}, [[r["ms_median"]] for r in same], first["bytes"],
+                     first["flops"], machine, {key: first[key] for key in ("rel_err", "layers", "cold")})
         row["ms_min"], row["ms_max"] = min(r["ms_min"] for r in same), max(r["ms_max"] for r in same)
         rows.append(row)
     others = [peer.row(o, machine) for peer in peers]
@@ -443,8 +443,8 @@ def table(rows):
                       f"{r['gb_per_s']:.1f}", f"{r['pct_of_read_bandwidth']:.1f}", f"{r['pct_of_matrix_peak']:.1f}",
                       f"{r['rel_err']:.1e}"))
     width = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, width)))
-                     for line in lines)
+    return "\n".join("  ".join(cell.ljust(w) if i < 2 else cell.rjust(w)
+                               for i, (cell, w) in enumerate(zip(line, width))) for line in lines)
 
 
 def main(arguments):

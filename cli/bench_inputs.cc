@@ -48,7 +48,7 @@ void Inputs::row(Input what, int64_t seq, int64_t token, int64_t head, float* ou
   if (what == Input::query) {
     const int64_t target = static_cast<int64_t>(key_of(7, seq, token, head) % static_cast<uint64_t>(token + 1));
     std::vector<float> key(d_);
-    row(Input::key, seq, target, head / (h_q_ / h_kv_), key.data());
+    noise(Input::key, seq, target, head / (h_q_ / h_kv_), key.data());  // not to the outlier, which all keys share
     for (int c = 0; c < d_; ++c) out[c] += key[c];
     out[0] += 6;
   }

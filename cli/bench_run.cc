@@ -220,7 +220,8 @@ Status BenchRow::check() {
   const double error = std::sqrt(sum.some_error / sum.some_norm);
   const bool exact = method.rest != Tier::fp4 && std::none_of(selection.pages.begin(), selection.pages.end(),
                                                               [](const Promoted& p) { return p.tier != Tier::fp16; });
-  const double limit = exact ? 2e-3 : 0.5;
+  // An output of zeros has an error of 1. MXFP4, whose scales are powers of two, errs by half where Q and P are in it.
+  const double limit = exact ? 2e-3 : method.format == Fp4Format::mxfp4 ? 0.8 : 0.5;
   if (!(error <= limit)) {
     return data_loss(fmt::format("{} over {} tokens is wrong: relative error {:.2e}, at most {} is right", row_.method,
                                  row_.s_kv, error, limit));
