@@ -385,7 +385,8 @@ def ours(o, shape):
         out = os.path.join(folder, "ours.json")
         command = [o.program, "bench", "attention", "--phase", o.phase, "--s-kv", shape.s_kv, "--s-q", shape.s_q,
                    "--batch", o.batch, "--h-q", o.h_q, "--h-kv", o.h_kv, "--d", o.d, "--threads", o.threads,
-                   "--reps", o.reps, *(["--target", o.target] if o.target else []), "--json", out, "--method", *o.method]
+                   "--reps", o.reps, *(["--target", o.target] if o.target else []), "--json", out,
+                   "--method", *o.method]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
         if done.returncode:
             said = done.stderr.strip().removeprefix("thriftattn: ")
