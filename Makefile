@@ -7,6 +7,7 @@
 #   make tsan            the attention tests and the soak under ThreadSanitizer
 #   make soak            a cache in long random use against the oracle, SECONDS=600 of it unless told otherwise
 #   make fuzz            every parser of files under libFuzzer, RUNS=200000 inputs each unless told otherwise
+#   make bench-peers     decode beside PyTorch and ONNX Runtime, which it installs into build/; BENCH="--phase ..."
 #   make format-check    clang-format over the tracked C and C++ files; `make format` rewrites them
 
 # Two texts, because the loss on one is known to about 0.002 nats only.
@@ -16,8 +17,9 @@ CONTEXT ?= 16384
 JOBS ?= $(shell nproc)
 RUNS ?= 200000
 SECONDS ?= 600
+BENCH ?= --phase decode --s-kv 16384 131072 --method fp16 fp4 thrift
 
-.PHONY: all build demo test asan tsan soak fuzz format format-check clean
+.PHONY: all build bench-peers demo test asan tsan soak fuzz format format-check clean
 
 all: build
 
@@ -66,6 +68,15 @@ fuzz:
 	cmake --preset fuzz -DTHRIFTATTN_FUZZ_RUNS=$(RUNS)
 	cmake --build --preset fuzz -j $(JOBS)
 	ctest --preset fuzz -j $(JOBS)
+
+build/peers/installed:
+	@scripts/setup.sh peers
+	python3 -m venv build/peers
+	build/peers/bin/pip install --quiet numpy torch onnxruntime onnx
+	touch $@
+
+bench-peers: build build/peers/installed
+	build/peers/bin/python bench/peers_cpu.py $(BENCH) --json build/peers.json
 
 format-check:
 	@scripts/setup.sh check

@@ -73,14 +73,15 @@ struct InspectOptions {
 struct BenchOptions {
   std::string phase = "decode";  // decode, prefill, append or rank
   std::vector<int64_t> s_kv = {16384};
-  int64_t s_q = 0;  // rows of a prefill, tokens of an append; 0 = 512
+  int64_t s_q = 0;  // rows of a prefill, tokens of an append: 0 = 512; rows of a decode step: 0 = 1
   int batch = 1;
   int h_q = 32, h_kv = 8, d = 128;
   std::vector<std::string> methods = {"fp16", "fp4", "thrift"};  // rank: thrift, where none is named
   int threads = 0;
   std::string target;  // instruction set; empty = the best
   std::string json;    // as in eval
-  int reps = 5;
+  int reps = 5;        // of one round
+  int rounds = 1;      // over all methods
 };
 
 Command add_doctor(CLI::App* app);

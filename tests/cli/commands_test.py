@@ -97,6 +97,11 @@ class Inspect(program.Case):
             return f.read()
 
 
+FIELDS = {"phase", "s_q", "s_kv", "batch", "h_q", "h_kv", "d", "method", "target", "threads", "ms_median", "ms_min", "ms_max",
+          "ms_by_round", "bytes", "flops", "gb_per_s", "pct_of_read_bandwidth", "pct_of_matrix_peak", "rel_err", "layers",
+          "cold"}
+
+
 class Bench(program.Case):
     SHAPE = ("--h-q", 4, "--h-kv", 2, "--d", 64, "--s-kv", 300, "--reps", 2)
 
@@ -107,11 +112,20 @@ class Bench(program.Case):
             found = json.load(f)
         self.assertGreater(found["machine"]["read_gb_per_s"], 0)
         self.assertGreater(found["machine"]["matrix_gflops"], 0)
+        for rate in ("read_gb_per_s", "matrix_gflops"):  # before, and after every round
+            samples = found["machine"][f"{rate}_samples"]
+            self.assertEqual(len(samples), 1 + found["rounds"])
+            self.assertAlmostEqual(found["machine"][rate], sum(samples) / len(samples))
         for row in found["rows"]:
+            self.assertLessEqual(FIELDS, set(row))
+            self.assertEqual(len(row["ms_by_round"]), found["rounds"])
+            self.assertTrue(row["ms_min"] <= min(row["ms_by_round"]) and max(row["ms_by_round"]) <= row["ms_max"])
             self.assertTrue(0 < row["ms_min"] <= row["ms_median"] <= row["ms_max"])
             self.assertAlmostEqual(row["gb_per_s"], row["bytes"] / row["ms_median"] / 1e6)
             self.assertAlmostEqual(row["pct_of_read_bandwidth"],
                                    100 * row["gb_per_s"] / found["machine"]["read_gb_per_s"])
+            self.assertAlmostEqual(row["pct_of_matrix_peak"],
+                                   100 * row["flops"] / row["ms_median"] / 1e6 / found["machine"]["matrix_gflops"])
             self.assertIn(row["method"], table)
         return found["rows"]
 
@@ -123,6 +137,30 @@ class Bench(program.Case):
         self.assertLess(fp4["bytes"], fp16["bytes"])
         self.assertLess(fp16["rel_err"], 2e-3)
         self.assertTrue(1e-3 < fp4["rel_err"] < 0.5, fp4["rel_err"])
+
+    def test_what_a_decode_must_read(self):
+        """300 tokens of 2 KV heads are 4 full pages and a tail of 44 tokens; h_q 4, d 64."""
+        page, high, mean, tail = 2 * 64 * (64 // 2 + 64 // 16), 64 * 4 * 64, 16 + 2 * 64, 44 * 4 * 64
+        rows = 8 * 4 * 64
+        for method, bytes_of_a_head in (("fp4", 4 * (page + mean) + tail),
+                                        ("fp4:centring=off", 4 * (page + 16) + tail),
+                                        # Forced: the first page and the one before the tail's.
+                                        ("thrift", 2 * high + 2 * page + 4 * mean + tail),
+                                        ("thrift:force=none,budget=top_k:1", 2 * page + 3 * page + 4 * mean + tail),
+                                        ("thrift:force=none,budget=top_k:1,storage=dual", high + 3 * page + 4 * mean + tail),
+                                        ("topk", 2 * high + 4 * mean + tail)):
+            row, = self.rows("--method", method)
+            self.assertAlmostEqual(row["bytes"], 2 * bytes_of_a_head + rows, msg=method)
+        topk, = self.rows("--method", "topk")
+        self.assertAlmostEqual(topk["flops"], 4 * 4 * 64 * 300 / 2, msg="2 of 4 pages")
+
+    def test_rounds_and_verify_steps(self):
+        for s_q in (4, 16):
+            for row in self.rows("--method", "fp16", "thrift", "--rounds", 3, "--s-q", s_q):
+                self.assertEqual(row["s_q"], s_q)
+                self.assertAlmostEqual(row["flops"], 4 * 4 * 64 * s_q * (300 - (s_q - 1) / 2))
+        for phase in ("append", "rank"):
+            self.rows("--phase", phase, "--method", "thrift", "--rounds", 2)
 
     def test_every_phase(self):
         for phase, s_q in (("prefill", 100), ("append", 100), ("rank", 1)):
@@ -150,7 +188,8 @@ class Bench(program.Case):
         self.refused(["--phase", "verify"], "bench", "attention", "--phase", "verify")
         self.refused(["magic"], "bench", "attention", "--method", "magic")
         self.refused(["@schedule.json", "layers"], "bench", "attention", "--method", "@schedule.json")
-        self.refused(["--s-q 4", "decode"], "bench", "attention", *self.SHAPE, "--s-q", 4)
+        for phase in ("decode", "rank"):
+            self.refused(["--s-q 17", phase, "16"], "bench", "attention", *self.SHAPE, "--s-q", 17, "--phase", phase)
         self.refused(["bench", "attention"], "bench")
         self.refused(["h_q 7"], "bench", "attention", "--h-q", 7, "--h-kv", 2)
         self.refused(["/no/such"], "bench", "attention", "--json", "/no/such/out.json")

@@ -64,6 +64,9 @@ REFUSED = [
     (("generate", "--model", TINY, "--prompt-file", "{folder}"), ("{folder}", "folder")),
     (("generate", "--model", TINY + "/config.json", "--prompt", "Once"), ("config.json", "Not a directory")),
     (("generate", "--model", "{folder}/" + "m" * 300, "--prompt", "Once"), ("mmm", "File name too long")),
+    *((("bench", "attention", option, value), (option, value)) for option, value in (
+        ("--rounds", "0"), ("--rounds", "-1"), ("--rounds", "1001"), ("--rounds", "some"), ("--reps", "0"), ("--s-q", "0"),
+        ("--s-kv", "0"), ("--batch", "0"), ("--h-q", "0"))),
     (("eval", "generate"), ("--model",)),
     (("--frobnicate",), ("--frobnicate",)),
     (("",), ()),
