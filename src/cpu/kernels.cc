@@ -376,29 +376,16 @@ const Kernels* table() {
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
-#include <map>
-
 #include "cpu/backend.h"
+#include "cpu/targets.h"
 
 namespace thriftattn::cpu {
 namespace {
 
 HWY_EXPORT(table);
 
-// Highway's tables are indexed by the chosen target, so each target is chosen once, here, and never again.
 const std::vector<Kernels>& all_kernels() {
-  static const std::vector<Kernels> all = [] {
-    std::vector<Kernels> tables;
-    for (const int64_t target : hwy::SupportedAndGeneratedTargets()) {
-      hwy::SetSupportedTargetsForTest(target);
-      hwy::GetChosenTarget().Update(hwy::SupportedTargets());
-      tables.push_back(*HWY_DYNAMIC_DISPATCH(table)());
-      tables.back().target = hwy::TargetName(target);
-    }
-    hwy::SetSupportedTargetsForTest(0);
-    hwy::GetChosenTarget().Update(hwy::SupportedTargets());
-    return tables;
-  }();
+  static const std::vector<Kernels> all = tables_of_targets<Kernels>([] { return HWY_DYNAMIC_DISPATCH(table)(); });
   return all;
 }
 
