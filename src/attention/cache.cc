@@ -35,15 +35,12 @@ MemoryUse memory_use(const CacheState& s) {
 Status unknown_sequence(SeqId seq) { return not_found(fmt::format("sequence {} does not exist", seq)); }
 
 bool reserve_pages(CacheState& s, int64_t count, std::vector<int32_t>& table, int64_t entries) {
-  const auto grow = [](auto& v, size_t more) {
-    if (v.capacity() < v.size() + more) v.reserve(std::max(v.size() + more, 2 * v.capacity()));
-  };
   try {
-    grow(table, entries);
+    grow_by(table, entries);
     const int64_t fresh = std::max<int64_t>(0, count - static_cast<int64_t>(s.free_pages.size()));
-    grow(s.page_users, fresh);
-    grow(s.high_users, fresh * s.config.layers);
-    grow(s.forms, fresh * s.config.layers * s.config.h_kv);
+    grow_by(s.page_users, fresh);
+    grow_by(s.high_users, fresh * s.config.layers);
+    grow_by(s.forms, fresh * s.config.layers * s.config.h_kv);
     s.free_pages.reserve(s.page_users.capacity());  // every page may become free
   } catch (const std::bad_alloc&) {
     return false;

@@ -1,15 +1,16 @@
 // Rows into a page and a full page into its stored forms, portable SIMD; one body for every format.
 //
-//   k, v of the caller --convert, check the range--> 16-bit record (K transposed 8 x 8) and K's rows (16 bit, L1/L2)
-//   K's rows --over tokens--> sum, min, max --> mean, summaries, K's largest |k - mean|
-//   record --cell by cell--> x - mean --> scale, codes, error --> the error's plane the same way
+//   k, v of the caller --convert, check the range--> 16-bit record (K transposed 8 x 8) and K's rows (16 bit)
+//   K's rows --over tokens--> mean and summaries
+//   record --cell by cell, minus the mean--> tile (float, in the order of the codes) and each group's largest value
+//   tile --> scales --> codes, and in the tile's place its error, from which the second plane is made the same way
 //
-// Every input value is read once from memory; a page's 16-bit record, 32 KiB at d = 128, is then in L1 and L2. What the
-// bytes mean is defined by encode_page (format/page_codec.cc), and each step here is the same IEEE operation on the same
-// values in the same order, sixteen at a time: the results are equal bit for bit on every target. With two planes about
-// 60 instructions and two divisions a register of values bind; with none, the memory does.
+// Every input value is read once from memory; all else, 80 KiB at d = 128, stays in L1 and L2. What the bytes mean is
+// defined by encode_page (format/page_codec.cc), and each step here gives the same values as its operations in the same
+// order: the results are equal bit for bit on every target. With FP4 the instructions bind, about 30 a register of
+// values for the first plane and 20 for the second; without it the memory does.
 //
-// Memory of a task, on its stack: K's rows 32 KiB and the errors of one matrix 64 KiB at most; at d = 128 half of each.
+// Memory of a task, on its stack: K's rows 32 KiB, the tile of one matrix 64 KiB at most; at d = 128 half of each.
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/encode.cc"
 #include <hwy/foreach_target.h>  // NOLINT: must come before highway.h
@@ -163,16 +164,12 @@ struct LaneSquares {
   }
 };
 
-// Summaries of K from its rows; fills in the mean that the planes are centred by (0 without centring) and returns the
-// largest |k - mean|: rounding keeps the order, so that the smallest and the largest k of a channel tell.
-float summarise_k(const CacheConfig& config, const PageLayout& layout, const uint16_t* rows, uint8_t* summary,
+// Summaries of K from its rows; fills in the mean that the planes are centred by, 0 without centring.
+void summarise_k(const CacheConfig& config, const PageLayout& layout, const uint16_t* rows, uint8_t* summary,
                   float* centre) {
   const DF df;
-  const DU du;
   const DType type = config.high_dtype;
-  HWY_ALIGN float low[kMaxChannels], top[kMaxChannels];
-  uint16_t mean[kMaxChannels];
-  VU largest = hn::Zero(du);
+  uint16_t mean[kMaxChannels], low[kMaxChannels], top[kMaxChannels];
   constexpr int kTogether = 2;  // of the sums in order, so that one need not wait for itself
   for (int c0 = 0; c0 < layout.d; c0 += kTogether * lanes()) {
     // A last step beyond d takes the last channels again.
@@ -191,23 +188,16 @@ float summarise_k(const CacheConfig& config, const PageLayout& layout, const uin
         max[j] = hn::IfThenElse(hn::Lt(max[j], x), x, max[j]);
       }
     for (int j = 0; j < kTogether; ++j) {
-      hn::StoreU(min[j], df, low + at[j]);
-      hn::StoreU(max[j], df, top + at[j]);
+      store_high(type, min[j], low + at[j]);
+      store_high(type, max[j], top + at[j]);
       store_high(type, hn::Mul(sum[j], hn::Set(df, 1.0f / kPageTokens)), mean + at[j]);
-      const VF m = config.centring ? load_high(type, mean + at[j]) : hn::Zero(df);
-      hn::StoreU(m, df, centre + at[j]);
-      for (const VF end : {min[j], max[j]})
-        largest = hn::Max(largest, hn::And(bits(hn::Sub(end, m)), hn::Set(du, kAbs)));
+      hn::StoreU(config.centring ? load_high(type, mean + at[j]) : hn::Zero(df), df, centre + at[j]);
     }
   }
-  if (layout.mean) std::memcpy(summary + layout.mean, mean, layout.d * sizeof(uint16_t));
-  for (int c = 0; c < layout.d; c += lanes()) {
-    if (layout.min)
-      store_high(type, hn::LoadU(df, low + c), reinterpret_cast<uint16_t*>(summary + layout.min) + c);
-    if (layout.max)
-      store_high(type, hn::LoadU(df, top + c), reinterpret_cast<uint16_t*>(summary + layout.max) + c);
-  }
-  return hn::GetLane(hn::MaxOfLanes(df, from_bits(largest)));
+  const size_t bytes = layout.d * sizeof(uint16_t);
+  if (layout.mean) std::memcpy(summary + layout.mean, mean, bytes);
+  if (layout.min) std::memcpy(summary + layout.min, low, bytes);
+  if (layout.max) std::memcpy(summary + layout.max, top, bytes);
 }
 
 void summarise_variance(const CacheConfig& config, const PageLayout& layout, const uint16_t* rows, float* variance) {
@@ -235,22 +225,45 @@ void summarise_variance(const CacheConfig& config, const PageLayout& layout, con
   }
 }
 
-// |V|: its squares and its largest value.
-float measure_v(DType type, const PlaneLayout& plane, const uint16_t* v, Squares& squares) {
-  VU largest = hn::Zero(DU());
+// --- planes
+
+// One matrix between the record and its codes, in the order of the codes: N lanes of all rows, then the next N.
+struct Tile {
+  HWY_ALIGN float value[kMaxChannels * kPageTokens];
+  HWY_ALIGN float group_amax[kMaxChannels * kPageTokens / 16];  // largest |value| by group
+  float amax;                                                   // of all
+
+  static int64_t at(const PlaneLayout& plane, int r, int lane) {
+    return static_cast<int64_t>(lane) * plane.depth + static_cast<int64_t>(r) * lanes();
+  }
+  static int64_t group_at(const PlaneLayout& plane, int r, int lane) {
+    return static_cast<int64_t>(lane) * (plane.depth / plane.group) + static_cast<int64_t>(r / plane.group) * lanes();
+  }
+};
+
+// Fills a tile with load(r, lane), N lanes each, and adds their squares to `squares`, unless that is null.
+template <class Load>
+void fill_tile(const PlaneLayout& plane, int rows, Load load, Squares* squares, Tile& tile) {
+  const DU du;
+  Squares unused;
+  VU largest = hn::Zero(du);
   for (int lane = 0; lane < plane.lanes; lane += lanes()) {
-    LaneSquares sums(squares, lane);
-    for (int r = 0; r < plane.depth; ++r) {
-      const VF x = load_high(type, v + r * plane.lanes + lane);
-      largest = hn::Max(largest, hn::And(bits(x), hn::Set(DU(), kAbs)));
-      sums.add(x);
+    LaneSquares sums(squares ? *squares : unused, lane);
+    for (int r0 = 0; r0 < rows; r0 += plane.group) {
+      VU amax = hn::Zero(du);
+      for (int r = r0; r < std::min(r0 + plane.group, rows); ++r) {
+        const VF x = load(r, lane);
+        hn::Store(x, DF(), tile.value + Tile::at(plane, r, lane));
+        amax = hn::Max(amax, hn::And(bits(x), hn::Set(du, kAbs)));
+        if (squares) sums.add(x);
+      }
+      hn::Store(from_bits(amax), DF(), tile.group_amax + Tile::group_at(plane, r0, lane));
+      largest = hn::Max(largest, amax);
     }
     sums.store();
   }
-  return hn::GetLane(hn::MaxOfLanes(DF(), from_bits(largest)));
+  tile.amax = hn::GetLane(hn::MaxOfLanes(DF(), from_bits(largest)));
 }
-
-// --- planes
 
 // The scales of N groups.
 struct GroupScales {
@@ -299,34 +312,63 @@ HWY_INLINE GroupScales mxfp4_scales(VF amax) {
           hn::VecFromMask(du, hn::RebindMask(du, hn::Gt(amax, hn::Zero(df))))};
 }
 
+// What values are divided by: a scale without the page's power of two.
+struct Divisor {
+  VF scale;
+  VF inverse;  // rounded 1 / scale; 0 where the scale is 0
+
+  HWY_INLINE explicit Divisor(VF s)
+      : scale(s), inverse(hn::IfThenElseZero(hn::Gt(s, hn::Zero(DF())), hn::Div(hn::Set(DF(), 1.0f), s))) {}
+  HWY_INLINE Divisor(VF s, VF i) : scale(s), inverse(i) {}
+};
+
+// a / scale, a >= 0, as near as the choice of a code needs it; anything where the scale is 0 or NaN, but finite for 0.
+//
+// Codes change at a / scale = m for 7 midpoints m of 3 bits or fewer, and a scale has 4, so that m * scale is a float. If
+// a is that float, the remainder below is exact and the second product restores m exactly. If it is another one, a differs
+// from it by a unit of its last place at least, and then a / scale from m by more than half a unit of m: the rounded
+// quotient lies on the same side of m as the exact one, and so does the corrected product, whose relative error before
+// its one rounding is below 2^-40. So all three choose the same code. An infinite a gives NaN.
+HWY_INLINE VF divide(VF a, const Divisor& by) {
+#if HWY_TARGET == HWY_EMU128  // no fused products
+  return hn::IfThenElseZero(hn::Gt(by.scale, hn::Zero(DF())), hn::Div(a, by.scale));
+#else
+  const VF q = hn::Mul(a, by.inverse);
+  return hn::MulAdd(hn::NegMulAdd(q, by.scale, a), by.inverse, q);
+#endif
+}
+
 // N values of the E2M1 grid.
 struct Rounded {
-  VU code;  // 0..7, without the sign
+  VU code;  // in the low three bits; the others are anything
   VF abs;   // decoded
 };
 
-// |x| / s rounded to E2M1, ties to the even code; 0 where `abs_mask` is 0. From 2^e on (e = 0 below 2 too) the grid's
-// step is 2^(e - 1), and |x| / s = k steps has the code k + 2e. The sum with 2^(e + 22) + 6 steps rounds to whole steps:
-// its fraction is then k + 6 and its exponent field e + 149, so that fraction + 2 * field = code + 304, a multiple of 8.
-HWY_INLINE Rounded round_e2m1(VF x, VF s, VU abs_mask) {
+// Rounds q >= 0 to E2M1, ties to the even code. From 2^e on (e = 0 below 2 too) the grid's step is 2^(e - 1), and q of k
+// steps has the code k + 2e. The sum with 2^(e + 22) + 6 steps rounds to whole steps: its fraction is then k + 6 and its
+// exponent field e + 149, so that fraction + 2 * field = code + 304, and 304 is a multiple of 8.
+HWY_INLINE Rounded round_e2m1(VF q) {
   const DF df;
   const DU du;
-  VF q = from_bits(hn::And(bits(hn::Div(x, s)), abs_mask));
-  q = hn::Min(q, hn::Set(df, kE2m1Max));
+  const VF six = hn::Set(df, kE2m1Max);
+#if HWY_ARCH_X86
+  q = hn::Min(q, six);  // of a NaN: 6
+#else
+  q = hn::IfThenElse(hn::Lt(q, six), q, six);
+#endif
   const VU power = hn::And(bits(hn::Max(q, hn::Set(df, 1.0f))), hn::Set(du, 0x7f800000));
   const VF big = from_bits(hn::Add(power, hn::Set(du, (22u << 23) + 6)));
   const VF sum = hn::Add(q, big);
-  return {hn::And(hn::Add(bits(sum), hn::ShiftRight<22>(bits(sum))), hn::Set(du, 7)), hn::Sub(sum, big)};
+  return {hn::Add(bits(sum), hn::ShiftRight<22>(bits(sum))), hn::Sub(sum, big)};
 }
 
 // The squared error of 16 rows of x * up under given scales: in double and in order, as nvfp4_squared_error.
-HWY_INLINE void squared_error(const float* x, VF up, const GroupScales& s, VD& low, VD& high) {
-  const VU abs_mask = hn::And(s.code, hn::Set(DU(), kAbs));
+HWY_INLINE void squared_error(const float* x, VF up, VF scale, VD& low, VD& high) {
+  const Divisor by(scale);
   low = high = hn::Zero(DD());
   for (int i = 0; i < 16; ++i) {
-    const VF y = hn::Mul(hn::Load(DF(), x + i * lanes()), up);
-    const VF decoded = hn::Mul(round_e2m1(y, s.value, abs_mask).abs, s.value);
-    const VF a = hn::Abs(y);  // both have y's sign
+    const VF a = hn::Mul(hn::Abs(hn::Load(DF(), x + i * lanes())), up);
+    const VF decoded = hn::Mul(round_e2m1(divide(a, by)).abs, scale);
     const VD l = hn::Sub(low_half(a), low_half(decoded)), h = hn::Sub(high_half(a), high_half(decoded));
     low = hn::Add(low, hn::Mul(l, l));
     high = hn::Add(high, hn::Mul(h, h));
@@ -334,13 +376,14 @@ HWY_INLINE void squared_error(const float* x, VF up, const GroupScales& s, VD& l
 }
 
 HWY_INLINE GroupScales choose_scales(const CacheConfig& config, const float* x, VF amax, VF up) {
+  amax = hn::Mul(amax, up);
   if (config.format == Fp4Format::mxfp4) return mxfp4_scales(amax);
   const GroupScales six = nvfp4_scales(amax, 6.0f);
   if (config.scales == Scales::six) return six;
   const GroupScales four = nvfp4_scales(amax, 4.0f);
   VD six_low, six_high, four_low, four_high;
-  squared_error(x, up, six, six_low, six_high);
-  squared_error(x, up, four, four_low, four_high);
+  squared_error(x, up, six.value, six_low, six_high);
+  squared_error(x, up, four.value, four_low, four_high);
   const DD dd;
   HWY_ALIGN double greater[16];  // 1 where 4 is better; a NaN keeps 6
   const VD one = hn::Set(dd, 1.0);
@@ -354,57 +397,61 @@ HWY_INLINE GroupScales choose_scales(const CacheConfig& config, const float* x, 
           hn::IfThenElse(better_u, four.code, six.code)};
 }
 
-// Where the errors of one matrix stand between its planes: as they are encoded, N lanes by N lanes.
-inline float* error_at(float* errors, const PlaneLayout& plane, int r, int lane) {
-  return errors + static_cast<int64_t>(lane) * plane.depth + static_cast<int64_t>(r) * lanes();
-}
+enum class Keep { nothing, squares, squares_and_errors };  // of the errors
 
-// Encodes `rows` rows of a plane, load(r, lane) each, times 2^exponent. Leaves their errors in `errors` and returns the
-// largest of them, unless it is null; adds their squares to `squares`, unless that is null.
-template <class Load>
-float encode_plane(const CacheConfig& config, const PlaneLayout& plane, int rows, int exponent, Load load,
-                   uint8_t* codes, uint8_t* scales, float* errors, Squares* squares) {
+// Encodes a tile of which `rows` rows are given and returns the page exponent. Adds the squares of the errors to
+// `squares`; leaves the errors in the tile in place of its values.
+template <Keep kKeep>
+int encode_plane(const CacheConfig& config, const PlaneLayout& plane, int rows, Tile& tile, uint8_t* codes,
+                 uint8_t* scales, Squares& squares) {
   const DF df;
   const DU du;
-  const int n = lanes();
+  const int n = lanes(), groups = (rows + plane.group - 1) / plane.group;
+  const int exponent = config.page_scale ? page_exponent(tile.amax, config.format, config.scales) : 0;
   const VF up = hn::Set(df, pow2(exponent)), down = hn::Set(df, pow2(-exponent));
   if (rows < plane.depth) {  // padding
     std::memset(codes, 0, plane.code_bytes());
     std::memset(scales, 0, plane.scale_bytes());
   }
-  HWY_ALIGN float x[kMaxBlockSize * 16];
-  Squares unused;
+  constexpr int kMaxGroups = kMaxChannels / 16;
+  HWY_ALIGN float steps[kMaxGroups * 16], inverses[kMaxGroups * 16];
+  HWY_ALIGN uint32_t masks[kMaxGroups * 16];
   VU largest = hn::Zero(du);
   for (int lane = 0; lane < plane.lanes; lane += n) {
-    LaneSquares sums(squares ? *squares : unused, lane);
-    for (int r0 = 0; r0 < rows; r0 += plane.group) {
-      const int height = std::min(plane.group, rows - r0);  // 16 or 32
-      VU amax = hn::Zero(du);
-      for (int i = 0; i < height; ++i) {
-        const VF value = load(r0 + i, lane);
-        hn::Store(value, df, x + i * n);
-        amax = hn::Max(amax, hn::And(bits(value), hn::Set(du, kAbs)));
-      }
-      const GroupScales s = choose_scales(config, x, hn::Mul(from_bits(amax), up), up);
-      hn::StoreU(hn::DemoteTo(hn::Rebind<uint8_t, DF>(), hn::BitCast(DI(), s.byte)), hn::Rebind<uint8_t, DF>(),
-                 scales + plane.scale_offset(r0, lane));
-      const VU abs_mask = hn::And(s.code, hn::Set(du, kAbs)), sign_mask = hn::And(s.code, hn::Set(du, kSign));
-      const VF step = hn::Mul(s.value, down);
-      for (int i = 0; i < height; i += 8) {
+    float* amax = tile.group_amax + Tile::group_at(plane, 0, lane);
+    for (int g = 0; g < groups; ++g) {  // apart from the codes, so that no code waits for its scale
+      const float* x = tile.value + Tile::at(plane, g * plane.group, lane);
+      const GroupScales s = choose_scales(config, x, hn::Load(df, amax + g * n), up);
+      const hn::Rebind<uint8_t, DF> du8;
+      hn::StoreU(hn::DemoteTo(du8, hn::BitCast(DI(), s.byte)), du8, scales + plane.scale_offset(g * plane.group, lane));
+      hn::Store(hn::Mul(s.value, down), df, steps + g * n);
+      hn::Store(hn::Mul(Divisor(s.value).inverse, up), df, inverses + g * n);
+      hn::Store(s.code, du, masks + g * n);
+    }
+    LaneSquares sums(squares, lane);
+    for (int g = 0; g < groups; ++g) {
+      const Divisor step(hn::Load(df, steps + g * n), hn::Load(df, inverses + g * n));
+      const VU mask = hn::Load(du, masks + g * n);
+      VU error_amax = hn::Zero(du);
+      for (int r0 = g * plane.group; r0 < std::min((g + 1) * plane.group, rows); r0 += 8) {
+        float* x = tile.value + Tile::at(plane, r0, lane);
         VU word = hn::Zero(du);
         const auto encode_row = [&](auto shift) HWY_ATTR {
           constexpr int kShift = decltype(shift)::value;
           constexpr int kRow = kShift % 8 / 4 * 4 + kShift / 8;
-          const VF value = hn::Load(df, x + (i + kRow) * n);
-          const Rounded rounded = round_e2m1(hn::Mul(value, up), s.value, abs_mask);
-          const VU sign = hn::And(bits(value), sign_mask);
-          word = hn::Or(word, hn::ShiftLeft<kShift>(hn::Or(rounded.code, hn::ShiftRight<28>(sign))));
+          const VF value = hn::Load(df, x + kRow * n);
+          const VF a = hn::Abs(value);
+          const Rounded rounded = round_e2m1(divide(a, step));
+          const VU sign = hn::And(bits(value), hn::Set(du, kSign));
+          const VU code = hn::OrAnd(hn::ShiftRight<28>(sign), rounded.code, hn::Set(du, 7));
+          word = hn::Or(word, hn::ShiftLeft<kShift>(code));
+          if constexpr (kKeep == Keep::nothing) return;
           const VF decoded = from_bits(hn::Or(bits(rounded.abs), sign));
-          const VF error = hn::Sub(value, hn::Mul(decoded, step));
-          if (squares) sums.add(error);
-          if (errors) {
-            largest = hn::Max(largest, hn::And(bits(error), hn::Set(du, kAbs)));
-            hn::Store(error, df, error_at(errors, plane, r0 + i + kRow, lane));
+          const VF error = hn::Sub(value, hn::Mul(decoded, step.scale));
+          sums.add(error);
+          if constexpr (kKeep == Keep::squares_and_errors) {
+            error_amax = hn::Max(error_amax, hn::And(bits(error), hn::Set(du, kAbs)));
+            hn::Store(error, df, x + kRow * n);
           }
         };
         encode_row(std::integral_constant<int, 0>());
@@ -415,33 +462,29 @@ float encode_plane(const CacheConfig& config, const PlaneLayout& plane, int rows
         encode_row(std::integral_constant<int, 12>());
         encode_row(std::integral_constant<int, 20>());
         encode_row(std::integral_constant<int, 28>());
-        hn::StoreU(word, du, reinterpret_cast<uint32_t*>(codes + plane.code_offset(r0 + i, lane)));
+        hn::StoreU(hn::And(word, mask), du, reinterpret_cast<uint32_t*>(codes + plane.code_offset(r0, lane)));
       }
+      hn::Store(from_bits(error_amax), df, amax + g * n);
+      largest = hn::Max(largest, error_amax);
     }
     sums.store();
   }
-  return hn::GetLane(hn::MaxOfLanes(df, from_bits(largest)));
+  tile.amax = hn::GetLane(hn::MaxOfLanes(df, from_bits(largest)));
+  return exponent;
 }
 
-// One matrix of a page in one plane or two; null = not stored. `amax` is the largest |value| of load.
-template <class Load>
-float encode_matrix(const CacheConfig& config, const PlaneLayout& plane, int rows, float amax, Load load,
-                    uint8_t* const codes[2], uint8_t* const scales[2], float* errors, int8_t exponents[2]) {
-  const auto exponent_of = [&](float largest) {
-    return config.page_scale ? page_exponent(largest, config.format, config.scales) : 0;
-  };
+// One matrix of a page, in its tile, in one plane or two: the second one encodes what the first one left. Returns the
+// first one's root mean square error.
+float encode_matrix(const CacheConfig& config, const PlaneLayout& plane, int rows, Tile& tile, uint8_t* fp4,
+                    uint8_t* residual, int64_t codes, int64_t scales, int8_t exponents[2]) {
   Squares squares;
-  const int first = exponent_of(amax);
-  exponents[0] = static_cast<int8_t>(first);
-  float* kept = codes[1] ? errors : nullptr;
-  const float largest = encode_plane(config, plane, rows, first, load, codes[0], scales[0], kept, &squares);
-  if (codes[1]) {
-    const auto load_error = [&](int r, int lane) HWY_ATTR { return hn::Load(DF(), error_at(errors, plane, r, lane)); };
-    const int second = exponent_of(largest);
-    exponents[1] = static_cast<int8_t>(second);
-    encode_plane(config, plane, rows, second, load_error, codes[1], scales[1], nullptr, nullptr);
-  }
-  return squares.rms_over_tokens();
+  const auto encode_first = residual ? encode_plane<Keep::squares_and_errors> : encode_plane<Keep::squares>;
+  exponents[0] = static_cast<int8_t>(encode_first(config, plane, rows, tile, fp4 + codes, fp4 + scales, squares));
+  const float rms = squares.rms_over_tokens();
+  if (residual)
+    exponents[1] = static_cast<int8_t>(encode_plane<Keep::nothing>(config, plane, rows, tile, residual + codes,
+                                                                   residual + scales, squares));
+  return rms;
 }
 
 // encode_page, of a record whose K rows are at hand.
@@ -452,27 +495,25 @@ void encode(const PageAppend& a, const uint16_t* rows) {
   const uint16_t* v = a.high + layout.high_v;
   HWY_ALIGN float centre[kMaxChannels];
   PageSummary facts;
-  const float k_amax = summarise_k(config, layout, rows, a.summary, centre);
+  summarise_k(config, layout, rows, a.summary, centre);
   if (layout.variance)
     summarise_variance(config, layout, rows, reinterpret_cast<float*>(a.summary + layout.variance));
-  Squares v_squares;
-  const float v_amax = measure_v(type, layout.v, v, v_squares);
-  facts.v_norm = v_squares.rms_over_tokens();
+  Tile tile;
   if (a.fp4) {
-    HWY_ALIGN float errors[kMaxChannels * kPageTokens];
     const auto load_k = [&](int r, int lane) HWY_ATTR {
       return hn::Sub(load_high(type, a.high + r * kPageTokens + lane), hn::Set(DF(), centre[r]));
     };
-    const auto load_v = [&](int r, int lane) HWY_ATTR { return load_high(type, v + r * layout.d_v + lane); };
-    const auto at = [&](uint8_t* plane, int64_t offset) { return plane ? plane + offset : nullptr; };
-    uint8_t* const k_codes[2] = {a.fp4 + layout.k_codes, at(a.residual, layout.k_codes)};
-    uint8_t* const k_scales[2] = {a.fp4 + layout.k_scales, at(a.residual, layout.k_scales)};
-    uint8_t* const v_codes[2] = {a.fp4 + layout.v_codes, at(a.residual, layout.v_codes)};
-    uint8_t* const v_scales[2] = {a.fp4 + layout.v_scales, at(a.residual, layout.v_scales)};
-    facts.eps_k = encode_matrix(config, layout.k, layout.d, k_amax, load_k, k_codes, k_scales, errors, facts.k_exponent);
-    facts.eps_v =
-        encode_matrix(config, layout.v, kPageTokens, v_amax, load_v, v_codes, v_scales, errors, facts.v_exponent);
+    fill_tile(layout.k, layout.d, load_k, nullptr, tile);
+    facts.eps_k = encode_matrix(config, layout.k, layout.d, tile, a.fp4, a.residual, layout.k_codes, layout.k_scales,
+                                facts.k_exponent);
   }
+  const auto load_v = [&](int r, int lane) HWY_ATTR { return load_high(type, v + r * layout.d_v + lane); };
+  Squares v_squares;
+  fill_tile(layout.v, kPageTokens, load_v, &v_squares, tile);
+  facts.v_norm = v_squares.rms_over_tokens();
+  if (a.fp4)
+    facts.eps_v = encode_matrix(config, layout.v, kPageTokens, tile, a.fp4, a.residual, layout.v_codes,
+                                layout.v_scales, facts.v_exponent);
   std::memcpy(a.summary, &facts, sizeof(facts));
 }
 
