@@ -5,6 +5,7 @@
 #include <span>
 #include <string>
 
+#include "format/page_codec.h"
 #include "format/params.h"
 #include "thriftattn/attention.h"
 
@@ -21,6 +22,10 @@ struct Backend {
 
 // What `method`, with policy and arithmetic resolved, reads and heads of this storage do not keep.
 Status check_stored(const Method& method, const CacheConfig& cache, Storage storage);
+
+// Brings rows into a page in this machine's memory. False where a value is NaN, Inf or beyond the 16-bit form's range;
+// the records then hold anything.
+bool append_rows(const PageAppend& append);
 
 // In order of preference.
 std::span<const Backend> backends();

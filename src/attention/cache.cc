@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "attention/backends.h"
 #include "attention/cache_state.h"
 #include "format/page_codec.h"
 #include "format/rows.h"
@@ -34,15 +35,12 @@ MemoryUse memory_use(const CacheState& s) {
 Status unknown_sequence(SeqId seq) { return not_found(fmt::format("sequence {} does not exist", seq)); }
 
 bool reserve_pages(CacheState& s, int64_t count, std::vector<int32_t>& table, int64_t entries) {
-  const auto grow = [](auto& v, size_t more) {
-    if (v.capacity() < v.size() + more) v.reserve(std::max(v.size() + more, 2 * v.capacity()));
-  };
   try {
-    grow(table, entries);
+    grow_by(table, entries);
     const int64_t fresh = std::max<int64_t>(0, count - static_cast<int64_t>(s.free_pages.size()));
-    grow(s.page_users, fresh);
-    grow(s.high_users, fresh * s.config.layers);
-    grow(s.forms, fresh * s.config.layers * s.config.h_kv);
+    grow_by(s.page_users, fresh);
+    grow_by(s.high_users, fresh * s.config.layers);
+    grow_by(s.forms, fresh * s.config.layers * s.config.h_kv);
     s.free_pages.reserve(s.page_users.capacity());  // every page may become free
   } catch (const std::bad_alloc&) {
     return false;
@@ -68,6 +66,9 @@ int32_t& high_users(CacheState& s, int32_t page, int layer) {
 }
 
 namespace {
+
+// Rows of one head that an append brings in without waking other threads, which takes longer than that many rows do.
+constexpr int64_t kRowsAlone = 64;
 
 // One sequence gives up the 16-bit form of a page; the last one to do so frees it, for the heads that may lose it.
 void release_high(CacheState& s, int32_t page, int layer) {
@@ -110,34 +111,56 @@ Status check_shape(const CacheConfig& c, const View& k, const View& v) {
   return {};
 }
 
-// The first (token, head) of x that its 16-bit form cannot hold, or an ok status.
-Status check_values(const CacheConfig& config, int layer, const char* name, const View& x, ThreadPool& pool) {
-  const float limit =
-      config.high_dtype == DType::f16 ? 0x1.ffdffep15f : 0x1.fefffep127f;  // the next float rounds to infinity
-  std::atomic<int64_t> first_bad{INT64_MAX};
-  const int64_t span = 256;
-  pool.parallel_for((x.tokens + span - 1) / span, [&](int64_t task, int) {
-    float row[kMaxChannels];
-    for (int64_t t = task * span; t < std::min(x.tokens, (task + 1) * span); ++t)
-      for (int64_t h = 0; h < x.heads; ++h) {
-        load_row(x.dtype, x.at(t, h), x.channels, row);
-        bool good = true;
-        for (int64_t c = 0; c < x.channels; ++c) good &= std::abs(row[c]) <= limit;
-        if (good) continue;
-        int64_t seen = first_bad.load();
-        while (t * x.heads + h < seen && !first_bad.compare_exchange_weak(seen, t * x.heads + h)) {
-        }
-      }
-  });
-  const int64_t bad = first_bad.load();
-  if (bad == INT64_MAX) return {};
-  std::vector<float> row(x.channels);
-  load_row(x.dtype, x.at(bad / x.heads, bad % x.heads), x.channels, row.data());
-  const auto channel = std::find_if(row.begin(), row.end(), [&](float e) { return !(std::abs(e) <= limit); });
-  return invalid_argument(fmt::format(
-      "{} of layer {}, token {}, head {}, channel {} is {}: {} holds finite values up to {}", name, layer,
-      bad / x.heads, bad % x.heads, channel - row.begin(), *channel, config.high_dtype == DType::f16 ? "f16" : "bf16",
-      config.high_dtype == DType::f16 ? "65504" : "3.39e38"));
+// Names the first value of x that its 16-bit form cannot hold; an ok status where there is none.
+Status check_values(const CacheConfig& config, int layer, const char* name, const View& x) {
+  const float limit = high_limit(config.high_dtype);
+  float row[kMaxChannels];
+  for (int64_t t = 0; t < x.tokens; ++t)
+    for (int64_t h = 0; h < x.heads; ++h) {
+      load_row(x.dtype, x.at(t, h), x.channels, row);
+      const float* bad = std::find_if(row, row + x.channels, [&](float e) { return !(std::abs(e) <= limit); });
+      if (bad != row + x.channels)
+        return invalid_argument(fmt::format("{} of layer {}, token {}, head {}, channel {} is {}: {} holds finite values "
+                                            "up to {}",
+                                            name, layer, t, h, bad - row, *bad,
+                                            config.high_dtype == DType::f16 ? "f16" : "bf16",
+                                            config.high_dtype == DType::f16 ? "65504" : "3.39e38"));
+    }
+  return {};
+}
+
+// Takes the records that tokens [from, to) of one layer need of pages that its table holds; all are reserved.
+void take_records(CacheState& s, const Sequence& q, int layer, int64_t from, int64_t to) {
+  for (int64_t p = from / kPageTokens; p < pages_for(to); ++p) {
+    PageForms* forms = s.forms_of(q.pages[p], layer);
+    const bool fills = p < to / kPageTokens;
+    if (forms[0].high < 0) high_users(s, q.pages[p], layer) = 1;
+    for (int h = 0; h < s.config.h_kv; ++h) {
+      const CacheState::Stored stored = s.stored(layer, h);
+      if (forms[h].high < 0) forms[h].high = s.high.take();
+      if (fills && stored.fp4) forms[h].fp4 = s.fp4.take();
+      if (fills && stored.residual) forms[h].residual = s.residual.take();
+      if (fills && stored.summary) forms[h].summary = s.summary.take();
+    }
+  }
+}
+
+// Gives back what take_records took, and the last `new_pages` pages of the table.
+void give_back_records(CacheState& s, Sequence& q, int layer, int64_t from, int64_t to, int64_t new_pages) {
+  for (int64_t p = from / kPageTokens; p < pages_for(to); ++p) {
+    PageForms* forms = s.forms_of(q.pages[p], layer);
+    const bool was_tail = p * kPageTokens < from;
+    if (!was_tail) high_users(s, q.pages[p], layer) = 0;
+    for (int h = 0; h < s.config.h_kv; ++h) {
+      drop_encoded(s, forms[h]);
+      if (!was_tail) s.high.give_back(forms[h].high);
+    }
+  }
+  for (; new_pages > 0; --new_pages) {
+    s.page_users[q.pages.back()] = 0;
+    s.free_pages.push_back(q.pages.back());
+    q.pages.pop_back();
+  }
 }
 
 }  // namespace
@@ -228,8 +251,6 @@ Status KvCache::append(SeqId seq, int layer, const View& k, const View& v, Threa
   if (layer < 0 || layer >= c.layers)
     return invalid_argument(fmt::format("layer {} does not exist: the cache has {}", layer, c.layers));
   THRIFTATTN_RETURN_IF_ERROR(check_shape(c, k, v));
-  THRIFTATTN_RETURN_IF_ERROR(check_values(c, layer, "k", k, pool));
-  THRIFTATTN_RETURN_IF_ERROR(check_values(c, layer, "v", v, pool));
 
   Sequence& q = s.sequences[seq];
   const int64_t from = q.layer_length[layer], to = from + k.tokens;
@@ -258,35 +279,38 @@ Status KvCache::append(SeqId seq, int layer, const View& k, const View& v, Threa
                   fmt::format("{} more tokens need {} bytes, which the system refused", k.tokens, need));
 
   for (int64_t i = 0; i < new_pages; ++i) q.pages.push_back(take_page(s));
-  for (int64_t p = first_page; p < end_page; ++p) {
-    PageForms* forms = s.forms_of(q.pages[p], layer);
-    const bool fills = p < to / kPageTokens;
-    if (forms[0].high < 0) high_users(s, q.pages[p], layer) = 1;
-    for (int h = 0; h < c.h_kv; ++h) {
-      const CacheState::Stored stored = s.stored(layer, h);
-      if (forms[h].high < 0) forms[h].high = s.high.take();
-      if (fills && stored.fp4) forms[h].fp4 = s.fp4.take();
-      if (fills && stored.residual) forms[h].residual = s.residual.take();
-      if (fills && stored.summary) forms[h].summary = s.summary.take();
-    }
-  }
+  take_records(s, q, layer, from, to);
 
-  pool.parallel_for((end_page - first_page) * c.h_kv, [&](int64_t task, int) {
+  std::atomic<bool> good{true};
+  const auto append_page = [&](int64_t task, int) {
     const int64_t p = first_page + task / c.h_kv;
     const int h = static_cast<int>(task % c.h_kv);
+    const int64_t begin = std::max(from, p * kPageTokens), end = std::min(to, (p + 1) * kPageTokens);
     const PageForms& forms = s.forms_of(q.pages[p], layer)[h];
-    auto* high = reinterpret_cast<uint16_t*>(s.high.at(forms.high));
-    float row[kMaxChannels];
-    for (int64_t t = std::max(from, p * kPageTokens); t < std::min(to, (p + 1) * kPageTokens); ++t) {
-      const int slot = static_cast<int>(t % kPageTokens);
-      load_row(k.dtype, k.at(t - from, h), c.d, row);
-      for (int e = 0; e < c.d; ++e) high[s.layout.high_k_at(slot, e)] = high_encode(c.high_dtype, row[e]);
-      load_row(v.dtype, v.at(t - from, h), c.d_v, row);
-      for (int e = 0; e < c.d_v; ++e) high[s.layout.high_v_at(slot, e)] = high_encode(c.high_dtype, row[e]);
-    }
-    if (p < to / kPageTokens)
-      encode_page(c, s.layout, high, s.fp4.at(forms.fp4), s.residual.at(forms.residual), s.summary.at(forms.summary));
-  });
+    PageAppend a;
+    a.config = &c;
+    a.layout = &s.layout;
+    a.k = {k.at(begin - from, h), k.dtype, k.token_stride * size_of(k.dtype)};
+    a.v = {v.at(begin - from, h), v.dtype, v.token_stride * size_of(v.dtype)};
+    a.first = static_cast<int>(begin - p * kPageTokens);
+    a.end = static_cast<int>(end - p * kPageTokens);
+    a.high = reinterpret_cast<uint16_t*>(s.high.at(forms.high));
+    a.fp4 = s.fp4.at(forms.fp4);
+    a.residual = s.residual.at(forms.residual);
+    a.summary = s.summary.at(forms.summary);
+    if (!append_rows(a)) good.store(false, std::memory_order_relaxed);
+  };
+  const int64_t tasks = (end_page - first_page) * c.h_kv;
+  if (filled == 0 && k.tokens * c.h_kv <= kRowsAlone) {
+    for (int64_t task = 0; task < tasks; ++task) append_page(task, 0);
+  } else {
+    pool.parallel_for(tasks, append_page);
+  }
+  if (!good) {
+    give_back_records(s, q, layer, from, to, new_pages);
+    THRIFTATTN_RETURN_IF_ERROR(check_values(c, layer, "k", k));
+    return check_values(c, layer, "v", v);
+  }
   q.layer_length[layer] = to;
   s.peak_bytes = std::max(s.peak_bytes, memory_use(s).total());
   return {};

@@ -1,6 +1,8 @@
 // What stands behind a KvCache: record pools, form tables, block tables. See cache.h for what it promises.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -13,27 +15,28 @@
 
 namespace thriftattn {
 
-// Equal records in chunks that never move. A record is named by its index.
+// Room for `more` elements, so that pushing them does not allocate; may throw std::bad_alloc.
+template <class T>
+void grow_by(std::vector<T>& v, int64_t more) {
+  const size_t wanted = v.size() + static_cast<size_t>(more);
+  if (v.capacity() < wanted) v.reserve(std::max(wanted, 2 * v.capacity()));
+}
+
+// Equal records that never move, named by index. Memory is taken in blocks, the first small, later ones as large as a
+// quarter of what there is already, up to 16 MiB; from 2 MiB on a block asks for huge pages, because the faults of small
+// ones cost an append as much as its work. Within a block records stand in chunks of 16, so that finding one takes no
+// division.
 class RecordPool {
  public:
   static constexpr int64_t kAlignment = 64;
 
   explicit RecordPool(int64_t record_bytes = 0)
-      : record_bytes_(record_bytes),
-        stride_(round_up(record_bytes, kAlignment)),
-        per_chunk_(stride_ ? std::max<int64_t>(1, (int64_t{1} << 20) / stride_) : 0) {}
+      : record_bytes_(record_bytes), stride_(round_up(record_bytes, kAlignment)) {}
 
   // Makes sure that the next `count` takes succeed; false where the system has no memory left.
   bool reserve(int64_t count) {
     try {
-      while (static_cast<int64_t>(free_.size()) < count) {
-        const int64_t first = static_cast<int64_t>(chunks_.size()) * per_chunk_;
-        free_.reserve(first + per_chunk_);  // every record may come back: give_back must not allocate
-        std::unique_ptr<uint8_t, Release> chunk(
-            static_cast<uint8_t*>(::operator new(per_chunk_* stride_, std::align_val_t(kAlignment))));
-        chunks_.push_back(std::move(chunk));
-        for (int64_t i = per_chunk_; i-- > 0;) free_.push_back(static_cast<int32_t>(first + i));
-      }
+      while (static_cast<int64_t>(free_.size()) < count) add_block();
     } catch (const std::bad_alloc&) {
       return false;
     }
@@ -59,19 +62,44 @@ class RecordPool {
   }
 
   uint8_t* at(int32_t record) const {
-    return record < 0 ? nullptr : chunks_[record / per_chunk_].get() + (record % per_chunk_) * stride_;
+    return record < 0 ? nullptr : chunks_[record / kChunkRecords] + (record % kChunkRecords) * stride_;
   }
   int64_t record_bytes() const { return record_bytes_; }
   int64_t used_bytes() const { return used_ * record_bytes_; }
-  int64_t reserved_bytes() const { return static_cast<int64_t>(chunks_.size()) * per_chunk_ * stride_; }
+  int64_t reserved_bytes() const { return reserved_; }
 
  private:
+  static constexpr uint32_t kChunkRecords = 16;
+  static constexpr int64_t kHugePage = int64_t{1} << 21;
+
   struct Release {
-    void operator()(uint8_t* p) const { ::operator delete(p, std::align_val_t(kAlignment)); }
+    int64_t alignment = kAlignment;
+    void operator()(uint8_t* p) const { ::operator delete(p, std::align_val_t(alignment)); }
   };
-  int64_t record_bytes_, stride_, per_chunk_;
-  int64_t used_ = 0;
-  std::vector<std::unique_ptr<uint8_t, Release>> chunks_;
+
+  void add_block() {
+    const int64_t chunk_bytes = int64_t{kChunkRecords} * stride_;
+    int64_t bytes = std::max({chunk_bytes, int64_t{1} << 18, std::min(reserved_ / 4, int64_t{1} << 24)});
+    const bool huge = bytes >= kHugePage;
+    if (huge) bytes = bytes / kHugePage * kHugePage;
+    const Release release{huge ? kHugePage : kAlignment};
+    std::unique_ptr<uint8_t, Release> block(
+        static_cast<uint8_t*>(::operator new(bytes, std::align_val_t(release.alignment))), release);
+    if (huge) madvise(block.get(), bytes, MADV_HUGEPAGE);  // where the system has none, small ones do
+    const int64_t chunks = bytes / chunk_bytes, first = std::ssize(chunks_) * kChunkRecords;
+    grow_by(blocks_, 1);
+    grow_by(chunks_, chunks);
+    grow_by(free_, first + chunks * kChunkRecords - std::ssize(free_));  // all may come back: give_back must not allocate
+    for (int64_t c = 0; c < chunks; ++c) chunks_.push_back(block.get() + c * chunk_bytes);
+    for (int64_t i = chunks * kChunkRecords; i-- > 0;) free_.push_back(static_cast<int32_t>(first + i));
+    blocks_.push_back(std::move(block));
+    reserved_ += bytes;
+  }
+
+  int64_t record_bytes_, stride_;
+  int64_t used_ = 0, reserved_ = 0;
+  std::vector<std::unique_ptr<uint8_t, Release>> blocks_;
+  std::vector<uint8_t*> chunks_;  // in the blocks
   std::vector<int32_t> free_;
 };
 

@@ -26,6 +26,8 @@ std::span<const Backend> backends() {
   return kBackends;
 }
 
+bool append_rows(const PageAppend& append) { return cpu::append_rows(append); }
+
 Machine Machine::here(int threads) { return {threads, cpu::targets()}; }
 
 struct Workspace::Buffers {

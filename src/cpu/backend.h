@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "format/page_codec.h"
 #include "format/params.h"
 #include "thriftattn/attention.h"
 
@@ -23,5 +24,9 @@ struct Scratch;
 std::shared_ptr<Scratch> make_scratch(const Plan& plan);  // may throw std::bad_alloc
 
 Status run(const Plan& plan, Scratch& scratch, ThreadPool& pool, const AttentionCall& call);
+
+// Brings rows into a page on the best instruction set, and encodes it where they fill it. False where a value is NaN,
+// Inf or beyond the 16-bit form's range; the records then hold anything.
+bool append_rows(const PageAppend& append);
 
 }  // namespace thriftattn::cpu

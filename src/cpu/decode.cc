@@ -367,7 +367,7 @@ void add_shares(const float* page_m, const float* page_l, int64_t n, float sink,
 }
 
 const DecodeKernels* decode_table() {
-  static constexpr DecodeKernels kTable = {decode, decode_scores, exchange, quantize_q, add_shares};
+  static constexpr DecodeKernels kTable = {"", decode, decode_scores, exchange, quantize_q, add_shares};
   return &kTable;
 }
 
@@ -376,8 +376,16 @@ const DecodeKernels* decode_table() {
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
+#include "cpu/targets.h"
+
 namespace thriftattn::cpu {
+
 HWY_EXPORT(decode_table);
-const DecodeKernels& decode_kernels() { return *HWY_DYNAMIC_DISPATCH(decode_table)(); }
+
+const std::vector<DecodeKernels>& all_decode_kernels() {
+  static const auto all = tables_of_targets<DecodeKernels>([] { return HWY_DYNAMIC_DISPATCH(decode_table)(); });
+  return all;
+}
+
 }  // namespace thriftattn::cpu
 #endif  // HWY_ONCE

@@ -301,28 +301,18 @@ const Kernels* table() {
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
-#include <map>
-
 #include "cpu/backend.h"
+#include "cpu/targets.h"
 
 namespace thriftattn::cpu {
 namespace {
 
 HWY_EXPORT(table);
 
-// Highway's tables are indexed by the chosen target, so each target is chosen once, here, and never again.
 const std::vector<Kernels>& all_kernels() {
   static const std::vector<Kernels> all = [] {
-    std::vector<Kernels> tables;
-    for (const int64_t target : hwy::SupportedAndGeneratedTargets()) {
-      hwy::SetSupportedTargetsForTest(target);
-      hwy::GetChosenTarget().Update(hwy::SupportedTargets());
-      tables.push_back(*HWY_DYNAMIC_DISPATCH(table)());
-      tables.back().target = hwy::TargetName(target);
-      tables.back().decode = decode_kernels();
-    }
-    hwy::SetSupportedTargetsForTest(0);
-    hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+    auto tables = tables_of_targets<Kernels>([] { return HWY_DYNAMIC_DISPATCH(table)(); });
+    for (size_t i = 0; i < tables.size(); ++i) tables[i].decode = all_decode_kernels()[i];
     return tables;
   }();
   return all;

@@ -75,6 +75,7 @@ inline constexpr int kMaxHeadsPerWalk = 16;
 // of its state have room for 16 rows more, o for rows up to a multiple of 8. The tasks of one call, at most
 // kMaxHeadsPerWalk, have one range of pages, and their records lie side by side.
 struct DecodeKernels {
+  const char* target;
   // Adds the pages of the tasks to their states.
   void (*attend)(std::span<const BlockTask> tasks);
   // Fills page_m and page_l alone; reads no V.
@@ -103,8 +104,8 @@ struct Kernels {
   DecodeKernels decode;
 };
 
-// Of Highway's chosen target.
-const DecodeKernels& decode_kernels();
+// One table per target, in the order of targets().
+const std::vector<DecodeKernels>& all_decode_kernels();
 
 // The table of one target of targets(); null for any other name.
 const Kernels* kernels_for(const std::string& target);

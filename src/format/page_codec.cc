@@ -52,10 +52,19 @@ void decode_plane(const CacheConfig& config, const PlaneLayout& plane, int rows,
     }
 }
 
-float rms_over_tokens(const float* x, int64_t n) {
-  double sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(x[i]) * x[i];
-  return static_cast<float>(std::sqrt(sum / kPageTokens));
+// Of x [rows, lanes]. Squares are summed by lane modulo 16, in the order of the codes (16-lane column by column, row by
+// row), and the 16 sums in order, all in double: as registers that hold a cell's lanes do it. Normative.
+float rms_over_tokens(const float* x, int rows, int lanes) {
+  double sum[16] = {};
+  for (int column = 0; column < lanes; column += 16)
+    for (int r = 0; r < rows; ++r)
+      for (int j = 0; j < 16; ++j) {
+        const double value = x[r * lanes + column + j];
+        sum[j] += value * value;
+      }
+  double total = 0;
+  for (const double s : sum) total += s;
+  return static_cast<float>(std::sqrt(total / kPageTokens));
 }
 
 void summarise(const CacheConfig& config, const PageLayout& layout, const float* k, uint8_t* summary) {
@@ -92,7 +101,7 @@ void encode_page(const CacheConfig& config, const PageLayout& layout, const uint
 
   PageSummary facts;
   summarise(config, layout, k, summary);
-  facts.v_norm = rms_over_tokens(v, v_size);
+  facts.v_norm = rms_over_tokens(v, kPageTokens, layout.d_v);
   if (fp4) {
     if (config.centring) {
       const auto* mean = reinterpret_cast<const uint16_t*>(summary + layout.mean);
@@ -108,8 +117,8 @@ void encode_page(const CacheConfig& config, const PageLayout& layout, const uint
       facts.v_exponent[p] = static_cast<int8_t>(encode_plane(config, layout.v, kPageTokens, layout.d_v, v,
                                                              planes[p] + layout.v_codes, planes[p] + layout.v_scales));
       if (p == 0) {
-        facts.eps_k = rms_over_tokens(k, k_size);
-        facts.eps_v = rms_over_tokens(v, v_size);
+        facts.eps_k = rms_over_tokens(k, layout.d, kPageTokens);
+        facts.eps_v = rms_over_tokens(v, kPageTokens, layout.d_v);
       }
     }
   }

@@ -1,5 +1,5 @@
 // Encoding of a full page and reading back of its forms, in plain scalar code: what the layout means. Backends bring
-// faster readers; this one serves the CPU's append, cache export and tests.
+// faster readers and writers, whose bytes are the same; this one serves cache export and tests.
 #pragma once
 
 #include "format/page_layout.h"
@@ -12,6 +12,28 @@ inline float high_decode(DType type, uint16_t bits) {
   return type == DType::bf16 ? bf16_decode(bits) : f16_decode(bits);
 }
 inline uint16_t high_encode(DType type, float x) { return type == DType::bf16 ? bf16_encode(x) : f16_encode(x); }
+
+// The largest finite float whose 16-bit form is finite: the next one rounds to infinity.
+constexpr float high_limit(DType type) { return type == DType::bf16 ? 0x1.fefffep127f : 0x1.ffdffep15f; }
+
+// Rows of a caller's tensor, one head's.
+struct AppendRows {
+  const void* data = nullptr;  // the first row's first channel
+  DType dtype = DType::f32;
+  int64_t row_bytes = 0;  // from one row to the next
+};
+
+// Rows [first, end) of one page of one head, which enter it, and the records that receive them. Where the rows fill the
+// page and forms of it are stored, `summary` and the planes are given and are encoded as encode_page does, bit for bit;
+// else all three are null.
+struct PageAppend {
+  const CacheConfig* config = nullptr;
+  const PageLayout* layout = nullptr;
+  AppendRows k, v;
+  int first = 0, end = 0;
+  uint16_t* high = nullptr;
+  uint8_t *fp4 = nullptr, *residual = nullptr, *summary = nullptr;
+};
 
 // Encodes one full page of one head. `high` is its 16-bit record; `fp4`, `residual` and `summary` receive theirs, and
 // each may be null where the storage keeps none (`residual` needs `fp4`, `fp4` needs `summary`).
