@@ -123,10 +123,11 @@ HWY_INLINE void pack_pairs(const float* e, int16_t* pairs) {
   const DI di;
   const hn::Repartition<uint64_t, DI> du64;
   const int64_t n = static_cast<int64_t>(hn::Lanes(df));
-  const VF unit = hn::Set(df, 32767.0f);
+  // Added to 1.5 * 2^23, a number below 2^22 is rounded to the lowest bits of the sum.
+  const VF unit = hn::Set(df, 32767.0f), rounder = hn::Set(df, 0x1.8p23f);
   const VI low = hn::Set(di, 0xffff);
   const auto halves = [&](int64_t at) HWY_ATTR {  // (0, 2) and (1, 3) of each four in the lower half of 128 bits
-    const VI x = hn::NearestInt(hn::Mul(hn::LoadU(df, e + at), unit));
+    const VI x = hn::BitCast(di, hn::MulAdd(hn::LoadU(df, e + at), unit, rounder));
     return hn::BitCast(du64, hn::Or(hn::And(x, low), hn::ShiftLeft<16>(hn::Shuffle1032(x))));
   };
   for (int64_t i = 0; i < kPageTokens; i += 2 * n) {
@@ -139,81 +140,91 @@ HWY_INLINE void pack_pairs(const float* e, int16_t* pairs) {
 
 inline constexpr int kMaxProductRows = 8;
 
-// C registers of lanes of R rows of: out[r, lane] += factor[r] * sum over depth of code * scale * x[r, depth].
+// C registers of lanes of R rows of: out[r, lane] = base + factor[r] * sum over depth of code * scale * x[r, depth],
+// where base is start[r], or what `out` holds where start is null.
 template <int R, int C>
 HWY_INLINE void add_product_lanes(const PlaneLayout& plane, Fp4Format format, const uint8_t* codes,
-                                  const uint8_t* scales, int lane, const int16_t* x, const float* factor, float* out,
-                                  const Ahead& ahead) {
+                                  const uint8_t* scales, int lane, const int16_t* x, const float* factor,
+                                  const float* start, float* out, const Ahead& ahead) {
   const DF df;
   const DI di;
   const DU du;
   const int n = static_cast<int>(hn::Lanes(df));
+  const int group_shift = plane.group == 16 ? 0 : 1;  // of cells of 16 depths
+  int64_t code_at[C];
+  const uint8_t* scale_at[C];
   VF sum[R][C];
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) sum[r][c] = hn::Zero(df);
-  for (int r0 = 0; r0 < plane.depth; r0 += 16) {
+  for (int c = 0; c < C; ++c) {
+    code_at[c] = plane.code_offset(0, lane + c * n);
+    scale_at[c] = scales + plane.scale_offset(0, lane + c * n);
+    for (int r = 0; r < R; ++r) sum[r][c] = hn::Zero(df);
+  }
+  const int16_t* pairs = x;
+  for (int cell = 0; cell < plane.depth / 16; ++cell, pairs += 16) {
     VI exact[R][C];
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < C; ++c) exact[r][c] = hn::Zero(di);
     for (int half = 0; half < 2; ++half) {
       Unpacked u[C];
       for (int c = 0; c < C; ++c) {
-        const int64_t at = plane.code_offset(r0 + 8 * half, lane + c * n);
+        const int64_t at = code_at[c] + cell * 128 + half * 64;
         ahead.touch(at);
         u[c] = unpack(hn::LoadU(du, reinterpret_cast<const uint32_t*>(codes + at)));
       }
       for (int j = 0; j < 4; ++j)
         for (int r = 0; r < R; ++r) {
           int32_t pair;
-          std::memcpy(&pair, x + static_cast<int64_t>(r) * plane.depth + r0 + 8 * half + 2 * j, sizeof(pair));
+          std::memcpy(&pair, pairs + static_cast<int64_t>(r) * plane.depth + 8 * half + 2 * j, sizeof(pair));
           const VI16 both = hn::BitCast(DI16(), hn::Set(di, pair));
           for (int c = 0; c < C; ++c) exact[r][c] = dot(exact[r][c], u[c].pair[j], both);
         }
     }
     for (int c = 0; c < C; ++c) {
-      const VF scale = load_scale_units(format, scales + plane.scale_offset(r0, lane + c * n));
+      const VF scale = load_scale_units(format, scale_at[c] + (cell >> group_shift) * 16);
       for (int r = 0; r < R; ++r) sum[r][c] = hn::MulAdd(hn::ConvertTo(df, exact[r][c]), scale, sum[r][c]);
     }
   }
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) {
       float* to = out + static_cast<int64_t>(r) * plane.lanes + lane + c * n;
-      hn::StoreU(hn::MulAdd(sum[r][c], hn::Set(df, factor[r]), hn::LoadU(df, to)), df, to);
+      const VF base = start ? hn::Set(df, start[r]) : hn::LoadU(df, to);
+      hn::StoreU(hn::MulAdd(sum[r][c], hn::Set(df, factor[r]), base), df, to);
     }
 }
 
 template <int R>
 void add_product_rows(const PlaneLayout& plane, Fp4Format format, const uint8_t* codes, const uint8_t* scales,
-                      const int16_t* x, const float* factor, float* out, const Ahead& ahead) {
+                      const int16_t* x, const float* factor, const float* start, float* out, const Ahead& ahead) {
   // As many registers of lanes as leave room for their sums: a broadcast pair of x then serves all of them.
   constexpr int kRegisters = HWY_MAX_BYTES >= 64 ? 8 : 4;
   constexpr int C = R >= kRegisters ? 1 : R * 4 <= kRegisters ? 4 : 2;
   const int n = static_cast<int>(hn::Lanes(DF()));
   int lane = 0;
   for (; lane + C * n <= plane.lanes; lane += C * n)
-    add_product_lanes<R, C>(plane, format, codes, scales, lane, x, factor, out, ahead);
+    add_product_lanes<R, C>(plane, format, codes, scales, lane, x, factor, start, out, ahead);
   for (; lane < plane.lanes; lane += n)
-    add_product_lanes<R, 1>(plane, format, codes, scales, lane, x, factor, out, ahead);
+    add_product_lanes<R, 1>(plane, format, codes, scales, lane, x, factor, start, out, ahead);
   for (int64_t at = 0; at < plane.scale_bytes(); at += 64) ahead.touch(plane.code_bytes() + at);
 }
 
 // Rows that a product of `rows` rows computes: the next of 1, 2, 4, 8. Those added must be there in x, factor and out.
 inline int padded_rows(int rows) { return rows > 4 ? 8 : rows > 2 ? 4 : rows; }
 
-// out[r, lane] += factor[r] * sum over depth of code[depth, lane] * scale * x[r, depth], for padded_rows(rows) rows of
-// plane.depth pairs and plane.lanes floats; `codes` are followed by their scales.
+// out[r, lane] = base + factor[r] * sum over depth of code[depth, lane] * scale * x[r, depth], for padded_rows(rows)
+// rows of plane.depth pairs and plane.lanes floats; base is start[r], or what `out` holds where start is null. `codes`
+// are followed by their scales.
 inline void add_product(const PlaneLayout& plane, Fp4Format format, const uint8_t* codes, int rows, const int16_t* x,
-                        const float* factor, float* out, const Ahead& ahead) {
+                        const float* factor, const float* start, float* out, const Ahead& ahead) {
   const uint8_t* scales = codes + plane.code_bytes();
   switch (padded_rows(rows)) {
     case 1:
-      return add_product_rows<1>(plane, format, codes, scales, x, factor, out, ahead);
+      return add_product_rows<1>(plane, format, codes, scales, x, factor, start, out, ahead);
     case 2:
-      return add_product_rows<2>(plane, format, codes, scales, x, factor, out, ahead);
+      return add_product_rows<2>(plane, format, codes, scales, x, factor, start, out, ahead);
     case 4:
-      return add_product_rows<4>(plane, format, codes, scales, x, factor, out, ahead);
+      return add_product_rows<4>(plane, format, codes, scales, x, factor, start, out, ahead);
     default:
-      return add_product_rows<8>(plane, format, codes, scales, x, factor, out, ahead);
+      return add_product_rows<8>(plane, format, codes, scales, x, factor, start, out, ahead);
   }
 }
 

@@ -35,7 +35,7 @@ constexpr int kRows = kMaxProductRows;
 
 // Where the parts of a page lie that is read next.
 struct Next {
-  Ahead k, v, mean;
+  Ahead k, v, mean, residual;
 };
 
 Next next_page(const BlockTask& t, int64_t p, Tier tier) {
@@ -44,9 +44,12 @@ Next next_page(const BlockTask& t, int64_t p, Tier tier) {
   if (tier == Tier::none) return {};
   if (tier == Tier::fp16) {
     const auto* high = reinterpret_cast<const uint8_t*>(page.high);
-    return {{high, 2 * l.high_v}, {high + 2 * l.high_v, l.high_bytes - 2 * l.high_v}, {}};
+    return {{high, 2 * l.high_v}, {high + 2 * l.high_v, l.high_bytes - 2 * l.high_v}, {}, {}};
   }
-  return {{page.fp4 + l.k_codes, l.k.bytes()}, {page.fp4 + l.v_codes, l.v.bytes()}, {page.summary, l.summary_bytes}};
+  return {{page.fp4 + l.k_codes, l.k.bytes()},
+          {page.fp4 + l.v_codes, l.v.bytes()},
+          {page.summary, l.summary_bytes},
+          {page.residual, tier == Tier::fp4x2 ? l.fp4_bytes : 0}};
 }
 
 // start[r] = q[r] . mean, in FP32, for n rows; up to three more are written.
@@ -58,15 +61,16 @@ void mean_starts(const BlockTask& t, const uint16_t* mean, int first, int n, flo
 
 const uint8_t* plane_of(const PageRef& page, int plane) { return plane == 0 ? page.fp4 : page.residual; }
 
-// s[n, 64] += products of rows [first, first + n) with one plane of a page's keys.
-void add_plane_scores(const BlockTask& t, const PageRef& page, int plane, int first, int n, const Ahead& ahead,
-                      float* s) {
+// s[n, 64] = products of rows [first, first + n) with one plane of a page's keys, plus start[n], or plus s where start
+// is null.
+void add_plane_scores(const BlockTask& t, const PageRef& page, int plane, int first, int n, const float* start,
+                      const Ahead& ahead, float* s) {
   const PageLayout& l = *t.layout;
   const float unit = scale_unit(t.format) / kCodeUnit * pow2(-summary_of(page).k_exponent[plane]);
   float factor[kRows];
   for (int r = 0; r < kRows; ++r) factor[r] = t.q_unit[first + r] * unit;
   add_product(l.k, t.format, plane_of(page, plane) + l.k_codes, n, t.q16 + static_cast<int64_t>(first) * l.k.depth,
-              factor, s, ahead);
+              factor, start, s, ahead);
 }
 
 // s[n, 64] = products of rows [first, first + n) with the keys of page p.
@@ -82,12 +86,12 @@ void score_rows(const BlockTask& t, int64_t p, Tier tier, int first, int n, cons
     }
     return;
   }
+  next.residual.touch_all();
+  next.mean.touch_all();
   float start[kRows] = {};
   if (t.centring) mean_starts(t, mean_of(t, page), first, n, start);
-  for (int r = 0; r < padded_rows(n); ++r) std::fill_n(s + r * kPageTokens, kPageTokens, start[r]);
-  add_plane_scores(t, page, 0, first, n, next.k, s);
-  if (tier == Tier::fp4x2) add_plane_scores(t, page, 1, first, n, {}, s);
-  for (int64_t at = 0; at < next.mean.bytes; at += 64) next.mean.touch(at);
+  add_plane_scores(t, page, 0, first, n, start, next.k, s);
+  if (tier == Tier::fp4x2) add_plane_scores(t, page, 1, first, n, nullptr, {}, s);
 }
 
 // The softmax of one page for up to kRows rows: its maximum, and the sum of e = 2^(s - m).
@@ -158,7 +162,7 @@ void merge_sums(const BlockTask& t, Tier tier, int first, int n, float sign, con
     const int64_t at = first + i;
     const VF old = hn::LoadU(df, state.m + at), here = hn::Load(df, page.m + i), m = hn::Max(old, here);
     const VF top = hn::Max(m, lowest);
-    const VF a = exp2_negative(hn::Sub(old, top));
+    const VF a = hn::AllTrue(df, hn::Ge(old, here)) ? hn::Set(df, 1.0f) : exp2_negative(hn::Sub(old, top));
     const VF b = hn::Mul(exp2_negative(hn::Sub(here, top)), hn::Set(df, sign));
     const VF sum = hn::Mul(b, hn::Load(df, page.l + i));
     hn::Store(a, df, shrink + i);
@@ -191,7 +195,7 @@ void add_plane_values(const BlockTask& t, const PageRef& page, int plane, int fi
       std::fill_n(pairs + r * kPageTokens, kPageTokens, int16_t{0});
     }
   }
-  add_product(l.v, t.format, plane_of(page, plane) + l.v_codes, n, pairs, factor,
+  add_product(l.v, t.format, plane_of(page, plane) + l.v_codes, n, pairs, factor, nullptr,
               t.state.o + static_cast<int64_t>(first) * l.d_v, ahead);
 }
 
@@ -242,7 +246,7 @@ void exchange_page(const BlockTask& t, int64_t p, Tier tier, const Next& next) {
     score_rows(t, p, Tier::fp4, first, n, next, low);
     if (tier == Tier::fp4x2) {
       std::copy_n(low, padded_rows(n) * kPageTokens, high);
-      add_plane_scores(t, t.pages[p], 1, first, n, {}, high);
+      add_plane_scores(t, t.pages[p], 1, first, n, nullptr, {}, high);
     } else {
       score_rows(t, p, tier, first, n, {}, high);
     }
@@ -311,7 +315,7 @@ void decode_scores(std::span<const BlockTask> tasks) {
     PageSoftmax page;
     for (int first = 0; first < t.rows && tier != Tier::none; first += kRows) {
       const int n = std::min(kRows, t.rows - first);
-      score_rows(t, p, tier, first, n, {next.k, {}, next.mean}, s);
+      score_rows(t, p, tier, first, n, next, s);
       page_softmax(t, p, first, n, s, page);
     }
   });
@@ -321,7 +325,9 @@ void exchange(const BlockTask& t) {
   const std::span<const Promoted> pages = t.promoted[0];
   for (size_t i = 0; i < pages.size(); ++i)
     exchange_page(t, pages[i].page, pages[i].tier,
-                  i + 1 < pages.size() ? next_page(t, pages[i + 1].page, Tier::fp4) : Next{});
+                  i + 1 < pages.size()
+                      ? next_page(t, pages[i + 1].page, pages[i + 1].tier == Tier::fp4x2 ? Tier::fp4x2 : Tier::fp4)
+                      : Next{});
 }
 
 void quantize_q(const PageLayout& layout, int rows, const float* q, int16_t* q16, float* q_unit) {

@@ -120,6 +120,9 @@ struct Ahead {
   HWY_INLINE void touch(int64_t offset) const {
     if (offset < bytes) __builtin_prefetch(at + offset, 0, 2);
   }
+  HWY_INLINE void touch_all() const {
+    for (int64_t offset = 0; offset < bytes; offset += 64) touch(offset);
+  }
 };
 
 // What the right-hand side of a product is made of.
@@ -265,7 +268,6 @@ inline float dot_high(DType type, const float* a, const uint16_t* b, int64_t n) 
 // fitted for the smallest largest relative error on [-1/2, 1/2], and the integer part into the exponent field.
 HWY_INLINE VF exp2_negative(VF x) {
   const DF df;
-  const DI di;
   const auto tiny = hn::Lt(x, hn::Set(df, -126.0f));
   x = hn::Max(x, hn::Set(df, -126.0f));
   const VF whole = hn::Round(x);
@@ -277,9 +279,13 @@ HWY_INLINE VF exp2_negative(VF x) {
   y = hn::MulAdd(y, f, hn::Set(df, 0.24022646248340607f));
   y = hn::MulAdd(y, f, hn::Set(df, 0.6931471824645996f));
   y = hn::MulAdd(y, f, hn::Set(df, 1.0f));
-  const auto exponent = hn::ShiftLeft<23>(hn::ConvertTo(di, whole));
-  y = hn::BitCast(df, hn::Add(hn::BitCast(di, y), exponent));
+#if HWY_TARGET <= HWY_AVX3
+  return VF{_mm512_maskz_scalef_ps(_knot_mask16(tiny.raw), y.raw, whole.raw)};
+#else
+  const auto exponent = hn::ShiftLeft<23>(hn::ConvertTo(DI(), whole));
+  y = hn::BitCast(df, hn::Add(hn::BitCast(DI(), y), exponent));
   return hn::IfThenElse(tiny, hn::Zero(df), y);
+#endif
 }
 
 }  // namespace HWY_NAMESPACE
