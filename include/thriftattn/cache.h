@@ -49,6 +49,7 @@ struct CacheConfig {
     return storage_by_head.empty() ? storage : storage_by_head[static_cast<size_t>(layer) * h_kv + kv_head];
   }
 
+  bool operator==(const CacheConfig&) const = default;
   // What `method` needs stored for a model of this shape.
   THRIFTATTN_API static CacheConfig for_method(const Method& method, int layers, int h_kv, int d, int d_v);
 };
