@@ -23,9 +23,9 @@ void grow_by(std::vector<T>& v, int64_t more) {
 }
 
 // Equal records that never move, named by index. Memory is taken in blocks, the first small, later ones as large as a
-// quarter of what there is already, up to 16 MiB; from 2 MiB on a block asks for huge pages, because the faults of small
-// ones cost an append as much as its work. Within a block records stand in chunks of 16, so that finding one takes no
-// division.
+// quarter of what there is already, up to 16 MiB; from 2 MiB on a block asks for huge pages, because the faults of
+// small ones cost an append as much as its work. Within a block records stand in chunks of 16, so that finding one
+// takes no division.
 class RecordPool {
  public:
   static constexpr int64_t kAlignment = 64;
@@ -89,7 +89,8 @@ class RecordPool {
     const int64_t chunks = bytes / chunk_bytes, first = std::ssize(chunks_) * kChunkRecords;
     grow_by(blocks_, 1);
     grow_by(chunks_, chunks);
-    grow_by(free_, first + chunks * kChunkRecords - std::ssize(free_));  // all may come back: give_back must not allocate
+    grow_by(free_,
+            first + chunks * kChunkRecords - std::ssize(free_));  // all may come back: give_back must not allocate
     for (int64_t c = 0; c < chunks; ++c) chunks_.push_back(block.get() + c * chunk_bytes);
     for (int64_t i = chunks * kChunkRecords; i-- > 0;) free_.push_back(static_cast<int32_t>(first + i));
     blocks_.push_back(std::move(block));

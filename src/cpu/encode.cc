@@ -18,7 +18,6 @@
 #include <hwy/highway.h>
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -134,8 +133,7 @@ void transpose_rows(const uint16_t* rows, int d, int first, int end, uint16_t* k
 
 // --- summaries
 
-// Sums, in the order of the plane's codes, of the squares of what stands in each lane of a cell. A float's square is
-// exact in double, so it does not matter whether the product is fused.
+// Sums of squares by lane of a cell, as rms_over_tokens in format/page_codec.cc.
 struct Squares {
   HWY_ALIGN double sum[16] = {};
 
@@ -153,10 +151,9 @@ struct LaneSquares {
 
   LaneSquares(Squares& all, int lane)
       : at(all.sum + lane % 16), low(hn::Load(DD(), at)), high(hn::Load(DD(), at + hn::Lanes(DD()))) {}
-  HWY_INLINE void add(VF x) {
-    const VD l = low_half(x), h = high_half(x);
-    low = hn::MulAdd(l, l, low);
-    high = hn::MulAdd(h, h, high);
+  HWY_INLINE void add(VF group) {  // the sums of one group's squares
+    low = hn::Add(low, low_half(group));
+    high = hn::Add(high, high_half(group));
   }
   void store() const {
     hn::Store(low, DD(), at);
@@ -166,7 +163,7 @@ struct LaneSquares {
 
 // Summaries of K from its rows; fills in the mean that the planes are centred by, 0 without centring.
 void summarise_k(const CacheConfig& config, const PageLayout& layout, const uint16_t* rows, uint8_t* summary,
-                  float* centre) {
+                 float* centre) {
   const DF df;
   const DType type = config.high_dtype;
   uint16_t mean[kMaxChannels], low[kMaxChannels], top[kMaxChannels];
@@ -251,12 +248,14 @@ void fill_tile(const PlaneLayout& plane, int rows, Load load, Squares* squares, 
     LaneSquares sums(squares ? *squares : unused, lane);
     for (int r0 = 0; r0 < rows; r0 += plane.group) {
       VU amax = hn::Zero(du);
+      VF sum = hn::Zero(DF());
       for (int r = r0; r < std::min(r0 + plane.group, rows); ++r) {
         const VF x = load(r, lane);
         hn::Store(x, DF(), tile.value + Tile::at(plane, r, lane));
         amax = hn::Max(amax, hn::And(bits(x), hn::Set(du, kAbs)));
-        if (squares) sums.add(x);
+        if (squares) sum = hn::Add(sum, hn::Mul(x, x));
       }
+      if (squares) sums.add(sum);
       hn::Store(from_bits(amax), DF(), tile.group_amax + Tile::group_at(plane, r0, lane));
       largest = hn::Max(largest, amax);
     }
@@ -282,7 +281,8 @@ HWY_INLINE GroupScales nvfp4_scales(VF amax, float divisor) {
   const VF magic = hn::Set(df, 0x1p14f);
   const VU tiny = hn::Sub(bits(hn::Add(s, magic)), bits(magic));
   const VU odd = hn::And(hn::ShiftRight<20>(a), hn::Set(du, 1));
-  const VU normal = hn::ShiftRight<20>(hn::Sub(hn::Add(a, hn::Add(odd, hn::Set(du, 0x7ffff))), hn::Set(du, 120u << 23)));
+  const VU normal =
+      hn::ShiftRight<20>(hn::Sub(hn::Add(a, hn::Add(odd, hn::Set(du, 0x7ffff))), hn::Set(du, 120u << 23)));
   const auto ai = hn::BitCast(di, a);
   const auto when = [&](auto mask) HWY_ATTR { return hn::RebindMask(du, mask); };
   VU c = hn::IfThenElse(when(hn::Lt(ai, hn::Set(di, 0x3c800000))), tiny, normal);
@@ -308,8 +308,7 @@ HWY_INLINE GroupScales mxfp4_scales(VF amax) {
   value = hn::IfThenElse(hn::RebindMask(du, hn::Eq(byte, hn::Zero(di))), hn::Set(du, 0x00400000), value);
   value = hn::IfThenElse(hn::RebindMask(du, nan), hn::Set(du, 0x7fc00000), value);
   byte = hn::IfThenElse(nan, hn::Set(di, 255), byte);
-  return {hn::BitCast(du, byte), from_bits(value),
-          hn::VecFromMask(du, hn::RebindMask(du, hn::Gt(amax, hn::Zero(df))))};
+  return {hn::BitCast(du, byte), from_bits(value), hn::VecFromMask(du, hn::RebindMask(du, hn::Gt(amax, hn::Zero(df))))};
 }
 
 // What values are divided by: a scale without the page's power of two.
@@ -324,11 +323,11 @@ struct Divisor {
 
 // a / scale, a >= 0, as near as the choice of a code needs it; anything where the scale is 0 or NaN, but finite for 0.
 //
-// Codes change at a / scale = m for 7 midpoints m of 3 bits or fewer, and a scale has 4, so that m * scale is a float. If
-// a is that float, the remainder below is exact and the second product restores m exactly. If it is another one, a differs
-// from it by a unit of its last place at least, and then a / scale from m by more than half a unit of m: the rounded
-// quotient lies on the same side of m as the exact one, and so does the corrected product, whose relative error before
-// its one rounding is below 2^-40. So all three choose the same code. An infinite a gives NaN.
+// Codes change at a / scale = m for 7 midpoints m of 3 bits or fewer, and a scale has 4, so that m * scale is a float.
+// If a is that float, the remainder below is exact and the second product restores m exactly. If it is another one, a
+// differs from it by a unit of its last place at least, and then a / scale from m by more than half a unit of m: the
+// rounded quotient lies on the same side of m as the exact one, and so does the corrected product, whose relative error
+// before its one rounding is below 2^-40. So all three choose the same code. An infinite a gives NaN.
 HWY_INLINE VF divide(VF a, const Divisor& by) {
 #if HWY_TARGET == HWY_EMU128  // no fused products
   return hn::IfThenElseZero(hn::Gt(by.scale, hn::Zero(DF())), hn::Div(a, by.scale));
@@ -344,9 +343,9 @@ struct Rounded {
   VF abs;   // decoded
 };
 
-// Rounds q >= 0 to E2M1, ties to the even code. From 2^e on (e = 0 below 2 too) the grid's step is 2^(e - 1), and q of k
-// steps has the code k + 2e. The sum with 2^(e + 22) + 6 steps rounds to whole steps: its fraction is then k + 6 and its
-// exponent field e + 149, so that fraction + 2 * field = code + 304, and 304 is a multiple of 8.
+// Rounds q >= 0 to E2M1, ties to the even code. From 2^e on (e = 0 below 2 too) the grid's step is 2^(e - 1), and q of
+// k steps has the code k + 2e. The sum with 2^(e + 22) + 6 steps rounds to whole steps: its fraction is then k + 6 and
+// its exponent field e + 149, so that fraction + 2 * field = code + 304, and 304 is a multiple of 8.
 HWY_INLINE Rounded round_e2m1(VF q) {
   const DF df;
   const DU du;
@@ -433,6 +432,7 @@ int encode_plane(const CacheConfig& config, const PlaneLayout& plane, int rows, 
       const Divisor step(hn::Load(df, steps + g * n), hn::Load(df, inverses + g * n));
       const VU mask = hn::Load(du, masks + g * n);
       VU error_amax = hn::Zero(du);
+      VF sum = hn::Zero(df);
       for (int r0 = g * plane.group; r0 < std::min((g + 1) * plane.group, rows); r0 += 8) {
         float* x = tile.value + Tile::at(plane, r0, lane);
         VU word = hn::Zero(du);
@@ -448,7 +448,7 @@ int encode_plane(const CacheConfig& config, const PlaneLayout& plane, int rows, 
           if constexpr (kKeep == Keep::nothing) return;
           const VF decoded = from_bits(hn::Or(bits(rounded.abs), sign));
           const VF error = hn::Sub(value, hn::Mul(decoded, step.scale));
-          sums.add(error);
+          sum = hn::Add(sum, hn::Mul(error, error));
           if constexpr (kKeep == Keep::squares_and_errors) {
             error_amax = hn::Max(error_amax, hn::And(bits(error), hn::Set(du, kAbs)));
             hn::Store(error, df, x + kRow * n);
@@ -464,6 +464,7 @@ int encode_plane(const CacheConfig& config, const PlaneLayout& plane, int rows, 
         encode_row(std::integral_constant<int, 28>());
         hn::StoreU(hn::And(word, mask), du, reinterpret_cast<uint32_t*>(codes + plane.code_offset(r0, lane)));
       }
+      sums.add(sum);
       hn::Store(from_bits(error_amax), df, amax + g * n);
       largest = hn::Max(largest, error_amax);
     }
@@ -482,8 +483,8 @@ float encode_matrix(const CacheConfig& config, const PlaneLayout& plane, int row
   exponents[0] = static_cast<int8_t>(encode_first(config, plane, rows, tile, fp4 + codes, fp4 + scales, squares));
   const float rms = squares.rms_over_tokens();
   if (residual)
-    exponents[1] = static_cast<int8_t>(encode_plane<Keep::nothing>(config, plane, rows, tile, residual + codes,
-                                                                   residual + scales, squares));
+    exponents[1] = static_cast<int8_t>(
+        encode_plane<Keep::nothing>(config, plane, rows, tile, residual + codes, residual + scales, squares));
   return rms;
 }
 
@@ -496,8 +497,7 @@ void encode(const PageAppend& a, const uint16_t* rows) {
   HWY_ALIGN float centre[kMaxChannels];
   PageSummary facts;
   summarise_k(config, layout, rows, a.summary, centre);
-  if (layout.variance)
-    summarise_variance(config, layout, rows, reinterpret_cast<float*>(a.summary + layout.variance));
+  if (layout.variance) summarise_variance(config, layout, rows, reinterpret_cast<float*>(a.summary + layout.variance));
   Tile tile;
   if (a.fp4) {
     const auto load_k = [&](int r, int lane) HWY_ATTR {
@@ -512,8 +512,8 @@ void encode(const PageAppend& a, const uint16_t* rows) {
   fill_tile(layout.v, kPageTokens, load_v, &v_squares, tile);
   facts.v_norm = v_squares.rms_over_tokens();
   if (a.fp4)
-    facts.eps_v = encode_matrix(config, layout.v, kPageTokens, tile, a.fp4, a.residual, layout.v_codes,
-                                layout.v_scales, facts.v_exponent);
+    facts.eps_v = encode_matrix(config, layout.v, kPageTokens, tile, a.fp4, a.residual, layout.v_codes, layout.v_scales,
+                                facts.v_exponent);
   std::memcpy(a.summary, &facts, sizeof(facts));
 }
 
@@ -528,7 +528,8 @@ bool append_rows(const PageAppend& a) {
   transpose_rows(rows, layout.d, a.first, a.end, a.high);
   if (!a.summary) return true;
   for (int t = 0; t < a.first; t += 8)  // the page is full: what stands before is read back
-    for (int c = 0; c < layout.d; c += 8) transpose8(a.high + c * kPageTokens + t, kPageTokens, rows + t * layout.d + c, layout.d);
+    for (int c = 0; c < layout.d; c += 8)
+      transpose8(a.high + c * kPageTokens + t, kPageTokens, rows + t * layout.d + c, layout.d);
   encode(a, rows);
   return true;
 }
