@@ -120,11 +120,11 @@ Status check_values(const CacheConfig& config, int layer, const char* name, cons
       load_row(x.dtype, x.at(t, h), x.channels, row);
       const float* bad = std::find_if(row, row + x.channels, [&](float e) { return !(std::abs(e) <= limit); });
       if (bad != row + x.channels)
-        return invalid_argument(fmt::format("{} of layer {}, token {}, head {}, channel {} is {}: {} holds finite values "
-                                            "up to {}",
-                                            name, layer, t, h, bad - row, *bad,
-                                            config.high_dtype == DType::f16 ? "f16" : "bf16",
-                                            config.high_dtype == DType::f16 ? "65504" : "3.39e38"));
+        return invalid_argument(
+            fmt::format("{} of layer {}, token {}, head {}, channel {} is {}: {} holds finite values "
+                        "up to {}",
+                        name, layer, t, h, bad - row, *bad, config.high_dtype == DType::f16 ? "f16" : "bf16",
+                        config.high_dtype == DType::f16 ? "65504" : "3.39e38"));
     }
   return {};
 }

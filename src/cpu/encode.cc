@@ -18,7 +18,6 @@
 #include <hwy/highway.h>
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -134,8 +133,7 @@ void transpose_rows(const uint16_t* rows, int d, int first, int end, uint16_t* k
 
 // --- summaries
 
-// Sums, in the order of the plane's codes, of the squares of what stands in each lane of a cell. A float's square is
-// exact in double, so it does not matter whether the product is fused.
+// Sums of squares by lane of a cell, as rms_over_tokens in format/page_codec.cc.
 struct Squares {
   HWY_ALIGN double sum[16] = {};
 
@@ -153,10 +151,9 @@ struct LaneSquares {
 
   LaneSquares(Squares& all, int lane)
       : at(all.sum + lane % 16), low(hn::Load(DD(), at)), high(hn::Load(DD(), at + hn::Lanes(DD()))) {}
-  HWY_INLINE void add(VF x) {
-    const VD l = low_half(x), h = high_half(x);
-    low = hn::MulAdd(l, l, low);
-    high = hn::MulAdd(h, h, high);
+  HWY_INLINE void add(VF group) {  // the sums of one group's squares
+    low = hn::Add(low, low_half(group));
+    high = hn::Add(high, high_half(group));
   }
   void store() const {
     hn::Store(low, DD(), at);
@@ -251,12 +248,14 @@ void fill_tile(const PlaneLayout& plane, int rows, Load load, Squares* squares, 
     LaneSquares sums(squares ? *squares : unused, lane);
     for (int r0 = 0; r0 < rows; r0 += plane.group) {
       VU amax = hn::Zero(du);
+      VF sum = hn::Zero(DF());
       for (int r = r0; r < std::min(r0 + plane.group, rows); ++r) {
         const VF x = load(r, lane);
         hn::Store(x, DF(), tile.value + Tile::at(plane, r, lane));
         amax = hn::Max(amax, hn::And(bits(x), hn::Set(du, kAbs)));
-        if (squares) sums.add(x);
+        if (squares) sum = hn::Add(sum, hn::Mul(x, x));
       }
+      if (squares) sums.add(sum);
       hn::Store(from_bits(amax), DF(), tile.group_amax + Tile::group_at(plane, r0, lane));
       largest = hn::Max(largest, amax);
     }
@@ -433,6 +432,7 @@ int encode_plane(const CacheConfig& config, const PlaneLayout& plane, int rows, 
       const Divisor step(hn::Load(df, steps + g * n), hn::Load(df, inverses + g * n));
       const VU mask = hn::Load(du, masks + g * n);
       VU error_amax = hn::Zero(du);
+      VF sum = hn::Zero(df);
       for (int r0 = g * plane.group; r0 < std::min((g + 1) * plane.group, rows); r0 += 8) {
         float* x = tile.value + Tile::at(plane, r0, lane);
         VU word = hn::Zero(du);
@@ -448,7 +448,7 @@ int encode_plane(const CacheConfig& config, const PlaneLayout& plane, int rows, 
           if constexpr (kKeep == Keep::nothing) return;
           const VF decoded = from_bits(hn::Or(bits(rounded.abs), sign));
           const VF error = hn::Sub(value, hn::Mul(decoded, step.scale));
-          sums.add(error);
+          sum = hn::Add(sum, hn::Mul(error, error));
           if constexpr (kKeep == Keep::squares_and_errors) {
             error_amax = hn::Max(error_amax, hn::And(bits(error), hn::Set(du, kAbs)));
             hn::Store(error, df, x + kRow * n);
@@ -464,6 +464,7 @@ int encode_plane(const CacheConfig& config, const PlaneLayout& plane, int rows, 
         encode_row(std::integral_constant<int, 28>());
         hn::StoreU(hn::And(word, mask), du, reinterpret_cast<uint32_t*>(codes + plane.code_offset(r0, lane)));
       }
+      sums.add(sum);
       hn::Store(from_bits(error_amax), df, amax + g * n);
       largest = hn::Max(largest, error_amax);
     }

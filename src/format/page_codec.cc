@@ -52,15 +52,20 @@ void decode_plane(const CacheConfig& config, const PlaneLayout& plane, int rows,
     }
 }
 
-// Of x [rows, lanes]. Squares are summed by lane modulo 16, in the order of the codes (16-lane column by column, row by
-// row), and the 16 sums in order, all in double: as registers that hold a cell's lanes do it. Normative.
-float rms_over_tokens(const float* x, int rows, int lanes) {
+// Of x [rows, lanes], rows or channels of one matrix. The squares of a group (those that share a scale) are summed in
+// FP32 in order; the groups' sums in double, by lane modulo 16 and in the order of the codes (16-lane column by
+// column); the 16 sums in order. So registers that hold a cell's lanes give the same bits. Normative.
+float rms_over_tokens(const float* x, int rows, int lanes, int group) {
   double sum[16] = {};
   for (int column = 0; column < lanes; column += 16)
-    for (int r = 0; r < rows; ++r)
+    for (int r0 = 0; r0 < rows; r0 += group)
       for (int j = 0; j < 16; ++j) {
-        const double value = x[r * lanes + column + j];
-        sum[j] += value * value;
+        float squares = 0;
+        for (int r = r0; r < std::min(r0 + group, rows); ++r) {
+          const float value = x[r * lanes + column + j];
+          squares += value * value;
+        }
+        sum[j] += squares;
       }
   double total = 0;
   for (const double s : sum) total += s;
@@ -101,7 +106,7 @@ void encode_page(const CacheConfig& config, const PageLayout& layout, const uint
 
   PageSummary facts;
   summarise(config, layout, k, summary);
-  facts.v_norm = rms_over_tokens(v, kPageTokens, layout.d_v);
+  facts.v_norm = rms_over_tokens(v, kPageTokens, layout.d_v, layout.v.group);
   if (fp4) {
     if (config.centring) {
       const auto* mean = reinterpret_cast<const uint16_t*>(summary + layout.mean);
@@ -117,8 +122,8 @@ void encode_page(const CacheConfig& config, const PageLayout& layout, const uint
       facts.v_exponent[p] = static_cast<int8_t>(encode_plane(config, layout.v, kPageTokens, layout.d_v, v,
                                                              planes[p] + layout.v_codes, planes[p] + layout.v_scales));
       if (p == 0) {
-        facts.eps_k = rms_over_tokens(k, layout.d, kPageTokens);
-        facts.eps_v = rms_over_tokens(v, kPageTokens, layout.d_v);
+        facts.eps_k = rms_over_tokens(k, layout.d, kPageTokens, layout.k.group);
+        facts.eps_v = rms_over_tokens(v, kPageTokens, layout.d_v, layout.v.group);
       }
     }
   }

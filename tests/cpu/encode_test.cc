@@ -113,8 +113,8 @@ Records appended(const cpu::Encoder& encoder, const CacheConfig& config, const R
 void expect_same(const PageLayout& l, const Records& got, const Records& want, const std::string& what) {
   for (size_t i = 0; i < want.high.size(); ++i) ASSERT_EQ(got.high[i], want.high[i]) << what << ", 16 bit, " << i;
   for (size_t i = 0; i < want.summary.size(); ++i)
-    ASSERT_EQ(got.summary[i], want.summary[i]) << what << ", summary byte " << i << ": mean from " << l.mean
-                                               << ", min " << l.min << ", max " << l.max << ", variance " << l.variance;
+    ASSERT_EQ(got.summary[i], want.summary[i]) << what << ", summary byte " << i << ": mean from " << l.mean << ", min "
+                                               << l.min << ", max " << l.max << ", variance " << l.variance;
   const auto planes = [&](const std::vector<uint8_t>& a, const std::vector<uint8_t>& b, const char* name) {
     for (size_t i = 0; i < b.size(); ++i)
       ASSERT_EQ(int{a[i]}, int{b[i]}) << what << ", " << name << " byte " << i << ": K scales from " << l.k_scales
