@@ -21,33 +21,13 @@
 #include <cmath>
 #include <limits>
 
+#include "cpu/block.h"
 #include "cpu/kernels.h"
 #include "cpu/tile-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace thriftattn::cpu {
 namespace HWY_NAMESPACE {
-
-// A walk over one head's promoted pages, page by page.
-struct TierCursor {
-  std::span<const Promoted> promoted;
-  size_t next = 0;
-
-  Tier at(int64_t page, Tier rest) {
-    while (next < promoted.size() && promoted[next].page < page) ++next;
-    return next < promoted.size() && promoted[next].page == page ? promoted[next].tier : rest;
-  }
-};
-
-const uint16_t* mean_of(const BlockTask& t, const PageRef& page) {
-  return reinterpret_cast<const uint16_t*>(page.summary + t.layout->mean);
-}
-
-PageSummary summary_of(const PageRef& page) {
-  PageSummary facts;
-  std::memcpy(&facts, page.summary, sizeof(facts));
-  return facts;
-}
 
 // In mma4 an FP4 page's mean is kept out of the tile, because it meets the unquantised q.
 bool mean_apart(const BlockTask& t, Tier tier) { return t.mma4 && t.centring && tier == Tier::fp4; }
@@ -84,16 +64,6 @@ void decode_v(const BlockTask& t, const PageRef& page, Tier tier, int64_t tokens
   if (tier == Tier::fp4x2)
     decode_plane<Start::sum>(l.v, t.format, kPageTokens, facts.v_exponent[1], page.residual + l.v_codes,
                              page.residual + l.v_scales, nullptr, tile);
-}
-
-// Tokens [first, end) of page `p` that row r sees, counted in the page.
-struct Visible {
-  int64_t first, end;
-};
-Visible visible_tokens(const BlockTask& t, int64_t p, int r) {
-  const int64_t position = t.first_position + r % t.period, page = p * kPageTokens;
-  return {std::clamp<int64_t>(t.mask.first_token(position) - page, 0, kPageTokens),
-          std::clamp<int64_t>(t.mask.end_token(position, t.s_kv) - page, 0, kPageTokens)};
 }
 
 // The part of a row's scores that its mask hides becomes -inf.
@@ -235,16 +205,6 @@ void quantize_p(const BlockTask& t, const float* p, float* p4) {
   }
 }
 
-// The tiers in which the heads of a task read page p, and which of them occur.
-void page_tiers(const BlockTask& t, int64_t p, TierCursor* cursors, Tier* tier, bool* wanted) {
-  const bool tail = (p + 1) * kPageTokens > t.s_kv;
-  std::fill(wanted, wanted + 4, false);
-  for (int h = 0; h < t.heads; ++h) {
-    tier[h] = tail ? Tier::fp16 : cursors[h].at(p, t.rest);
-    wanted[static_cast<int>(tier[h])] = true;
-  }
-}
-
 void attend(const BlockTask& t, Tiles& tiles) {
   TierCursor cursors[kMaxHeadsPerTask];
   for (int h = 0; h < t.heads; ++h) cursors[h].promoted = t.promoted[h];
@@ -376,8 +336,7 @@ const Kernels* table() {
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
-#include <map>
-
+#include "cpu/amx.h"
 #include "cpu/backend.h"
 
 namespace thriftattn::cpu {
@@ -385,9 +344,15 @@ namespace {
 
 HWY_EXPORT(table);
 
-// Highway's tables are indexed by the chosen target, so each target is chosen once, here, and never again.
-const std::vector<Kernels>& all_kernels() {
-  static const std::vector<Kernels> all = [] {
+struct AllKernels {
+  std::vector<Kernels> listed;  // best first
+  std::vector<Kernels> forced;  // for tests
+};
+
+// Highway's tables are indexed by the chosen target, so each target is chosen once, here, and never again. Matrix tiles
+// serve `attend`; all else is what the best registers do.
+const AllKernels& all_kernels() {
+  static const AllKernels all = [] {
     std::vector<Kernels> tables;
     for (const int64_t target : hwy::SupportedAndGeneratedTargets()) {
       hwy::SetSupportedTargetsForTest(target);
@@ -397,7 +362,15 @@ const std::vector<Kernels>& all_kernels() {
     }
     hwy::SetSupportedTargetsForTest(0);
     hwy::GetChosenTarget().Update(hwy::SupportedTargets());
-    return tables;
+    AllKernels found{tables, {}};
+    Kernels amx = tables.front();
+    amx.attend = attend_amx;
+    amx.target = kAmx;
+    if (has_amx()) found.listed.insert(found.listed.begin(), amx);
+    amx.attend = attend_amx_emulated;
+    amx.target = kAmxEmulated;
+    if (can_emulate_amx()) found.forced.push_back(amx);
+    return found;
   }();
   return all;
 }
@@ -406,13 +379,20 @@ const std::vector<Kernels>& all_kernels() {
 
 std::vector<std::string> targets() {
   std::vector<std::string> names;
-  for (const Kernels& k : all_kernels()) names.emplace_back(k.target);
+  for (const Kernels& k : all_kernels().listed) names.emplace_back(k.target);
+  return names;
+}
+
+std::vector<std::string> forced_targets() {
+  std::vector<std::string> names;
+  for (const Kernels& k : all_kernels().forced) names.emplace_back(k.target);
   return names;
 }
 
 const Kernels* kernels_for(const std::string& target) {
-  for (const Kernels& k : all_kernels())
-    if (target == k.target) return &k;
+  for (const auto* kernels : {&all_kernels().listed, &all_kernels().forced})
+    for (const Kernels& k : *kernels)
+      if (target == k.target) return &k;
   return nullptr;
 }
 
