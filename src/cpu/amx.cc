@@ -197,6 +197,12 @@ class Batch {
     return reinterpret_cast<float*>(at_.o + ((g * kRowTiles + r / 16) * at_.columns + c) * kTileBytes + r % 16 * 64);
   }
 
+  // The first 32 tokens of operand `page` in row r of P; the other 32 stand a tile on.
+  char* p_at(int r, int page) const {
+    const auto row = static_cast<unsigned>(r);
+    return at_.p + (row / 16 * kStepPages + page) * 2 * kTileBytes + row % 16 * 64;
+  }
+
   // --- rows in and out
 
   void load(int g) {
@@ -215,6 +221,8 @@ class Batch {
         if (t_.centring) _mm512_storeu_si512(q_tiles(at_.q_rest, g, r / 16) + place, rest(x[0], x[1], rounded));
       }
     }
+    fresh_[g] = std::all_of(t_.state.m + group.first, t_.state.m + group.first + group.rows,
+                            [](float m) { return m == kMinusInf; });
     for (int r = 0; r < 16 * group.row_tiles(); ++r) {
       const int64_t row = group.first + r;
       const bool exists = r < group.rows;
@@ -225,7 +233,7 @@ class Batch {
       _mm512_store_ps(at_.l_high + (g * kGroupRows + r) * 16, _mm512_setzero_ps());
       if (exists) at_.l[(g * kGroupRows + r) * 16] = t_.state.l[row] * shrink;
       if (exists) at_.l_high[(g * kGroupRows + r) * 16] = t_.state.l_high[row] * shrink;
-      for (int c = 0; c < at_.columns; ++c) {
+      for (int c = 0; c < at_.columns && !fresh_[g]; ++c) {
         const __m512 o = exists ? _mm512_loadu_ps(t_.state.o + row * d_v + 16 * c) : _mm512_setzero_ps();
         _mm512_store_ps(o_at(g, r, c), _mm512_mul_ps(o, _mm512_set1_ps(shrink)));
       }
@@ -240,7 +248,7 @@ class Batch {
       t_.state.m[row] = at_.m[i];
       t_.state.l[row] = _mm512_reduce_add_ps(_mm512_load_ps(at_.l + i * 16));
       t_.state.l_high[row] = _mm512_reduce_add_ps(_mm512_load_ps(at_.l_high + i * 16));
-      for (int c = 0; c < at_.columns; ++c)
+      for (int c = 0; c < at_.columns && !fresh_[g]; ++c)
         _mm512_storeu_ps(t_.state.o + row * t_.layout->d_v + 16 * c, _mm512_load_ps(o_at(g, r, c)));
     }
   }
@@ -344,6 +352,7 @@ class Batch {
       if (groups_[g].row_tiles() > 1) multiply_p<2>(g, 0, operands, n);
       if (groups_[g].row_tiles() > 3) multiply_p<2>(g, 2, operands, n);
       if (groups_[g].row_tiles() % 2 == 1) multiply_p<1>(g, groups_[g].row_tiles() - 1, operands, n);
+      fresh_[g] = false;
     }
   }
 
@@ -394,16 +403,19 @@ class Batch {
     for (int c = 0; c < at_.columns; c += 2) {
       char* o = at_.o + ((g * kRowTiles + row_tile) * at_.columns + c) * kTileBytes;
       if (c + 1 < at_.columns)
-        multiply_p<R, 2>(row_tile, c, operands, n, o);
+        multiply_p<R, 2>(row_tile, c, operands, n, fresh_[g], o);
       else
-        multiply_p<R, 1>(row_tile, c, operands, n, o);
+        multiply_p<R, 1>(row_tile, c, operands, n, fresh_[g], o);
     }
   }
   template <int R, int C>
-  void multiply_p(int row_tile, int c, const Operand* operands, int n, char* o) {
+  void multiply_p(int row_tile, int c, const Operand* operands, int n, bool fresh, char* o) {
     constexpr int kDepth = kPageTokens / 32;
     constexpr int64_t kRow = kStepPages * kDepth * kTileBytes;
-    load_sums<T, R, C>(o, at_.columns * kTileBytes, kTileBytes, 64);
+    if (fresh)
+      zero_sums<T, R, C>();
+    else
+      load_sums<T, R, C>(o, at_.columns * kTileBytes, kTileBytes, 64);
     for (int page = 0; page < n; ++page)
       accumulate<T, R, C>(kDepth, at_.p + row_tile * kRow + page * kDepth * kTileBytes, kRow,
                           operands[page].v + c * kDepth * kTileBytes, kDepth * kTileBytes, [] {});
@@ -429,9 +441,10 @@ class Batch {
   void softmax_rows(const Part& part, int end) {
     const Operand& page = part.operands[part.page];
     const Group& group = groups_[part.g];
-    for (int r = part.first; r < end; ++r) {
-      const int row = part.g * kGroupRows + r;
-      const float* s = part.scores + (r - part.row0) * kPageTokens;
+    const int first = part.g * kGroupRows;
+    const float* s = part.scores + (part.first - part.row0) * kPageTokens;
+    for (int r = part.first; r < end; ++r, s += kPageTokens) {
+      const int row = first + r;
       __m512 x[4];
       for (int i = 0; i < 4; ++i) x[i] = _mm512_load_ps(s + 16 * i);
       float mean = page.mean < 0 ? 0.0f : at_.mean_scores[row * kWindowPages + page.mean];
@@ -448,7 +461,7 @@ class Batch {
         raise(part.g, r, part.page, _mm512_reduce_max_ps(top));
       const __m512 shift = _mm512_set1_ps(mean + at_.shift[row]);
       for (int i = 0; i < 4; ++i) x[i] = exp2_bounded(_mm512_add_ps(x[i], shift));
-      char* p = at_.p + ((r / 16 * kStepPages + part.page) * 2) * kTileBytes + r % 16 * 64;
+      char* p = p_at(r, part.page);
       const __m512i low = round(x[0], x[1]), high = round(x[2], x[3]);
       _mm512_store_si512(p, low);
       _mm512_store_si512(p + kTileBytes, high);
@@ -497,7 +510,7 @@ class Batch {
     scale(at_.l_high + row * 16);
     for (int c = 0; c < at_.columns; ++c) scale(o_at(g, r, c));
     for (int i = 0; i < 2 * page; ++i) {
-      char* p = at_.p + (r / 16 * kStepPages * 2 + i) * kTileBytes + r % 16 * 64;
+      char* p = p_at(r, 0) + i * kTileBytes;
       const __m512i bits = _mm512_load_si512(p);
       _mm512_store_si512(p, exact_pairs(_mm512_mul_ps(even(bits), shrink), _mm512_mul_ps(odd(bits), shrink)));
     }
@@ -507,6 +520,7 @@ class Batch {
   const Memory at_;
   Group groups_[kGroups];
   int n_groups_ = 0;
+  bool fresh_[kGroups];  // nothing has been added to the group's o, which is not written yet
 };
 
 template <class T>

@@ -8,16 +8,14 @@
 namespace thriftattn::cpu {
 namespace {
 
-// The tile row of lane block `lane / 16` that holds depths r and r + 1.
-inline char* pair_at(char* tiles, int depth_tiles, int lane, int r) {
-  return tiles + (lane / 16 * depth_tiles + r / 32) * kTileBytes + r % 32 / 2 * 64;
-}
+// The tile rows of lane block `lane / 16`, one after another; depths r and r + 1 stand at 32 * r.
+inline char* lane_block(char* tiles, int depth_tiles, int lane) { return tiles + lane / 16 * depth_tiles * kTileBytes; }
 
 // Depths [rows, 32 * depth_tiles) become zero; rows is even.
 inline void clear_depths(int rows, int depth_tiles, int lanes, char* tiles) {
   for (int lane = 0; lane < lanes; lane += 16)
     for (int r = rows; r < 32 * depth_tiles; r += 2)
-      _mm512_storeu_si512(pair_at(tiles, depth_tiles, lane, r), _mm512_setzero_si512());
+      _mm512_storeu_si512(lane_block(tiles, depth_tiles, lane) + 32 * r, _mm512_setzero_si512());
 }
 
 // a and b, one depth each, to pairs, rounded to nearest, ties to even.
@@ -42,15 +40,12 @@ inline __m512 load_high(DType type, const uint16_t* from) {
 
 // A 16-bit matrix, of which the first `rows` depths exist.
 inline void unpack_high(DType type, const uint16_t* from, int rows, int lanes, int depth_tiles, char* tiles) {
-  const int even = rows / 2 * 2;
   for (int lane = 0; lane < lanes; lane += 16) {
     const uint16_t* x = from + lane;
-    for (int r = 0; r < even; r += 2)
-      _mm512_storeu_si512(pair_at(tiles, depth_tiles, lane, r),
-                          round_pairs(load_high(type, x + r * lanes), load_high(type, x + (r + 1) * lanes)));
-    if (rows > even)
-      _mm512_storeu_si512(pair_at(tiles, depth_tiles, lane, even),
-                          round_pairs(load_high(type, x + even * lanes), _mm512_setzero_ps()));
+    char* to = lane_block(tiles, depth_tiles, lane);
+    for (int r = 0; r + 1 < rows; r += 2, x += 2 * lanes, to += 64)
+      _mm512_storeu_si512(to, round_pairs(load_high(type, x), load_high(type, x + lanes)));
+    if (rows % 2) _mm512_storeu_si512(to, round_pairs(load_high(type, x), _mm512_setzero_ps()));
   }
   clear_depths((rows + 1) / 2 * 2, depth_tiles, lanes, tiles);
 }
@@ -86,13 +81,14 @@ template <bool kTwo>
 void unpack_planes(const PlaneLayout& layout, Fp4Format format, int rows, const Plane* planes, int depth_tiles,
                    char* tiles) {
   for (int lane = 0; lane < layout.lanes; lane += 16) {
+    char* to = lane_block(tiles, depth_tiles, lane);
     __m512 scale[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-    for (int r = 0; r < rows; r += 8) {
+    for (int r = 0; r < rows; r += 8, to += 256) {
       __m512i codes[2];
       for (int i = 0; i < (kTwo ? 2 : 1); ++i) {
         if (r % layout.group == 0)
           scale[i] = load_scales(format, planes[i].scales + layout.scale_offset(r, lane), planes[i].factor);
-        codes[i] = _mm512_loadu_si512(planes[i].codes + layout.code_offset(r, lane));
+        codes[i] = _mm512_loadu_si512(planes[i].codes + layout.code_offset(0, lane) + 8 * r);
       }
       const auto value = [&](auto nibble) {  // byte e of a lane holds depth e in its low nibble, e + 4 in its high one
         __m512 x = _mm512_mul_ps(decode_nibble<nibble.value>(codes[0]), scale[0]);
@@ -101,8 +97,7 @@ void unpack_planes(const PlaneLayout& layout, Fp4Format format, int rows, const 
       };
       const auto put = [&](int pair, auto first, auto second) {
         const __m512 a = value(first), b = value(second);
-        _mm512_storeu_si512(pair_at(tiles, depth_tiles, lane, r + 2 * pair),
-                            kTwo ? round_pairs(a, b) : exact_pairs(a, b));
+        _mm512_storeu_si512(to + 64 * pair, kTwo ? round_pairs(a, b) : exact_pairs(a, b));
       };
       put(0, std::integral_constant<int, 0>(), std::integral_constant<int, 2>());
       put(1, std::integral_constant<int, 4>(), std::integral_constant<int, 6>());
