@@ -481,9 +481,8 @@ class Batch {
   static void add(float* to, __m512 x) { _mm512_store_ps(to, _mm512_add_ps(_mm512_load_ps(to), x)); }
 
   static void hide(Visible seen, __m512* x) {
-    uint64_t mask = ~uint64_t{0} << seen.first;
-    if (seen.first >= 64 || seen.end <= seen.first) mask = 0;
-    if (seen.end < 64) mask &= (uint64_t{1} << seen.end) - 1;
+    const auto below = [](int64_t n) { return n < 64 ? (uint64_t{1} << n) - 1 : ~uint64_t{0}; };
+    const uint64_t mask = below(seen.end) & ~below(seen.first);
     for (int i = 0; i < 4; ++i)
       x[i] = _mm512_mask_mov_ps(_mm512_set1_ps(kMinusInf), static_cast<__mmask16>(mask >> (16 * i)), x[i]);
   }
