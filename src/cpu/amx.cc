@@ -6,9 +6,12 @@
 //   P tiles x V tiles --> O [64, d_v], FP32, loaded and stored once per 4 pages                           (L2)
 //
 // Rows go in groups of up to 64 of one head, four groups together, which share the unpacked pages. A (group, page) is
-// 128 tile products of d = d_v = 128, 16 cycles each, and 256 registers of scores at about 11 vector instructions:
-// 2048 and 1500 cycles on different units. The softmax of 32 rows is therefore laid between the products that make the
-// next 32 rows' scores. A quarter of a page's unpacking, 500 cycles, comes on top.
+// 128 tile products where d = d_v = 128, 16 cycles each, and 256 registers of scores at about 13 vector instructions:
+// 2048 and 1700 cycles, on different units. Measured (docs/performance.md), scores take 1800 where their products are
+// 1024, P x V 1900, softmax 1900, and scores with softmax 4700: what binds is the way of tiles between L1, L2 and the
+// tile registers, and of scores from tile stores to vector loads, which cannot be forwarded. The softmax of 32 rows is
+// therefore laid between the products that make the next 32 rows' scores, which gains an eighth of the time where the
+// core's other thread is busy and loses a twentieth where it is not. A quarter of a page's unpacking comes on top: 650.
 //
 // So that no row needs its maximum before its exponentials, m is a bound and not the maximum: an integer, raised to the
 // row's maximum, rounded up, only where a score exceeds it by more than kSlack. p then stays below 2^kSlack, its

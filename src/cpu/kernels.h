@@ -21,7 +21,7 @@ struct Tiles {
   float* v[4];   // by Tier: [64, d_v]
   float* p;      // [rows, 64], scores, then probabilities
   float* p4;     // [rows, 64], quantised probabilities (mma4)
-  char* matrix;  // matrix_bytes() of the plan's target, for matrix tiles; else null
+  char* matrix;  // memory for matrix tiles (amx.h), where the target has them; else null
 };
 
 // Online softmax of some rows, in units of log2: the unnormalised output is sum 2^(s - m) v.

@@ -30,7 +30,7 @@ inline bool ranks(const Problem& p) {
          !(b.kind == Budget::Kind::fraction && b.value == 0);
 }
 
-// Bytes of Tiles::matrix.
+// Whether a target multiplies on matrix tiles, and the bytes of Tiles::matrix that it needs.
 inline bool is_matrix(const std::string& target) { return target == kAmx || target == kAmxEmulated; }
 inline int64_t matrix_bytes(const std::string& target, const Problem& p) {
   return is_matrix(target) ? amx_bytes(p.d, p.d_v) : 0;
