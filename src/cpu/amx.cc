@@ -47,11 +47,12 @@ constexpr float kSlack = 8;       // log2 of how far p may exceed 1
 
 // Tile memory of one thread. Sizes in bytes; everything begins on a cache line.
 struct Memory {
-  Memory(int d, int d_v, char* at) : depth(static_cast<int>(round_up(d, 32) / 32)), columns(d_v / 16) {
+  Memory(int d, int d_v, char* memory) : depth(static_cast<int>(round_up(d, 32) / 32)), columns(d_v / 16) {
+    auto at = reinterpret_cast<uintptr_t>(memory);  // a number, because sizes alone are asked for with no memory
     const auto take = [&](int64_t n) {
-      char* here = at;
-      at += round_up(n, 64);
-      return here;
+      const uintptr_t here = at;
+      at += static_cast<uintptr_t>(round_up(n, 64));
+      return reinterpret_cast<char*>(here);
     };
     const int64_t q_bytes = kGroups * kRowTiles * depth * kTileBytes;
     q = take(q_bytes);
@@ -68,7 +69,7 @@ struct Memory {
     m = reinterpret_cast<float*>(take(kRows * sizeof(float)));
     shift = reinterpret_cast<float*>(take(kRows * sizeof(float)));
     bound = reinterpret_cast<float*>(take(kRows * sizeof(float)));
-    bytes = at;
+    bytes = static_cast<int64_t>(at - reinterpret_cast<uintptr_t>(memory));
   }
   int depth, columns;  // tiles of d channels, rounded up; of d_v channels
   char *q, *q_rest;    // [groups, row tiles, depth] tiles: q rounded; what that left over
@@ -80,20 +81,17 @@ struct Memory {
   float* mean_scores;        // [rows, 16 pages]
   float *l, *l_high;         // [rows, 16], to be summed
   float *m, *shift, *bound;  // [rows]: m; -m, or 0 where m is -inf; m + kSlack
-  char* bytes;               // the end
+  int64_t bytes;             // of all
 };
 
 }  // namespace
 
-int64_t amx_bytes(int d, int d_v) {
-  const Memory memory(d, d_v, nullptr);
-  return memory.bytes - memory.q;
-}
+int64_t amx_bytes(int d, int d_v) { return Memory(d, d_v, nullptr).bytes; }
 
 bool can_emulate_amx() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("fma");
 }
 
 bool has_amx() {
@@ -113,14 +111,14 @@ bool has_amx() {
 // From here on functions may use what can_emulate_amx() asks for. g++ takes the operands that its own headers leave
 // undefined for a mistake.
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), \
+#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), \
                              apply_to = function)
 #else
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 #endif
 
 #include "cpu/amx_pages.h"  // NOLINT: needs kTileBytes

@@ -3,10 +3,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <random>
 #include <string>
 #include <vector>
 
 #include "attention/session.h"
+#include "cpu/amx.h"
 #include "cpu/backend.h"
 #include "format/codecs.h"
 #include "oracle/pages.h"
@@ -376,6 +378,63 @@ TEST_P(MatrixTiles, RowsWithoutKeysGiveZero) {
   const Ran ran = session.attend(40, c);
   for (const float x : ran.out) ASSERT_TRUE(std::isfinite(x));
   for (const float x : ran.lse) ASSERT_TRUE(std::isfinite(x));
+}
+
+// Straight to the kernel: rows of one head beyond a group of 64 and a batch of 256, in two page ranges one after the
+// other, as a verify step would ask.
+TEST_P(MatrixTiles, AnyNumberOfRowsIsItsPartsOneByOne) {
+  const cpu::Kernels* kernels = cpu::kernels_for(GetParam());
+  ASSERT_NE(kernels, nullptr);
+  constexpr int kD = 48, kDv = 32, kRows = 333;
+  constexpr int64_t kTokens = 5 * 64 + 9;
+  const PageLayout layout = page_layout(kD, kDv, Fp4Format::nvfp4, false, false, false);
+  const Method fp16 = method("fp16");
+  std::mt19937 random(5);
+  std::normal_distribution<float> normal;
+  std::vector<uint16_t> high(static_cast<size_t>(6 * layout.high_bytes / 2));
+  for (uint16_t& x : high) x = f16_encode(normal(random));
+  std::vector<float> q(kRows * kD);
+  for (float& x : q) x = 2 * normal(random);
+  std::vector<PageRef> pages;
+  for (int64_t p = 0; p < 6; ++p) pages.push_back({nullptr, nullptr, high.data() + p * layout.high_bytes / 2, nullptr});
+  std::vector<char> memory(static_cast<size_t>(cpu::amx_bytes(kD, kDv)) + 64);
+  cpu::Tiles tiles{};
+  tiles.matrix = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
+  struct State {
+    std::vector<float> m = std::vector<float>(kRows, -INFINITY), l = std::vector<float>(kRows), l_high = l,
+                       o = std::vector<float>(kRows * kDv);
+  };
+  const auto attend = [&](State& state, int first, int rows, int64_t first_page, int64_t end_page) {
+    cpu::BlockTask t{};
+    t.layout = &layout;
+    t.method = &fp16;
+    t.high_dtype = DType::f16;
+    t.sm_scale = 0.2f;
+    t.pages = pages.data();
+    t.first_page = first_page;
+    t.end_page = end_page;
+    t.s_kv = kTokens;
+    t.first_position = kTokens - 16;
+    t.period = 16;  // rows of several heads, 16 positions each; parts begin at multiples of it
+    t.mask = {true, 200};
+    t.rest = Tier::fp16;
+    t.heads = 1;
+    t.rows = rows;
+    t.q = q.data() + first * kD;
+    t.state = {&state.m[static_cast<size_t>(first)], &state.l[static_cast<size_t>(first)],
+               &state.l_high[static_cast<size_t>(first)], &state.o[static_cast<size_t>(first * kDv)]};
+    kernels->attend(t, tiles);
+  };
+  State whole, parts;
+  attend(whole, 0, kRows, 0, 3);
+  attend(whole, 0, kRows, 3, 6);
+  for (int first = 0; first < kRows; first += 48) attend(parts, first, std::min(48, kRows - first), 0, 6);
+  EXPECT_EQ(whole.m, parts.m);
+  for (size_t r = 0; r < kRows; ++r) {
+    EXPECT_NEAR(whole.l[r], parts.l[r], 1e-6f * parts.l[r]);  // its sixteen sums meet after each range
+    EXPECT_GT(whole.l[r], 0);
+  }
+  EXPECT_EQ(whole.o, parts.o);
 }
 
 // --- who gets them
