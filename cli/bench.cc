@@ -70,7 +70,7 @@ Json machine_json(const Bench& bench, const Rates& rates) {
           {"read_buffer", rates.read_bytes()},
           {"matrix_gflops", mean(rates.matrix())},
           {"matrix_gflops_samples", rates.matrix()},
-          {"matrix_compute", model::to_string(model::Compute::f32)}};
+          {"matrix_compute", bench.options.compute}};
 }
 
 Json row_json(const Bench& bench, const Timing& r, double read_gb, double gflops) {
@@ -83,6 +83,7 @@ Json row_json(const Bench& bench, const Timing& r, double read_gb, double gflops
           {"h_q", o.h_q},
           {"h_kv", o.h_kv},
           {"d", o.d},
+          {"compute", o.compute},
           {"method", r.method},
           {"target", r.target},
           {"threads", bench.pool->size()},
@@ -106,9 +107,9 @@ std::string table(const Bench& bench, const Rates& rates, std::span<const Timing
   const double read_gb = mean(rates.read()), gflops = mean(rates.matrix());
   std::string text = fmt::format("{}, batch {}, {} query and {} KV heads of {}; {} threads on {}\n", o.phase, o.batch,
                                  o.h_q, o.h_kv, o.d, bench.pool->size(), machine_info().cpu);
-  text += fmt::format("measured here {} times: reading {} GB/s over {:.1f} GB, F32 products {} GFLOP/s\n\n",
+  text += fmt::format("measured here {} times: reading {} GB/s over {:.1f} GB, {} products {} GFLOP/s\n\n",
                       rates.read().size(), spread(rates.read(), 1), static_cast<double>(rates.read_bytes()) / 1e9,
-                      spread(rates.matrix(), 0));
+                      o.compute == "bf16" ? "BF16" : "F32", spread(rates.matrix(), 0));
   std::vector<std::vector<std::string>> lines{{"method", "s_q", "s_kv", "target", "ms", "min", "max", "MB", "GB/s",
                                                "% of read", "GFLOP/s", "% of matrix", "rel err"}};
   bool warm = false;
@@ -167,7 +168,7 @@ Status bench_attention(const BenchOptions& o) {
     }
   }
   progress.begin("measuring the machine");
-  Rates rates(&pool, model::Compute::f32);
+  Rates rates(&pool, o.compute == "bf16" ? model::Compute::bf16 : model::Compute::f32);
   THRIFTATTN_RETURN_IF_ERROR(rates.measure());
   for (size_t i = 0; i < rows.size(); i += methods.size()) {
     THRIFTATTN_RETURN_IF_ERROR(run_rounds(bench, std::span(rows).subspan(i, methods.size()), &rates));
@@ -214,6 +215,10 @@ Command add_bench(CLI::App* app) {
       command->add_option("--method", o->methods, "name[:key=value,...]; rank: thrift alone")->capture_default_str();
   command->add_option("--threads", o->threads, "0 = all processors")->check(CLI::Range(0, 1024))->capture_default_str();
   command->add_option("--target", o->target, "instruction set, as doctor lists them; default the best");
+  command
+      ->add_option("--compute", o->compute, "f32, or bf16: prefill may round q, k, v and p, as matrix tiles (AMX) need")
+      ->check(CLI::IsMember({"f32", "bf16"}))
+      ->capture_default_str();
   command->add_option("--reps", o->reps, "repetitions of all phases but append")
       ->check(CLI::Range(1, 10000))
       ->capture_default_str();

@@ -36,12 +36,16 @@ struct Problem {
   Method method;
   CacheConfig cache;   // of the cache that the plan will run over
   bool stats = false;  // fill Stats
+  // The least precise form in which q, k, v and p may enter a product of a prefill. f32: FP32 products of what the cache
+  // holds. bf16 allows each factor to be rounded to BF16 once (relative error 2^-9), which matrix tiles need; sums stay
+  // FP32. A machine without them computes in FP32 all the same, and decode always does.
+  DType compute = DType::f32;
 };
 
 // What the planner knows of the machine; the same words force a choice in tests.
 struct Machine {
   int threads = 1;                   // up to 1024
-  std::vector<std::string> targets;  // instruction sets of the CPU backend, best first, e.g. {"AVX3", "AVX2", "EMU128"}
+  std::vector<std::string> targets;  // instruction sets of the CPU backend, best first, e.g. {"AMX", "AVX3", "AVX2"}
   THRIFTATTN_API static Machine here(int threads);
 };
 
@@ -53,13 +57,13 @@ struct Refusal {
 struct Plan {
   Problem problem;        // with sm_scale, policy and arithmetic resolved
   std::string backend;    // "cpu"
-  std::string kernel;     // "prefill_tiles", "decode_one_pass" or "decode_score_first"
+  std::string kernel;     // "prefill_tiles", "prefill_matrix_tiles", "decode_one_pass" or "decode_score_first"
   std::string target;     // the instruction set, e.g. "AVX3"
   int rows_per_tile = 0;  // query rows of one tile
   int splits = 1;         // page ranges into which one (sequence, KV head) of a decode step is cut
   int threads = 1;
   int64_t workspace_bytes = 0;
-  std::vector<Refusal> refused;  // the backends passed over
+  std::vector<Refusal> refused;  // the backends, and targets of the chosen one, passed over
 };
 
 // Chooses a kernel. Pure: looks at nothing but its arguments. An unsupported problem is an error that lists every

@@ -258,10 +258,12 @@ typedef struct ThriftattnProblem {
   int32_t stats;  /* 1: calls may be given a ThriftattnStats to fill beyond its counts */
   const char* method;                 /* e.g. "thrift" or "quest:budget=0.1" */
   const ThriftattnCacheConfig* cache; /* of the cache that the plan will run over; gives h_kv, d and d_v */
+  int32_t compute; /* ThriftattnDType, F32 or BF16: the least precise form in which q, k, v and p may enter a product of
+                      a prefill. BF16 allows what matrix tiles need; where there are none, F32 serves all the same */
 } ThriftattnProblem;
 
 #define THRIFTATTN_PROBLEM_DEFAULTS \
-  { sizeof(ThriftattnProblem), THRIFTATTN_PREFILL, 1, 1, 1, 1, 1, 0, 0, 0, 0, "thrift", NULL }
+  { sizeof(ThriftattnProblem), THRIFTATTN_PREFILL, 1, 1, 1, 1, 1, 0, 0, 0, 0, "thrift", NULL, THRIFTATTN_F32 }
 
 /* How a problem will be computed: kernel, instruction set, tiles, splits, workspace. Serves all lengths up to the
  * problem's. */

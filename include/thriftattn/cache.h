@@ -50,7 +50,6 @@ struct CacheConfig {
   }
   bool operator==(const CacheConfig&) const = default;
 
-  bool operator==(const CacheConfig&) const = default;
   // What `method` needs stored for a model of this shape.
   THRIFTATTN_API static CacheConfig for_method(const Method& method, int layers, int h_kv, int d, int d_v);
 };

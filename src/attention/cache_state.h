@@ -1,6 +1,8 @@
 // What stands behind a KvCache: record pools, form tables, block tables. See cache.h for what it promises.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -21,8 +23,9 @@ void grow_by(std::vector<T>& v, int64_t more) {
 }
 
 // Equal records that never move, named by index. Memory is taken in blocks, the first small, later ones as large as a
-// quarter of what there is already, up to 16 MiB. Within a block records stand in chunks of 16, so that finding one
-// takes no division. Huge pages are not asked for: docs/performance.md, "Append".
+// quarter of what there is already, up to 16 MiB; from 2 MiB on a block asks for huge pages, which a decode step reads
+// a tenth faster (docs/performance.md, "Decode"). Within a block records stand in chunks of 16, so that finding one
+// takes no division.
 class RecordPool {
  public:
   static constexpr int64_t kAlignment = 64;
@@ -67,15 +70,22 @@ class RecordPool {
 
  private:
   static constexpr uint32_t kChunkRecords = 16;
+  static constexpr int64_t kHugePage = int64_t{1} << 21;
 
   struct Release {
-    void operator()(uint8_t* p) const { ::operator delete(p, std::align_val_t(kAlignment)); }
+    int64_t alignment = kAlignment;
+    void operator()(uint8_t* p) const { ::operator delete(p, std::align_val_t(alignment)); }
   };
 
   void add_block() {
     const int64_t chunk_bytes = int64_t{kChunkRecords} * stride_;
-    const int64_t bytes = std::max({chunk_bytes, int64_t{1} << 18, std::min(reserved_ / 4, int64_t{1} << 24)});
-    std::unique_ptr<uint8_t, Release> block(static_cast<uint8_t*>(::operator new(bytes, std::align_val_t(kAlignment))));
+    int64_t bytes = std::max({chunk_bytes, int64_t{1} << 18, std::min(reserved_ / 4, int64_t{1} << 24)});
+    const bool huge = bytes >= kHugePage;
+    if (huge) bytes = bytes / kHugePage * kHugePage;
+    const Release release{huge ? kHugePage : kAlignment};
+    std::unique_ptr<uint8_t, Release> block(
+        static_cast<uint8_t*>(::operator new(bytes, std::align_val_t(release.alignment))), release);
+    if (huge) madvise(block.get(), bytes, MADV_HUGEPAGE);  // where the system has none, small ones do
     const int64_t chunks = bytes / chunk_bytes, first = std::ssize(chunks_) * kChunkRecords;
     grow_by(blocks_, 1);
     grow_by(chunks_, chunks);

@@ -77,8 +77,8 @@ bool pages_alike(const CacheConfig& a, const CacheConfig& b) {
 // Whether scratch memory made for one plan serves the other: all sizes that it follows from.
 bool sizes_alike(const Plan& a, const Plan& b) {
   const Problem &p = a.problem, &q = b.problem;
-  return a.backend == b.backend && a.kernel == b.kernel && a.rows_per_tile == b.rows_per_tile && a.splits == b.splits &&
-         a.threads == b.threads && p.phase == q.phase && p.b == q.b && p.max_s_q == q.max_s_q &&
+  return a.backend == b.backend && a.kernel == b.kernel && a.target == b.target && a.rows_per_tile == b.rows_per_tile &&
+         a.splits == b.splits && a.threads == b.threads && p.phase == q.phase && p.b == q.b && p.max_s_q == q.max_s_q &&
          p.max_s_kv == q.max_s_kv && p.h_q == q.h_q && p.h_kv == q.h_kv && p.d == q.d && p.d_v == q.d_v &&
          p.stats == q.stats && p.method == q.method;
 }

@@ -34,6 +34,7 @@ Status check(const Problem& p) {
   if (p.window < 0 || p.window > kMaxTokens) return refuse("window", p.window, "0 (none) to 2^30 tokens are");
   if (!(p.softcap >= 0) || !std::isfinite(p.softcap))
     return refuse("softcap", p.softcap, "0 (none) or a positive number");
+  if (p.compute != DType::f32 && p.compute != DType::bf16) return refuse("compute", "f16", "f32 and bf16 are");
   if (p.method.rest == Tier::fp4x2) return refuse("rest", to_string(p.method.rest), "fp4, none and fp16 are");
   const CacheConfig& c = p.cache;
   if (c.h_kv != p.h_kv || c.d != p.d || c.d_v != p.d_v)
@@ -109,14 +110,16 @@ Result<Plan> plan(const Problem& problem, const Machine& machine) {
 
 std::string to_string(const Plan& plan) {
   const Problem& p = plan.problem;
+  const char* compute = p.compute == DType::bf16 ? " compute=bf16" : "";
   std::string mask = p.causal ? "" : " not causal";
   if (p.window > 0) mask += fmt::format(" window={}", p.window);
   if (p.softcap > 0) mask += fmt::format(" softcap={}", p.softcap);
   std::string text = fmt::format(
-      "{}<{}> d={} d_v={} h_q={} h_kv={} b={} s_q<={} s_kv<={}{} policy={} arithmetic={} tile={} splits={} threads={} "
+      "{}<{}> d={} d_v={} h_q={} h_kv={} b={} s_q<={} s_kv<={}{} policy={} arithmetic={}{} tile={} splits={} "
+      "threads={} "
       "workspace={:.1f} MB",
       plan.kernel, plan.target, p.d, p.d_v, p.h_q, p.h_kv, p.b, p.max_s_q, p.max_s_kv, mask, to_string(p.method.policy),
-      to_string(p.method.arithmetic), plan.rows_per_tile, plan.splits, plan.threads,
+      to_string(p.method.arithmetic), compute, plan.rows_per_tile, plan.splits, plan.threads,
       static_cast<double>(plan.workspace_bytes) / 1e6);
   for (const Refusal& r : plan.refused) text += fmt::format(" | {}: refused, {}", r.backend, r.reason);
   return text;

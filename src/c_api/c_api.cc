@@ -246,13 +246,15 @@ ThriftattnCacheConfig write_config(const CacheConfig& c) {
 }
 
 Result<Problem> read_problem(const ThriftattnProblem* problem) {
-  THRIFTATTN_ASSIGN_OR_RETURN(
-      p, read_struct<ThriftattnProblem>("problem", problem, sizeof(ThriftattnProblem), THRIFTATTN_PROBLEM_DEFAULTS));
+  THRIFTATTN_ASSIGN_OR_RETURN(p,
+                              read_struct<ThriftattnProblem>("problem", problem, offsetof(ThriftattnProblem, compute),
+                                                             THRIFTATTN_PROBLEM_DEFAULTS));
   if (!p.method) return null_argument("problem->method");
   Problem out;
   THRIFTATTN_ASSIGN_OR_RETURN(config, read_config("problem->cache", p.cache));
   THRIFTATTN_ASSIGN_OR_RETURN(method, parse_method(p.method));
   THRIFTATTN_RETURN_IF_ERROR(read_enum("phase", p.phase, Phase::decode, out.phase));
+  THRIFTATTN_RETURN_IF_ERROR(read_enum("compute", p.compute, DType::bf16, out.compute));
   THRIFTATTN_RETURN_IF_ERROR(read_switch("causal", p.causal, out.causal));
   THRIFTATTN_RETURN_IF_ERROR(read_switch("stats", p.stats, out.stats));
   out.b = p.b;

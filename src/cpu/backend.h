@@ -11,8 +11,11 @@
 
 namespace thriftattn::cpu {
 
-// Instruction sets compiled in that this machine runs, best first, by Highway's names.
+// Instruction sets compiled in that this machine runs, best first: AMX, then by Highway's names.
 std::vector<std::string> targets();
+
+// Targets that tests may force and that no plan chooses: AMX_EMULATED.
+std::vector<std::string> forced_targets();
 
 // Why the CPU backend will not serve `problem`; empty where it will.
 std::string refusal(const Problem& problem, const Machine& machine);

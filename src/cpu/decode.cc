@@ -99,12 +99,6 @@ struct PageSoftmax {
   HWY_ALIGN float m[16], l[16];
 };
 
-// Whether every row sees every token of page p.
-bool sees_all(const BlockTask& t, int64_t p) {
-  return t.mask.first_token(t.first_position + t.period - 1) <= p * kPageTokens &&
-         t.mask.end_token(t.first_position, t.s_kv) >= (p + 1) * kPageTokens;
-}
-
 // The products s[n, 64] of page p become e.
 void page_softmax(const BlockTask& t, int64_t p, int first, int n, float* s, PageSoftmax& page) {
   const DF df;

@@ -20,6 +20,7 @@
 #include <cmath>
 #include <limits>
 
+#include "cpu/block.h"
 #include "cpu/kernels.h"
 #include "cpu/scores-inl.h"
 #include "cpu/tile-inl.h"
@@ -160,16 +161,6 @@ void quantize_p(const BlockTask& t, const float* p, float* p4) {
   }
 }
 
-// The tiers in which the heads of a task read page p, and which of them occur.
-void page_tiers(const BlockTask& t, int64_t p, TierCursor* cursors, Tier* tier, bool* wanted) {
-  const bool tail = (p + 1) * kPageTokens > t.s_kv;
-  std::fill(wanted, wanted + 4, false);
-  for (int h = 0; h < t.heads; ++h) {
-    tier[h] = tail ? Tier::fp16 : cursors[h].at(p, t.rest);
-    wanted[static_cast<int>(tier[h])] = true;
-  }
-}
-
 void attend(const BlockTask& t, Tiles& tiles) {
   TierCursor cursors[kMaxHeadsPerTask];
   for (int h = 0; h < t.heads; ++h) cursors[h].promoted = t.promoted[h];
@@ -301,6 +292,7 @@ const Kernels* table() {
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
+#include "cpu/amx.h"
 #include "cpu/backend.h"
 #include "cpu/targets.h"
 
@@ -309,11 +301,25 @@ namespace {
 
 HWY_EXPORT(table);
 
-const std::vector<Kernels>& all_kernels() {
-  static const std::vector<Kernels> all = [] {
+struct AllKernels {
+  std::vector<Kernels> listed;  // best first
+  std::vector<Kernels> forced;  // for tests
+};
+
+// Matrix tiles serve `attend`; all else is what the best registers do.
+const AllKernels& all_kernels() {
+  static const AllKernels all = [] {
     auto tables = tables_of_targets<Kernels>([] { return HWY_DYNAMIC_DISPATCH(table)(); });
     for (size_t i = 0; i < tables.size(); ++i) tables[i].decode = all_decode_kernels()[i];
-    return tables;
+    AllKernels found{tables, {}};
+    Kernels amx = tables.front();
+    amx.attend = attend_amx;
+    amx.target = kAmx;
+    if (has_amx()) found.listed.insert(found.listed.begin(), amx);
+    amx.attend = attend_amx_emulated;
+    amx.target = kAmxEmulated;
+    if (can_emulate_amx()) found.forced.push_back(amx);
+    return found;
   }();
   return all;
 }
@@ -322,13 +328,20 @@ const std::vector<Kernels>& all_kernels() {
 
 std::vector<std::string> targets() {
   std::vector<std::string> names;
-  for (const Kernels& k : all_kernels()) names.emplace_back(k.target);
+  for (const Kernels& k : all_kernels().listed) names.emplace_back(k.target);
+  return names;
+}
+
+std::vector<std::string> forced_targets() {
+  std::vector<std::string> names;
+  for (const Kernels& k : all_kernels().forced) names.emplace_back(k.target);
   return names;
 }
 
 const Kernels* kernels_for(const std::string& target) {
-  for (const Kernels& k : all_kernels())
-    if (target == k.target) return &k;
+  for (const auto* kernels : {&all_kernels().listed, &all_kernels().forced})
+    for (const Kernels& k : *kernels)
+      if (target == k.target) return &k;
   return nullptr;
 }
 

@@ -17,10 +17,11 @@ inline constexpr float kLog2e = 1.44269504088896341f;
 
 // Tile memory of one thread: one page decoded to float, in each tier that some head reads, and the scores against it.
 struct Tiles {
-  float* k[4];  // by Tier: [d, 64]
-  float* v[4];  // by Tier: [64, d_v]
-  float* p;     // [rows, 64], scores, then probabilities
-  float* p4;    // [rows, 64], quantised probabilities (mma4)
+  float* k[4];   // by Tier: [d, 64]
+  float* v[4];   // by Tier: [64, d_v]
+  float* p;      // [rows, 64], scores, then probabilities
+  float* p4;     // [rows, 64], quantised probabilities (mma4)
+  char* matrix;  // memory for matrix tiles (amx.h), where the target has them; else null
 };
 
 // Online softmax of some rows, in units of log2: the unnormalised output is sum 2^(s - m) v.
@@ -104,10 +105,10 @@ struct Kernels {
   DecodeKernels decode;
 };
 
-// One table per target, in the order of targets().
+// One table per target that Highway knows, in the order of targets().
 const std::vector<DecodeKernels>& all_decode_kernels();
 
-// The table of one target of targets(); null for any other name.
+// The table of one target of targets(), or of one that runs where it is forced alone; null for any other name.
 const Kernels* kernels_for(const std::string& target);
 
 }  // namespace thriftattn::cpu

@@ -9,11 +9,32 @@
 
 namespace thriftattn::cpu {
 
+namespace {
+
+// Why a target that this machine runs does not serve the problem; empty where it does.
+std::string passed_over(const Problem& p, const std::string& target) {
+  if (!is_matrix(target)) return {};
+  if (p.phase != Phase::prefill) return "its matrix tiles serve prefill alone";
+  if (p.method.arithmetic != Arithmetic::kv4)
+    return fmt::format("its matrix tiles serve arithmetic=kv4, not {}", to_string(p.method.arithmetic));
+  if (p.compute == DType::f32) return "compute=f32 forbids products of BF16 factors, which compute=bf16 allows";
+  return {};
+}
+
+// The best target of the machine that serves the problem; null where none does.
+const std::string* choose_target(const Problem& p, const Machine& machine) {
+  for (const std::string& target : machine.targets)
+    if (passed_over(p, target).empty()) return &target;
+  return nullptr;
+}
+
+}  // namespace
+
 std::string refusal(const Problem& p, const Machine& machine) {
   if (machine.targets.empty()) return "no instruction set to run on";
-  const std::vector<std::string> known = targets();
-  if (std::find(known.begin(), known.end(), machine.targets.front()) == known.end())
-    return fmt::format("target {} is not compiled in or not run by this machine", machine.targets.front());
+  const std::string* target = choose_target(p, machine);
+  if (!target) return fmt::format("target {}: {}", machine.targets.front(), passed_over(p, machine.targets.front()));
+  if (!kernels_for(*target)) return fmt::format("target {} is not compiled in or not run by this machine", *target);
   if (p.method.arithmetic == Arithmetic::mma8) return "arithmetic=mma8 has no CPU kernel: kv4 and mma4 have";
   if (p.method.p_quant == PQuant::constant && p.method.arithmetic != Arithmetic::mma4)
     return "p_quant=constant is a variant of arithmetic=mma4";
@@ -26,7 +47,11 @@ void plan(const Machine& machine, Plan& plan) {
   const int64_t pages = max_pages(p);
   const bool mma4 = p.method.arithmetic == Arithmetic::mma4;
   plan.backend = "cpu";
-  plan.target = machine.targets.front();
+  plan.target = *choose_target(p, machine);
+  for (const std::string& target : machine.targets) {
+    if (target == plan.target) break;
+    if (p.phase == Phase::prefill) plan.refused.push_back({target, passed_over(p, target)});
+  }
   plan.threads = machine.threads;
   plan.splits = 1;
   const int64_t tiles = int64_t{3} * 64 * (p.d + p.d_v);
@@ -34,7 +59,7 @@ void plan(const Machine& machine, Plan& plan) {
   const auto row_floats = [&](int64_t rows) { return rows * (p.d * (mma4 ? 2 : 1) + p.d_v + 4 + masses); };
   int64_t floats = 0;
   if (p.phase == Phase::prefill) {
-    plan.kernel = "prefill_tiles";
+    plan.kernel = is_matrix(plan.target) ? "prefill_matrix_tiles" : "prefill_tiles";
     plan.rows_per_tile = kPageTokens;
     floats = machine.threads * (tiles + 2 * kPageTokens * kPageTokens + row_floats(heads_per_task(p) * kPageTokens) +
                                 heads_per_task(p) * pages * 9);
@@ -55,7 +80,7 @@ void plan(const Machine& machine, Plan& plan) {
     floats += units * (row_floats(rows) + integers + pages * (exchanges(p) ? 11 : 9) +
                        (plan.splits - 1) * rows * (p.d + p.d_v + 4));
   }
-  plan.workspace_bytes = floats * int64_t{sizeof(float)};
+  plan.workspace_bytes = floats * int64_t{sizeof(float)} + machine.threads * matrix_bytes(plan.target, p);
 }
 
 std::shared_ptr<Scratch> make_scratch(const Plan& plan) {
@@ -64,7 +89,8 @@ std::shared_ptr<Scratch> make_scratch(const Plan& plan) {
   const bool mma4 = p.method.arithmetic == Arithmetic::mma4;
   for (int w = 0; w < plan.threads; ++w) {
     const bool tiles = p.phase == Phase::prefill || mma4;
-    scratch->workers.emplace_back(tiles ? plan.rows_per_tile : 0, tiles ? p.d : 0, tiles ? p.d_v : 0);
+    scratch->workers.emplace_back(tiles ? plan.rows_per_tile : 0, tiles ? p.d : 0, tiles ? p.d_v : 0,
+                                  matrix_bytes(plan.target, p));
     if (p.phase == Phase::prefill) {
       scratch->rows.emplace_back(int64_t{heads_per_task(p)} * kPageTokens, p.d, p.d_v, mma4,
                                  scores_first(p) || p.stats ? max_pages(p) : 0);

@@ -13,43 +13,13 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/block.h"
 #include "cpu/kernels.h"
 #include "cpu/tile-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace thriftattn::cpu {
 namespace HWY_NAMESPACE {
-
-// A walk over one head's promoted pages, page by page.
-struct TierCursor {
-  std::span<const Promoted> promoted;
-  size_t next = 0;
-
-  Tier at(int64_t page, Tier rest) {
-    while (next < promoted.size() && promoted[next].page < page) ++next;
-    return next < promoted.size() && promoted[next].page == page ? promoted[next].tier : rest;
-  }
-};
-
-inline const uint16_t* mean_of(const BlockTask& t, const PageRef& page) {
-  return reinterpret_cast<const uint16_t*>(page.summary + t.layout->mean);
-}
-
-inline PageSummary summary_of(const PageRef& page) {
-  PageSummary facts;
-  std::memcpy(&facts, page.summary, sizeof(facts));
-  return facts;
-}
-
-// Tokens [first, end) of page `p` that row r sees, counted in the page.
-struct Visible {
-  int64_t first, end;
-};
-inline Visible visible_tokens(const BlockTask& t, int64_t p, int r) {
-  const int64_t position = t.first_position + r % t.period, page = p * kPageTokens;
-  return {std::clamp<int64_t>(t.mask.first_token(position) - page, 0, kPageTokens),
-          std::clamp<int64_t>(t.mask.end_token(position, t.s_kv) - page, 0, kPageTokens)};
-}
 
 // The part of a row's scores that its mask hides becomes -inf.
 inline void hide(const Visible& visible, float* row) {

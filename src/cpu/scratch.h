@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/amx.h"
 #include "cpu/kernels.h"
 #include "cpu/select.h"
 #include "format/selection.h"
@@ -34,6 +35,12 @@ inline bool ranks(const Problem& p) {
   const Budget& b = p.method.budget;
   return p.method.policy != Policy::none && b.kind != Budget::Kind::all &&
          !(b.kind == Budget::Kind::fraction && b.value == 0);
+}
+
+// Whether a target multiplies on matrix tiles, and the bytes of Tiles::matrix that it needs.
+inline bool is_matrix(const std::string& target) { return target == kAmx || target == kAmxEmulated; }
+inline int64_t matrix_bytes(const std::string& target, const Problem& p) {
+  return is_matrix(target) ? amx_bytes(p.d, p.d_v) : 0;
 }
 
 // Query rows of one task and what becomes of them.
@@ -68,7 +75,8 @@ struct Rows {
 };
 
 struct Worker {
-  Worker(int64_t tile_rows, int d, int d_v) : memory((3 * 64) * (d + d_v) + tile_rows * 2 * kPageTokens + 64) {
+  Worker(int64_t tile_rows, int d, int d_v, int64_t matrix_bytes)
+      : memory((3 * 64) * (d + d_v) + tile_rows * 2 * kPageTokens + matrix_bytes / 4 + 64) {
     float* at = memory.data();
     at += (64 - reinterpret_cast<uintptr_t>(at) % 64) / sizeof(float) % 16;
     for (int f = 1; f < 4; ++f) {
@@ -80,6 +88,7 @@ struct Worker {
     tiles.k[0] = tiles.v[0] = nullptr;
     tiles.p = at;
     tiles.p4 = at + tile_rows * kPageTokens;
+    tiles.matrix = matrix_bytes ? reinterpret_cast<char*>(tiles.p4 + tile_rows * kPageTokens) : nullptr;
   }
   std::vector<float> memory;
   Tiles tiles;

@@ -11,7 +11,8 @@
 
 namespace thriftattn::model {
 
-// What the matrix products multiply; they add in F32, and everything between them is F32.
+// What the matrix products multiply; they add in F32, and everything between them is F32. bf16 allows the products of a
+// prefill's attention to be BF16 as well (Problem::compute).
 enum class Compute : uint8_t { f32, bf16 };
 std::string to_string(Compute compute);
 

@@ -321,6 +321,7 @@ Result<Session> Session::create(const Model& model, const Schedule& schedule, co
   problem.softcap = static_cast<float>(c.attention_softcap);
   problem.cache = cache_config;
   problem.stats = options.collect_stats;
+  problem.compute = model.compute() == Compute::bf16 ? DType::bf16 : DType::f32;
   const Machine machine = Machine::here(pool.size());
   const auto plan_phase = [&](Phase phase, const Schedule& of_phase, int64_t max_rows) {
     problem.phase = phase;

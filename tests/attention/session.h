@@ -112,6 +112,7 @@ struct Call {
   const Selection* given = nullptr;
   int threads = 2;
   int splits = 0;      // 0 = as planned
+  DType compute = DType::f32;
   std::string target;  // "" = the best
 };
 
@@ -165,6 +166,7 @@ class Session {
     p.method = method_;
     p.cache = cache_->config();
     p.stats = call.stats;
+    p.compute = call.compute;
     return p;
   }
 

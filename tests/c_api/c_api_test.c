@@ -3,6 +3,7 @@
 
 #include <math.h>
 #include <pthread.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -551,6 +552,8 @@ static void wrong_values_are_named(ThriftattnPool* pool) {
     CHECK_FAILS(thriftattn_plan_create(&problem, 1, &plan), invalid, words); \
   } while (0)
   WRONG_PROBLEM(phase, 2, "phase 2");
+  WRONG_PROBLEM(compute, 3, "compute 3");
+  WRONG_PROBLEM(compute, THRIFTATTN_F16, "compute f16");
   WRONG_PROBLEM(causal, -1, "causal -1");
   WRONG_PROBLEM(stats, 2, "stats 2");
   WRONG_PROBLEM(h_q, 3, "h_q 3");
@@ -558,6 +561,13 @@ static void wrong_values_are_named(ThriftattnPool* pool) {
   WRONG_PROBLEM(window, -1, "window -1");
   WRONG_PROBLEM(method, "thrift:budget=2", "budget=2");
   WRONG_PROBLEM(struct_size, 8, "problem->struct_size 8");
+  /* A program that was compiled before the field `compute` was there, whatever stands behind its struct. */
+  problem = problem_of(&config, "thrift", THRIFTATTN_DECODE, 1);
+  problem.struct_size = offsetof(ThriftattnProblem, compute);
+  problem.compute = 99;
+  CHECK_OK(thriftattn_plan_create(&problem, 1, &plan));
+  thriftattn_plan_destroy(plan);
+  plan = NULL;
   problem = problem_of(&config, "thrift", THRIFTATTN_DECODE, 1);
   CHECK_FAILS(thriftattn_plan_create(&problem, 0, &plan), invalid, "0 threads");
   CHECK_FAILS(thriftattn_plan_create(&problem, 1025, &plan), invalid, "1025 threads");
