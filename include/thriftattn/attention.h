@@ -57,7 +57,8 @@ struct Refusal {
 struct Plan {
   Problem problem;        // with sm_scale, policy and arithmetic resolved
   std::string backend;    // "cpu"
-  std::string kernel;     // "prefill_tiles", "prefill_matrix_tiles", "decode_one_pass" or "decode_score_first"
+  std::string kernel;     // "prefill_tiles", "prefill_matrix_tiles"; "decode_one_pass"; "decode_exchange", which reads all
+                          // pages in FP4 first and then exchanges those promoted; "decode_score_first"
   std::string target;     // the instruction set, e.g. "AVX3"
   int rows_per_tile = 0;  // query rows of one tile
   int splits = 1;         // page ranges into which one (sequence, KV head) of a decode step is cut

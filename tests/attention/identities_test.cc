@@ -113,6 +113,11 @@ TEST_P(Identity, PromoteAllIsFp16BitForBit) {
     Session promoted = session(spec, tokens_), fp16 = session("fp16", tokens_);
     const Selection all = promote_all(promoted.oracle_input(rows(), call()), Tier::fp16);
     const Ran a = promoted.attend(rows(), given(all)), b = fp16.attend(rows(), call());
+    if (phase() == Phase::decode && a.plan.problem.method.arithmetic == Arithmetic::mma4) {  // a kernel of its own
+      EXPECT_LE(distance(a.out, b.out, tokens_), kReordered) << spec;
+      for (size_t i = 0; i < a.lse.size(); ++i) EXPECT_NEAR(a.lse[i], b.lse[i], 1e-5) << spec;
+      continue;
+    }
     EXPECT_EQ(a.out, b.out) << spec;
     EXPECT_EQ(a.lse, b.lse) << spec;
   }

@@ -40,7 +40,7 @@ TEST(Plan, NamesTheKernelAndResolvesWhatIsAutomatic) {
       {"fp4", Phase::prefill, "prefill_tiles", Policy::none, Arithmetic::kv4},
       {"fp4", Phase::decode, "decode_one_pass", Policy::none, Arithmetic::kv4},
       {"thrift", Phase::prefill, "prefill_tiles", Policy::block_mean, Arithmetic::kv4},
-      {"thrift", Phase::decode, "decode_score_first", Policy::fp4_mass, Arithmetic::kv4},
+      {"thrift", Phase::decode, "decode_exchange", Policy::fp4_mass, Arithmetic::kv4},
       {"thrift:policy=block_mean", Phase::decode, "decode_one_pass", Policy::block_mean, Arithmetic::kv4},
       {"thrift:policy=quest", Phase::decode, "decode_one_pass", Policy::quest, Arithmetic::kv4},
       {"thrift:policy=oracle", Phase::decode, "decode_score_first", Policy::oracle, Arithmetic::kv4},
@@ -92,7 +92,7 @@ TEST(Plan, PrintsWhatItChose) {
   const std::string text = to_string(*planned);
   EXPECT_EQ(text.find('\n'), std::string::npos);
   for (const std::string& word :
-       {std::string("decode_score_first"), planned->target, std::string("splits="), std::string("workspace="),
+       {std::string("decode_exchange"), planned->target, std::string("splits="), std::string("workspace="),
         std::string("fp4_mass"), std::string("kv4"), std::string("d=128")}) {
     EXPECT_NE(text.find(word), std::string::npos) << word << " in: " << text;
   }

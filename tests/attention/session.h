@@ -111,7 +111,7 @@ struct Call {
   bool stats = false;
   const Selection* given = nullptr;
   int threads = 2;
-  int splits = 0;      // 0 = as planned
+  int splits = 0;  // 0 = as planned
   DType compute = DType::f32;
   std::string target;  // "" = the best
 };

@@ -451,7 +451,7 @@ class Episode {
           of_heads.out.push_back(want.out[from * d_v + e]);
         }
       }
-    expect_output(got, of_heads, x, in.method.arithmetic == Arithmetic::mma4, what);
+    expect_output(got, of_heads, x, in, what);
   }
 
   std::mt19937 random_;

@@ -38,7 +38,7 @@ class Doctor(program.Case):
     def test_a_plan_that_is_refused_says_why(self):
         plans = self.ask("--method", "thrift:policy=fp4_mass")["plans"]
         self.assertIn("fp4_mass", plans["prefill"]["refused"])
-        self.assertEqual(plans["decode"]["kernel"], "decode_score_first")
+        self.assertEqual(plans["decode"]["kernel"], "decode_exchange")
         self.assertIn("refused: ", self.succeeds("doctor", "--method", "thrift:policy=fp4_mass").stdout.decode())
 
     def test_nonsense_is_refused(self):
