@@ -62,6 +62,8 @@ def parse(arguments):
     parser.add_argument("--d", type=positive, default=128)
     parser.add_argument("--method", nargs="+", default=["fp16", "fp4", "thrift"], metavar="SPEC")
     parser.add_argument("--target", help="instruction set of thriftattn; default the best")
+    parser.add_argument("--compute", choices=("f32", "bf16"), default="f32",
+                        help="what thriftattn may round a prefill's factors to; PyTorch's BF16 rounds them too")
     parser.add_argument("--threads", type=positive, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=["torch", "ort"])
     parser.add_argument("--rounds", type=positive, default=3)
@@ -385,7 +387,8 @@ def ours(o, shape):
         out = os.path.join(folder, "ours.json")
         command = [o.program, "bench", "attention", "--phase", o.phase, "--s-kv", shape.s_kv, "--s-q", shape.s_q,
                    "--batch", o.batch, "--h-q", o.h_q, "--h-kv", o.h_kv, "--d", o.d, "--threads", o.threads,
-                   "--reps", o.reps, *(["--target", o.target] if o.target else []), "--json", out,
+                   "--reps", o.reps, *(["--target", o.target] if o.target else []), "--compute", o.compute,
+                   "--json", out,
                    "--method", *o.method]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
         if done.returncode:

@@ -79,6 +79,14 @@ inline Tokens attention_like(const Shape& shape, int64_t s, uint32_t seed = 1) {
   return x;
 }
 
+// The instruction sets of this machine that do everything; matrix tiles, which serve prefill alone, have
+// matrix_tiles_test.cc.
+inline std::vector<std::string> register_targets() {
+  std::vector<std::string> names = Machine::here(1).targets;
+  std::erase(names, "AMX");
+  return names;
+}
+
 inline ThreadPool& pool() {
   static ThreadPool threads(2);
   return threads;

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "attention/session.h"
 #include "cpu/encode.h"
 #include "thriftattn/attention.h"
 
@@ -19,7 +20,7 @@ class EncodeTarget : public ::testing::TestWithParam<std::string> {
  protected:
   const cpu::Encoder& encoder() const { return *cpu::encoder_for(GetParam()); }
 };
-INSTANTIATE_TEST_SUITE_P(Cpu, EncodeTarget, ::testing::ValuesIn(Machine::here(1).targets),
+INSTANTIATE_TEST_SUITE_P(Cpu, EncodeTarget, ::testing::ValuesIn(testing::register_targets()),
                          [](const auto& target) { return target.param; });
 
 struct Records {

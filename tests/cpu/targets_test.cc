@@ -3,22 +3,14 @@
 
 #include <algorithm>
 #include <string>
-#include <vector>
 
 #include "attention/agreement.h"
 
 namespace thriftattn::testing {
 namespace {
 
-// Matrix tiles compute otherwise: matrix_tiles_test.cc.
-std::vector<std::string> targets_of_f32() {
-  std::vector<std::string> names = Machine::here(1).targets;
-  std::erase(names, "AMX");
-  return names;
-}
-
 class Target : public ::testing::TestWithParam<std::string> {};
-INSTANTIATE_TEST_SUITE_P(Cpu, Target, ::testing::ValuesIn(targets_of_f32()),
+INSTANTIATE_TEST_SUITE_P(Cpu, Target, ::testing::ValuesIn(register_targets()),
                          [](const auto& target) { return target.param; });
 
 TEST_P(Target, AgreesWithTheOracle) {
