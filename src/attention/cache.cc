@@ -318,9 +318,8 @@ Status KvCache::append(SeqId seq, int layer, const View& k, const View& v, Threa
     append_run(0, tasks);
   } else {
     const int64_t run = std::clamp<int64_t>(tasks / (kRunsPerThread * pool.size()), 1, kMaxRun);
-    pool.parallel_for((tasks + run - 1) / run, [&](int64_t i, int) {
-      append_run(i * run, std::min(tasks, (i + 1) * run));
-    });
+    pool.parallel_for((tasks + run - 1) / run,
+                      [&](int64_t i, int) { append_run(i * run, std::min(tasks, (i + 1) * run)); });
   }
   if (!good) {
     give_back_records(s, q, layer, from, to, new_pages);

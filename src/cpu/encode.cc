@@ -5,10 +5,11 @@
 //   record --cell by cell, minus the mean--> tile (float, in the order of the codes) and each group's largest value
 //   tile --> scales --> codes, and in the tile's place its error, from which the second plane is made the same way
 //
-// Every input value is read once from memory; all else, 80 KiB at d = 128, stays in L1 and L2. What the bytes mean is
-// defined by encode_page (format/page_codec.cc), and each step here gives the same values as its operations in the same
-// order: the results are equal bit for bit on every target. With FP4 the instructions bind, about 30 a register of
-// values for the first plane and 20 for the second; without it the memory does.
+// Every input value is read once from memory, while the page before is encoded; all else, 80 KiB at d = 128, stays in
+// L1 and L2. What the bytes mean is defined by encode_page (format/page_codec.cc), and each step here gives the same
+// values as its operations in the same order: the results are equal bit for bit on every target. Without FP4 memory
+// binds, with it memory and instructions alike: on AVX-512 about 14 a register of values for the first plane and 9 for
+// the second.
 //
 // Memory of a task, on its stack: K's rows 32 KiB, the tile of one matrix 64 KiB at most; at d = 128 half of each.
 #undef HWY_TARGET_INCLUDE
@@ -344,12 +345,12 @@ struct Divisor {
 
 // x / scale, x finite, as near as the choice of a code needs it, with the sign of x; 0 where the scale is 0.
 //
-// Codes change at |x| / scale = m for 7 midpoints m of 3 bits or fewer, and a scale has 4, so that m * scale is a float.
-// high + low differs from 1 / scale by less than 2^-40 of it, so that the sum below, before its one rounding, differs
-// from the quotient by less than 2^-39. If |x| is m * scale, the rounding restores m. If it is another float, it
-// differs from that one by a unit of its last place at least, and then |x| / scale from m by more than half a unit of m
-// (by 1/15 more, or 2^-28 of m, at least): the rounded quotient lies on the same side of m as the exact one, and so does
-// the rounded sum. So all three choose the same code.
+// Codes change at |x| / scale = m for 7 midpoints m of 3 bits or fewer, and a scale has 4, so that m * scale is a
+// float. high + low differs from 1 / scale by less than 2^-40 of it, so that the sum below, before its one rounding,
+// differs from the quotient by less than 2^-39. If |x| is m * scale, the rounding restores m. If it is another float,
+// it differs from that one by a unit of its last place at least, and then |x| / scale from m by more than half a unit
+// of m (by 1/15 more, or 2^-28 of m, at least): the rounded quotient lies on the same side of m as the exact one, and
+// so does the rounded sum. So all three choose the same code.
 HWY_INLINE VF divide(VF x, const Divisor& by) {
 #if HWY_TARGET == HWY_EMU128  // no fused products
   return hn::IfThenElseZero(hn::Gt(by.high, hn::Zero(DF())), hn::Div(x, by.scale));
@@ -389,23 +390,37 @@ struct Coded {
 };
 
 #if HWY_TARGET <= HWY_AVX3
-// As round_e2m1, sign and all. The quotient rounded down, -6 to 6, picks what is added to it from a register, modulo 16:
-// a power of two large enough that the sum's last place is the grid's step there, plus as many steps as bring the code,
-// its sign included, into the last four bits.
+// As round_e2m1, sign and all. The quotient rounded down, -6 to 6, picks what is added to it from a register, modulo
+// 16: a power of two large enough that the sum's last place is the grid's step there, plus as many steps as bring the
+// code, its sign included, into the last four bits.
 struct Rounding {
   VF table;
   VF six, tiny;
   HWY_INLINE Rounding() {
-    HWY_ALIGN static constexpr float kAdded[16] = {
-        0x1p22f, 0x1p22f, 0x1p23f + 2, 0x1p23f + 2, 0x1p24f + 8, 0x1p24f + 8, 0x1p24f + 8, 0, 0, 0,  // 0 to 6
-        -0x1p24f - 24, -0x1p24f - 24, -0x1p23f - 10, -0x1p23f - 10, -0x1p22f - 4, -0x1p22f - 4};     // -6 to -1
+    HWY_ALIGN static constexpr float kAdded[16] = {0x1p22f,
+                                                   0x1p22f,
+                                                   0x1p23f + 2,
+                                                   0x1p23f + 2,
+                                                   0x1p24f + 8,
+                                                   0x1p24f + 8,
+                                                   0x1p24f + 8,
+                                                   0,
+                                                   0,
+                                                   0,  // 0 to 6
+                                                   -0x1p24f - 24,
+                                                   -0x1p24f - 24,
+                                                   -0x1p23f - 10,
+                                                   -0x1p23f - 10,
+                                                   -0x1p22f - 4,
+                                                   -0x1p22f - 4};  // -6 to -1
     table = hn::Load(DF(), kAdded);
     six = hn::Set(DF(), kE2m1Max);
     tiny = hn::Set(DF(), 0x1p-126f);
   }
   HWY_INLINE Coded operator()(VF value, const Divisor& by) const {
-    auto q = _mm512_range_ps(divide(value, by).raw, six.raw, 0b0010);  // the smaller absolute value, the first one's sign
-    q = _mm512_range_ps(q, tiny.raw, 0b0011);                          // the larger one: -0 must be below 0
+    auto q =
+        _mm512_range_ps(divide(value, by).raw, six.raw, 0b0010);  // the smaller absolute value, the first one's sign
+    q = _mm512_range_ps(q, tiny.raw, 0b0011);                     // the larger one: -0 must be below 0
     const auto down = _mm512_cvt_roundps_epi32(q, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
     const auto added = _mm512_permutexvar_ps(down, table.raw);
     const auto sum = _mm512_add_ps(q, added);
@@ -490,64 +505,75 @@ HWY_INLINE GroupScales choose_scales(const CacheConfig& config, const float* x, 
           hn::IfThenElse(better_u, four.code, six.code)};
 }
 
-// The rows of the next append, brought into L2 by equal steps while this page is encoded: a cache line or a few for
-// every 8 rows of codes.
-class RowsAhead {
+// What the next append reads and writes, brought into L2 by equal steps while this page is encoded, one for every 8
+// rows of codes: without it memory waits while this computes, and this while memory answers.
+class NextAppend {
  public:
-  explicit RowsAhead(const PageAppend& a) {
+  explicit NextAppend(const PageAppend& a) {
     if (!a.next || !a.fp4) return;
+    const PageLayout& layout = *a.layout;
     const PageAppend& next = *a.next;
-    const auto cells = [](const PlaneLayout& plane, int rows) { return (rows + 7) / 8 * (plane.lanes / lanes()); };
-    const int steps =
-        (cells(a.layout->k, a.layout->d) + cells(a.layout->v, kPageTokens)) * (a.residual ? 2 : 1);
-    parts_[0] = part(next.k, a.layout->d, next.end - next.first);
-    parts_[1] = part(next.v, a.layout->d_v, next.end - next.first);
-    const int64_t all = parts_[0].row_lines * parts_[0].rows + parts_[1].row_lines * parts_[1].rows;
-    lines_a_step_ = static_cast<int>((all + steps - 1) / steps);
-    enter(0);
+    add_rows(next.k, layout.d, next.end - next.first);
+    add_rows(next.v, layout.d_v, next.end - next.first);
+    add_record(next.high, layout.high_bytes);
+    add_record(next.fp4, layout.fp4_bytes);
+    add_record(next.residual, layout.fp4_bytes);
+    const auto steps = [](const PlaneLayout& plane, int rows) { return (rows + 7) / 8 * (plane.lanes / lanes()); };
+    const int64_t all = (steps(layout.k, layout.d) + steps(layout.v, kPageTokens)) * (a.residual ? 2 : 1);
+    lines_a_step_ = (lines_ + all - 1) / all;
+    enter();
   }
+
   HWY_INLINE void step() {
-    for (int i = 0; i < lines_a_step_; ++i) {
+    for (int64_t i = 0; i < lines_a_step_; ++i) {
       __builtin_prefetch(at_, 0, 2);
       at_ += kLine;
-      if (--row_left_ == 0) next_row();
+      if (--lines_left_ == 0) next_row();
     }
   }
 
  private:
   static constexpr int64_t kLine = 64;
   struct Part {
-    const char* first = nullptr;
-    int64_t row_bytes = 0;
-    int64_t row_lines = 0, rows = 0;
+    const char* first;
+    int64_t row_bytes;  // from one row to the next
+    int64_t row_lines, rows;
   };
-  static Part part(const AppendRows& from, int channels, int rows) {
-    return {static_cast<const char*>(from.data), from.row_bytes, (channels * size_of(from.dtype) + kLine - 1) / kLine,
-            rows};
+
+  void add(const Part& part) {
+    if (!part.first || part.rows == 0) return;
+    parts_[count_++] = part;
+    lines_ += part.row_lines * part.rows;
   }
-  void enter(int part) {
-    part_ = part;
-    row_ = at_ = parts_[part].first;
-    row_left_ = parts_[part].row_lines;
-    rows_left_ = parts_[part].rows;
+  void add_rows(const AppendRows& from, int channels, int rows) {
+    const int64_t bytes = int64_t{channels} * size_of(from.dtype);
+    add({static_cast<const char*>(from.data), from.row_bytes, (bytes + kLine - 1) / kLine, rows});
   }
-  HWY_INLINE void next_row() {
+  void add_record(const void* record, int64_t bytes) {
+    add({static_cast<const char*>(record), 0, (bytes + kLine - 1) / kLine, 1});
+  }
+  void enter() {
+    row_ = at_ = parts_[part_].first;
+    lines_left_ = parts_[part_].row_lines;
+    rows_left_ = parts_[part_].rows;
+  }
+  void next_row() {
     if (--rows_left_ > 0) {
       row_ += parts_[part_].row_bytes;
       at_ = row_;
-      row_left_ = parts_[part_].row_lines;
-    } else if (part_ == 0) {
-      enter(1);
+      lines_left_ = parts_[part_].row_lines;
+    } else if (++part_ < count_) {
+      enter();
     } else {
       lines_a_step_ = 0;
     }
   }
 
-  Part parts_[2];
-  int part_ = 0;
-  int lines_a_step_ = 0;  // 0: nothing is left
+  Part parts_[5];
+  int count_ = 0, part_ = 0;
+  int64_t lines_ = 0, lines_a_step_ = 0;  // a step brings nothing once all are there
   const char *row_ = nullptr, *at_ = nullptr;
-  int64_t row_left_ = 0, rows_left_ = 0;
+  int64_t lines_left_ = 0, rows_left_ = 0;
 };
 
 enum class Keep { nothing, squares, squares_and_errors };  // of the errors
@@ -556,7 +582,7 @@ enum class Keep { nothing, squares, squares_and_errors };  // of the errors
 // `squares`; leaves the errors in the tile in place of its values.
 template <Keep kKeep>
 int encode_plane(const CacheConfig& config, const PlaneLayout& plane, int rows, Tile& tile, uint8_t* codes,
-                 uint8_t* scales, Squares& squares, RowsAhead& ahead) {
+                 uint8_t* scales, Squares& squares, NextAppend& next) {
   const DF df;
   const DU du;
   const int n = lanes(), groups = (rows + plane.group - 1) / plane.group;
@@ -616,7 +642,7 @@ int encode_plane(const CacheConfig& config, const PlaneLayout& plane, int rows, 
         encode_row(std::integral_constant<int, 6>());
         encode_row(std::integral_constant<int, 7>());
         hn::StoreU(hn::And(word.get(), mask), du, reinterpret_cast<uint32_t*>(codes + plane.code_offset(r0, lane)));
-        ahead.step();
+        next.step();
       }
       sums.add(sum);
       hn::Store(error_amax, df, amax + g * n);
@@ -631,14 +657,14 @@ int encode_plane(const CacheConfig& config, const PlaneLayout& plane, int rows, 
 // One matrix of a page, in its tile, in one plane or two: the second one encodes what the first one left. Returns the
 // first one's root mean square error.
 float encode_matrix(const CacheConfig& config, const PlaneLayout& plane, int rows, Tile& tile, uint8_t* fp4,
-                    uint8_t* residual, int64_t codes, int64_t scales, int8_t exponents[2], RowsAhead& ahead) {
+                    uint8_t* residual, int64_t codes, int64_t scales, int8_t exponents[2], NextAppend& next) {
   Squares squares;
   const auto encode_first = residual ? encode_plane<Keep::squares_and_errors> : encode_plane<Keep::squares>;
-  exponents[0] = static_cast<int8_t>(encode_first(config, plane, rows, tile, fp4 + codes, fp4 + scales, squares, ahead));
+  exponents[0] = static_cast<int8_t>(encode_first(config, plane, rows, tile, fp4 + codes, fp4 + scales, squares, next));
   const float rms = squares.rms_over_tokens();
   if (residual)
     exponents[1] = static_cast<int8_t>(
-        encode_plane<Keep::nothing>(config, plane, rows, tile, residual + codes, residual + scales, squares, ahead));
+        encode_plane<Keep::nothing>(config, plane, rows, tile, residual + codes, residual + scales, squares, next));
   return rms;
 }
 
@@ -654,7 +680,7 @@ void encode(const PageAppend& a, const uint16_t* rows) {
   summarise(config, layout, rows, a.summary, centre);
   if (layout.variance) summarise_variance(config, layout, rows, reinterpret_cast<float*>(a.summary + layout.variance));
   Tile tile;
-  RowsAhead ahead(a);
+  NextAppend next(a);
   if (a.fp4) {
     const auto load_k = [&](int r, int lane) HWY_ATTR {
       return hn::Sub(load_high(type, a.high + r * kPageTokens + lane), hn::Set(DF(), centre[r]));
@@ -665,7 +691,7 @@ void encode(const PageAppend& a, const uint16_t* rows) {
       return;
     }
     facts.eps_k = encode_matrix(config, layout.k, layout.d, tile, a.fp4, a.residual, layout.k_codes, layout.k_scales,
-                                facts.k_exponent, ahead);
+                                facts.k_exponent, next);
   }
   const auto load_v = [&](int r, int lane) HWY_ATTR { return load_high(type, v + r * layout.d_v + lane); };
   Squares v_squares;
@@ -673,7 +699,7 @@ void encode(const PageAppend& a, const uint16_t* rows) {
   facts.v_norm = v_squares.rms_over_tokens();
   if (a.fp4)
     facts.eps_v = encode_matrix(config, layout.v, kPageTokens, tile, a.fp4, a.residual, layout.v_codes, layout.v_scales,
-                                facts.v_exponent, ahead);
+                                facts.v_exponent, next);
   std::memcpy(a.summary, &facts, sizeof(facts));
 }
 
