@@ -605,9 +605,9 @@ int encode_plane(const CacheConfig& config, const PlaneLayout& plane, int rows, 
       const hn::Rebind<uint8_t, DF> du8;
       hn::StoreU(hn::DemoteTo(du8, hn::BitCast(DI(), s.byte)), du8, scales + plane.scale_offset(g * plane.group, lane));
       const Divisor by(s.value);
-      // A scale of 0 has codes of +0, whatever the value's sign: -0, so that a value of -0 remains one.
-      const VU zero = hn::And(hn::Set(du, kSign), hn::VecFromMask(du, hn::Eq(s.byte, hn::Zero(du))));
-      hn::Store(from_bits(hn::Or(bits(hn::Mul(s.value, down)), hn::AndNot(s.code, zero))), df, steps + g * n);
+      // Groups without codes read as +0 whatever their values' signs; a negative scale lets the error of -0 be -0.
+      const VU no_codes = hn::AndNot(s.code, hn::Set(du, kSign));
+      hn::Store(from_bits(hn::Or(bits(hn::Mul(s.value, down)), no_codes)), df, steps + g * n);
       hn::Store(hn::Mul(by.high, up), df, high + g * n);
       hn::Store(hn::Mul(by.low, up), df, low + g * n);
       hn::Store(s.code, du, masks + g * n);
