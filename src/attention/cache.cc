@@ -306,12 +306,15 @@ Status KvCache::append(SeqId seq, int layer, const View& k, const View& v, Threa
     return a;
   };
   const auto append_run = [&](int64_t first, int64_t end) {
-    PageAppend now = page_append(first);
+    PageAppend now, next;
+    if (first < end) next = page_append(first);
     for (int64_t task = first; task < end; ++task) {
-      const PageAppend next = page_append(std::min(task + 1, tasks - 1));
-      if (task + 1 < end) now.next = &next;
-      if (!append_rows(now)) good.store(false, std::memory_order_relaxed);
       now = next;
+      if (task + 1 < end) {
+        next = page_append(task + 1);
+        now.next = &next;
+      }
+      if (!append_rows(now)) good.store(false, std::memory_order_relaxed);
     }
   };
   if (filled == 0 && k.tokens * c.h_kv <= kRowsAlone) {
