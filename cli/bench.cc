@@ -76,29 +76,31 @@ Json machine_json(const Bench& bench, const Rates& rates) {
 Json row_json(const Bench& bench, const Timing& r, double read_gb, double gflops) {
   const BenchOptions& o = bench.options;
   const double gb = r.bytes / r.median / 1e6, gf = r.flops / r.median / 1e6;
-  return {{"phase", o.phase},
-          {"s_q", r.s_q},
-          {"s_kv", r.s_kv},
-          {"batch", o.batch},
-          {"h_q", o.h_q},
-          {"h_kv", o.h_kv},
-          {"d", o.d},
-          {"compute", o.compute},
-          {"method", r.method},
-          {"target", r.target},
-          {"threads", bench.pool->size()},
-          {"ms_median", r.median},
-          {"ms_min", r.least},
-          {"ms_max", r.most},
-          {"ms_by_round", r.by_round},
-          {"bytes", r.bytes},
-          {"flops", r.flops},
-          {"gb_per_s", gb},
-          {"pct_of_read_bandwidth", 100 * gb / read_gb},
-          {"pct_of_matrix_peak", 100 * gf / gflops},
-          {"rel_err", r.rel_err},
-          {"layers", r.layers},
-          {"cold", r.cold}};
+  Json row{{"phase", o.phase},
+           {"s_q", r.s_q},
+           {"s_kv", r.s_kv},
+           {"batch", o.batch},
+           {"h_q", o.h_q},
+           {"h_kv", o.h_kv},
+           {"d", o.d},
+           {"compute", o.compute},
+           {"method", r.method},
+           {"target", r.target},
+           {"threads", bench.pool->size()},
+           {"ms_median", r.median},
+           {"ms_min", r.least},
+           {"ms_max", r.most},
+           {"ms_by_round", r.by_round},
+           {"bytes", r.bytes},
+           {"flops", r.flops},
+           {"gb_per_s", gb},
+           {"pct_of_read_bandwidth", 100 * gb / read_gb},
+           {"pct_of_matrix_peak", 100 * gf / gflops},
+           {"rel_err", r.rel_err},
+           {"layers", r.layers},
+           {"cold", r.cold}};
+  if (o.phase == "append") row["ms_fresh"] = r.fresh;
+  return row;
 }
 
 std::string table(const Bench& bench, const Rates& rates, std::span<const Timing> rows) {
@@ -110,8 +112,13 @@ std::string table(const Bench& bench, const Rates& rates, std::span<const Timing
   text += fmt::format("measured here {} times: reading {} GB/s over {:.1f} GB, {} products {} GFLOP/s\n\n",
                       rates.read().size(), spread(rates.read(), 1), static_cast<double>(rates.read_bytes()) / 1e9,
                       o.compute == "bf16" ? "BF16" : "F32", spread(rates.matrix(), 0));
-  std::vector<std::vector<std::string>> lines{{"method", "s_q", "s_kv", "target", "ms", "min", "max", "MB", "GB/s",
-                                               "% of read", "GFLOP/s", "% of matrix", "rel err"}};
+  std::vector<std::vector<std::string>> lines{
+      {"method", "s_q", "s_kv", "target", "ms", "min", "max", "MB", "GB/s", "% of read"}};
+  const auto more = [&lines](std::vector<std::string> cells) {
+    for (std::string& cell : cells) lines.back().push_back(std::move(cell));
+  };
+  more(append ? std::vector<std::string>{"fresh ms", "rel err"}
+              : std::vector<std::string>{"GFLOP/s", "% of matrix", "rel err"});
   bool warm = false;
   for (const Timing& r : rows) {
     const double gb = r.bytes / r.median / 1e6, gf = r.flops / r.median / 1e6;
@@ -120,13 +127,21 @@ std::string table(const Bench& bench, const Rates& rates, std::span<const Timing
     lines.push_back({r.method + (star ? " *" : ""), fmt::format("{}", r.s_q), fmt::format("{}", r.s_kv), r.target,
                      fmt::format("{:.3f}", r.median), fmt::format("{:.3f}", r.least), fmt::format("{:.3f}", r.most),
                      fmt::format("{:.1f}", r.bytes / 1e6), fmt::format("{:.1f}", gb),
-                     fmt::format("{:.1f}", 100 * gb / read_gb), append ? "-" : fmt::format("{:.1f}", gf),
-                     append ? "-" : fmt::format("{:.1f}", 100 * gf / gflops), fmt::format("{:.1e}", r.rel_err)});
+                     fmt::format("{:.1f}", 100 * gb / read_gb)});
+    if (append) {
+      more({fmt::format("{:.3f}", r.fresh)});
+    } else {
+      more({fmt::format("{:.1f}", gf), fmt::format("{:.1f}", 100 * gf / gflops)});
+    }
+    more({fmt::format("{:.1e}", r.rel_err)});
   }
   text += align(lines);
   text += fmt::format("\nms: median of {}{}; {}\n", o.rounds > 1 ? fmt::format("--rounds {} of ", o.rounds) : "",
-                      append ? "all appends of s_q tokens" : fmt::format("--reps {}", o.reps),
-                      append ? "MB: what must be read and written; rel err: of the keys read back"
+                      append ? "all appends of s_q tokens, to records that a freed sequence gave back"
+                             : fmt::format("--reps {}", o.reps),
+                      append ? "fresh ms: the same on memory\nthat the system has just given; MB: what must be read "
+                               "and written; rel err: of "
+                               "the keys read back"
                              : "MB: what the problem must read; rel err: of sampled rows to attention in double");
   if (warm) text += "* the caches it rotates over are not four times the last-level cache: parts of them stay in it\n";
   return text;
@@ -149,6 +164,10 @@ Status bench_attention(const BenchOptions& o) {
   ThreadPool pool(o.threads);
   Machine machine = Machine::here(pool.size());
   if (!o.target.empty()) {
+    if (o.phase == "append") {
+      return invalid_argument(
+          fmt::format("--target {}: phase append runs on the best instruction set alone", o.target));
+    }
     if (std::find(machine.targets.begin(), machine.targets.end(), o.target) == machine.targets.end()) {
       return invalid_argument(
           fmt::format("target '{}' does not run here: {} do", o.target, fmt::join(machine.targets, ", ")));

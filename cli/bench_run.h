@@ -36,6 +36,7 @@ struct Timing {
   std::string method, target;
   std::vector<double> by_round;            // median of each round, milliseconds
   double median = 0, least = 0, most = 0;  // of all rounds, milliseconds
+  double fresh = 0;                        // phase append: median on memory that the system has just given
   double bytes = 0, flops = 0;             // of the problem, whatever the kernel does
   double rel_err = 0;
   int layers = 1;     // copies of the cache that were rotated over
@@ -51,7 +52,7 @@ class BenchRow {
 
   // Fills the caches and, the first time, checks the result; nothing where they are filled.
   Status prepare();
-  // One round of --reps repetitions; in phase append one cache filled from nothing.
+  // One round of --reps repetitions; in phase append one cache filled from nothing, freed and filled again.
   Status measure();
   // Gives the memory back; prepare() fills again.
   void release();
@@ -74,7 +75,7 @@ class BenchRow {
   std::optional<Plan> plan_;
   double layer_bytes_ = 0;  // stored by one layer of all sequences, about
   Timing row_;
-  std::vector<double> times_;
+  std::vector<double> times_, fresh_times_;
   bool checked_ = false;
   bool evict_ = false;  // a rotation reads less than what makes it cold, however much is stored
   int64_t turn_ = 0;    // repetitions so far: each reads the next layer

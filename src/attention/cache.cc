@@ -70,6 +70,10 @@ namespace {
 // Rows of one head that an append brings in without waking other threads, which takes longer than that many rows do.
 constexpr int64_t kRowsAlone = 64;
 
+// Heads of pages that one thread appends in turn, so that it can read each one's rows ahead: few enough that all
+// threads end at about the same time.
+constexpr int64_t kRunsPerThread = 4, kMaxRun = 16;
+
 // One sequence gives up the 16-bit form of a page; the last one to do so frees it, for the heads that may lose it.
 void release_high(CacheState& s, int32_t page, int layer) {
   int32_t& users = high_users(s, page, layer);
@@ -282,7 +286,8 @@ Status KvCache::append(SeqId seq, int layer, const View& k, const View& v, Threa
   take_records(s, q, layer, from, to);
 
   std::atomic<bool> good{true};
-  const auto append_page = [&](int64_t task, int) {
+  const int64_t tasks = (end_page - first_page) * c.h_kv;  // heads of a page one after another, as its rows lie
+  const auto page_append = [&](int64_t task) {
     const int64_t p = first_page + task / c.h_kv;
     const int h = static_cast<int>(task % c.h_kv);
     const int64_t begin = std::max(from, p * kPageTokens), end = std::min(to, (p + 1) * kPageTokens);
@@ -298,13 +303,26 @@ Status KvCache::append(SeqId seq, int layer, const View& k, const View& v, Threa
     a.fp4 = s.fp4.at(forms.fp4);
     a.residual = s.residual.at(forms.residual);
     a.summary = s.summary.at(forms.summary);
-    if (!append_rows(a)) good.store(false, std::memory_order_relaxed);
+    return a;
   };
-  const int64_t tasks = (end_page - first_page) * c.h_kv;
+  const auto append_run = [&](int64_t first, int64_t end) {
+    PageAppend now, next;
+    if (first < end) next = page_append(first);
+    for (int64_t task = first; task < end; ++task) {
+      now = next;
+      if (task + 1 < end) {
+        next = page_append(task + 1);
+        now.next = &next;
+      }
+      if (!append_rows(now)) good.store(false, std::memory_order_relaxed);
+    }
+  };
   if (filled == 0 && k.tokens * c.h_kv <= kRowsAlone) {
-    for (int64_t task = 0; task < tasks; ++task) append_page(task, 0);
+    append_run(0, tasks);
   } else {
-    pool.parallel_for(tasks, append_page);
+    const int64_t run = std::clamp<int64_t>(tasks / (kRunsPerThread * pool.size()), 1, kMaxRun);
+    pool.parallel_for((tasks + run - 1) / run,
+                      [&](int64_t i, int) { append_run(i * run, std::min(tasks, (i + 1) * run)); });
   }
   if (!good) {
     give_back_records(s, q, layer, from, to, new_pages);

@@ -5,10 +5,11 @@
 //   record --cell by cell, minus the mean--> tile (float, in the order of the codes) and each group's largest value
 //   tile --> scales --> codes, and in the tile's place its error, from which the second plane is made the same way
 //
-// Every input value is read once from memory; all else, 80 KiB at d = 128, stays in L1 and L2. What the bytes mean is
-// defined by encode_page (format/page_codec.cc), and each step here gives the same values as its operations in the same
-// order: the results are equal bit for bit on every target. With FP4 the instructions bind, about 30 a register of
-// values for the first plane and 20 for the second; without it the memory does.
+// Every input value is read once from memory, while the page before is encoded; all else, 80 KiB at d = 128, stays in
+// L1 and L2. What the bytes mean is defined by encode_page (format/page_codec.cc), and each step here gives the same
+// values as its operations in the same order: the results are equal bit for bit on every target. Without FP4 memory
+// binds, with it memory and instructions alike: on AVX-512 about 14 a register of values for the first plane and 9 for
+// the second.
 //
 // Memory of a task, on its stack: K's rows 32 KiB, the tile of one matrix 64 KiB at most; at d = 128 half of each.
 #undef HWY_TARGET_INCLUDE
@@ -44,6 +45,15 @@ inline VU bits(VF x) { return hn::BitCast(DU(), x); }
 inline VF from_bits(VU x) { return hn::BitCast(DF(), x); }
 inline VD low_half(VF x) { return hn::PromoteTo(DD(), hn::LowerHalf(DHalf(), x)); }
 inline VD high_half(VF x) { return hn::PromoteTo(DD(), hn::UpperHalf(DHalf(), x)); }
+
+// The larger of two absolute values; so far is >= 0.
+HWY_INLINE VF larger_abs(VF so_far, VF x) {
+#if HWY_TARGET <= HWY_AVX3
+  return VF{_mm512_range_ps(so_far.raw, x.raw, 0b1011)};
+#else
+  return hn::Max(so_far, hn::Abs(x));
+#endif
+}
 
 // --- 16 bit
 
@@ -161,13 +171,15 @@ struct LaneSquares {
   }
 };
 
-// Summaries of K from its rows; fills in the mean that the planes are centred by, 0 without centring.
+// Summaries of K from its rows; fills in the mean that the planes are centred by, 0 without centring. Extremes are
+// looked for where kExtremes.
+template <bool kExtremes>
 void summarise_k(const CacheConfig& config, const PageLayout& layout, const uint16_t* rows, uint8_t* summary,
                  float* centre) {
   const DF df;
   const DType type = config.high_dtype;
   uint16_t mean[kMaxChannels], low[kMaxChannels], top[kMaxChannels];
-  constexpr int kTogether = 2;  // of the sums in order, so that one need not wait for itself
+  constexpr int kTogether = kExtremes ? 2 : 4;  // of the sums in order, so that one need not wait for itself
   for (int c0 = 0; c0 < layout.d; c0 += kTogether * lanes()) {
     // A last step beyond d takes the last channels again.
     int at[kTogether];
@@ -181,20 +193,25 @@ void summarise_k(const CacheConfig& config, const PageLayout& layout, const uint
       for (int j = 0; j < kTogether; ++j) {
         const VF x = load_high(type, rows + t * layout.d + at[j]);
         sum[j] = hn::Add(sum[j], x);
+        if constexpr (!kExtremes) continue;
         min[j] = hn::IfThenElse(hn::Lt(x, min[j]), x, min[j]);  // of -0 and 0 the first, as the definition has it
         max[j] = hn::IfThenElse(hn::Lt(max[j], x), x, max[j]);
       }
     for (int j = 0; j < kTogether; ++j) {
-      store_high(type, min[j], low + at[j]);
-      store_high(type, max[j], top + at[j]);
+      if constexpr (kExtremes) {
+        store_high(type, min[j], low + at[j]);
+        store_high(type, max[j], top + at[j]);
+      }
       store_high(type, hn::Mul(sum[j], hn::Set(df, 1.0f / kPageTokens)), mean + at[j]);
       hn::StoreU(config.centring ? load_high(type, mean + at[j]) : hn::Zero(df), df, centre + at[j]);
     }
   }
   const size_t bytes = layout.d * sizeof(uint16_t);
   if (layout.mean) std::memcpy(summary + layout.mean, mean, bytes);
-  if (layout.min) std::memcpy(summary + layout.min, low, bytes);
-  if (layout.max) std::memcpy(summary + layout.max, top, bytes);
+  if constexpr (kExtremes) {
+    std::memcpy(summary + layout.min, low, bytes);
+    std::memcpy(summary + layout.max, top, bytes);
+  }
 }
 
 void summarise_variance(const CacheConfig& config, const PageLayout& layout, const uint16_t* rows, float* variance) {
@@ -241,27 +258,26 @@ struct Tile {
 // Fills a tile with load(r, lane), N lanes each, and adds their squares to `squares`, unless that is null.
 template <class Load>
 void fill_tile(const PlaneLayout& plane, int rows, Load load, Squares* squares, Tile& tile) {
-  const DU du;
+  const DF df;
   Squares unused;
-  VU largest = hn::Zero(du);
+  VF largest = hn::Zero(df);
   for (int lane = 0; lane < plane.lanes; lane += lanes()) {
     LaneSquares sums(squares ? *squares : unused, lane);
     for (int r0 = 0; r0 < rows; r0 += plane.group) {
-      VU amax = hn::Zero(du);
-      VF sum = hn::Zero(DF());
+      VF amax = hn::Zero(df), sum = hn::Zero(df);
       for (int r = r0; r < std::min(r0 + plane.group, rows); ++r) {
         const VF x = load(r, lane);
-        hn::Store(x, DF(), tile.value + Tile::at(plane, r, lane));
-        amax = hn::Max(amax, hn::And(bits(x), hn::Set(du, kAbs)));
+        hn::Store(x, df, tile.value + Tile::at(plane, r, lane));
+        amax = larger_abs(amax, x);
         if (squares) sum = hn::Add(sum, hn::Mul(x, x));
       }
       if (squares) sums.add(sum);
-      hn::Store(from_bits(amax), DF(), tile.group_amax + Tile::group_at(plane, r0, lane));
+      hn::Store(amax, df, tile.group_amax + Tile::group_at(plane, r0, lane));
       largest = hn::Max(largest, amax);
     }
     sums.store();
   }
-  tile.amax = hn::GetLane(hn::MaxOfLanes(DF(), from_bits(largest)));
+  tile.amax = hn::GetLane(hn::MaxOfLanes(df, largest));
 }
 
 // The scales of N groups.
@@ -311,29 +327,35 @@ HWY_INLINE GroupScales mxfp4_scales(VF amax) {
   return {hn::BitCast(du, byte), from_bits(value), hn::VecFromMask(du, hn::RebindMask(du, hn::Gt(amax, hn::Zero(df))))};
 }
 
-// What values are divided by: a scale without the page's power of two.
+// What values are divided by: a float below 1 / scale and what is missing, both greater than 0, so that a quotient has
+// its dividend's sign, -0 too; both 0 where the scale is 0.
 struct Divisor {
   VF scale;
-  VF inverse;  // rounded 1 / scale; 0 where the scale is 0
+  VF high, low;
 
-  HWY_INLINE explicit Divisor(VF s)
-      : scale(s), inverse(hn::IfThenElseZero(hn::Gt(s, hn::Zero(DF())), hn::Div(hn::Set(DF(), 1.0f), s))) {}
-  HWY_INLINE Divisor(VF s, VF i) : scale(s), inverse(i) {}
+  HWY_INLINE explicit Divisor(VF s) : scale(s) {
+    const DF df;
+    const VF one = hn::Set(df, 1.0f);
+    const auto any = hn::Gt(s, hn::Zero(df));
+    high = hn::IfThenElseZero(any, from_bits(hn::Sub(bits(hn::Div(one, s)), hn::Set(DU(), 1))));
+    low = hn::Mul(hn::NegMulAdd(high, s, one), high);
+  }
+  HWY_INLINE Divisor(VF s, VF h, VF l) : scale(s), high(h), low(l) {}
 };
 
-// a / scale, a >= 0, as near as the choice of a code needs it; anything where the scale is 0 or NaN, but finite for 0.
+// x / scale, x finite, as near as the choice of a code needs it, with the sign of x; 0 where the scale is 0.
 //
-// Codes change at a / scale = m for 7 midpoints m of 3 bits or fewer, and a scale has 4, so that m * scale is a float.
-// If a is that float, the remainder below is exact and the second product restores m exactly. If it is another one, a
-// differs from it by a unit of its last place at least, and then a / scale from m by more than half a unit of m: the
-// rounded quotient lies on the same side of m as the exact one, and so does the corrected product, whose relative error
-// before its one rounding is below 2^-40. So all three choose the same code. An infinite a gives NaN.
-HWY_INLINE VF divide(VF a, const Divisor& by) {
+// Codes change at |x| / scale = m for 7 midpoints m of 3 bits or fewer, and a scale has 4, so that m * scale is a
+// float. high + low differs from 1 / scale by less than 2^-40 of it, so that the sum below, before its one rounding,
+// differs from the quotient by less than 2^-39. If |x| is m * scale, the rounding restores m. If it is another float,
+// it differs from that one by a unit of its last place at least, and then |x| / scale from m by more than half a unit
+// of m (by 1/15 more, or 2^-28 of m, at least): the rounded quotient lies on the same side of m as the exact one, and
+// so does the rounded sum. So all three choose the same code.
+HWY_INLINE VF divide(VF x, const Divisor& by) {
 #if HWY_TARGET == HWY_EMU128  // no fused products
-  return hn::IfThenElseZero(hn::Gt(by.scale, hn::Zero(DF())), hn::Div(a, by.scale));
+  return hn::IfThenElseZero(hn::Gt(by.high, hn::Zero(DF())), hn::Div(x, by.scale));
 #else
-  const VF q = hn::Mul(a, by.inverse);
-  return hn::MulAdd(hn::NegMulAdd(q, by.scale, a), by.inverse, q);
+  return hn::MulAdd(x, by.high, hn::Mul(x, by.low));
 #endif
 }
 
@@ -360,6 +382,93 @@ HWY_INLINE Rounded round_e2m1(VF q) {
   const VF sum = hn::Add(q, big);
   return {hn::Add(bits(sum), hn::ShiftRight<22>(bits(sum))), hn::Sub(sum, big)};
 }
+
+// A value's code and what it stands for.
+struct Coded {
+  VU nibble;  // in the low four bits; on AVX-512 the others are anything
+  VF dec;     // decoded without its scale
+};
+
+#if HWY_TARGET <= HWY_AVX3
+// As round_e2m1, sign and all. The quotient rounded down, -6 to 6, picks what is added to it from a register, modulo
+// 16: a power of two large enough that the sum's last place is the grid's step there, plus as many steps as bring the
+// code, its sign included, into the last four bits.
+struct Rounding {
+  VF table;
+  VF six, tiny;
+  HWY_INLINE Rounding() {
+    HWY_ALIGN static constexpr float kAdded[16] = {0x1p22f,
+                                                   0x1p22f,
+                                                   0x1p23f + 2,
+                                                   0x1p23f + 2,
+                                                   0x1p24f + 8,
+                                                   0x1p24f + 8,
+                                                   0x1p24f + 8,
+                                                   0,
+                                                   0,
+                                                   0,  // 0 to 6
+                                                   -0x1p24f - 24,
+                                                   -0x1p24f - 24,
+                                                   -0x1p23f - 10,
+                                                   -0x1p23f - 10,
+                                                   -0x1p22f - 4,
+                                                   -0x1p22f - 4};  // -6 to -1
+    table = hn::Load(DF(), kAdded);
+    six = hn::Set(DF(), kE2m1Max);
+    tiny = hn::Set(DF(), 0x1p-126f);
+  }
+  HWY_INLINE Coded operator()(VF value, const Divisor& by) const {
+    auto q =
+        _mm512_range_ps(divide(value, by).raw, six.raw, 0b0010);  // the smaller absolute value, the first one's sign
+    q = _mm512_range_ps(q, tiny.raw, 0b0011);                     // the larger one: -0 must be below 0
+    const auto down = _mm512_cvt_roundps_epi32(q, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    const auto added = _mm512_permutexvar_ps(down, table.raw);
+    const auto sum = _mm512_add_ps(q, added);
+    return {VU{_mm512_castps_si512(sum)}, VF{_mm512_sub_ps(added, sum)}};
+  }
+  // value - dec * scale; +0 where the two are equal. dec is held negated: a zero of either sign then ends as the
+  // definition has it.
+  static HWY_INLINE VF error(VF value, const Coded& coded, VF scale) { return hn::MulAdd(coded.dec, scale, value); }
+};
+#else
+struct Rounding {
+  HWY_INLINE Coded operator()(VF value, const Divisor& by) const {
+    const VU sign = hn::And(bits(value), hn::Set(DU(), kSign));
+    const Rounded rounded = round_e2m1(divide(hn::Abs(value), by));
+    return {hn::OrAnd(hn::ShiftRight<28>(sign), rounded.code, hn::Set(DU(), 7)),
+            from_bits(hn::Or(bits(rounded.abs), sign))};
+  }
+  static HWY_INLINE VF error(VF value, const Coded& coded, VF scale) { return hn::NegMulAdd(coded.dec, scale, value); }
+};
+#endif
+
+// The codes of 8 rows of N lanes, given in order, as the layout packs them.
+struct Word {
+#if HWY_TARGET <= HWY_AVX3_DL
+  VU half[2];  // bytes of rows 0 to 3 and 4 to 7
+  HWY_INLINE Word() : half{hn::Zero(DU()), hn::Zero(DU())} {}
+  template <int kRow>
+  HWY_INLINE void add(VU nibble) {
+    half[kRow / 4] = VU{_mm512_shrdi_epi32(half[kRow / 4].raw, nibble.raw, 8)};
+  }
+  HWY_INLINE VU get() const {
+    const VU low = hn::Set(DU(), 0x0f0f0f0fu);
+    return hn::OrAnd(hn::AndNot(low, hn::ShiftLeft<4>(half[1])), half[0], low);
+  }
+#else
+  VU all;
+  HWY_INLINE Word() : all(hn::Zero(DU())) {}
+  template <int kRow>
+  HWY_INLINE void add(VU nibble) {
+    constexpr int kShift = kRow % 4 * 8 + kRow / 4 * 4;
+#if HWY_TARGET <= HWY_AVX3
+    nibble = hn::And(nibble, hn::Set(DU(), 15));
+#endif
+    all = hn::Or(all, hn::ShiftLeft<kShift>(nibble));
+  }
+  HWY_INLINE VU get() const { return all; }
+#endif
+};
 
 // The squared error of 16 rows of x * up under given scales: in double and in order, as nvfp4_squared_error.
 HWY_INLINE void squared_error(const float* x, VF up, VF scale, VD& low, VD& high) {
@@ -396,13 +505,84 @@ HWY_INLINE GroupScales choose_scales(const CacheConfig& config, const float* x, 
           hn::IfThenElse(better_u, four.code, six.code)};
 }
 
+// What the next append reads and writes, brought into L2 by equal steps while this page is encoded, one for every 8
+// rows of codes: without it memory waits while this computes, and this while memory answers.
+class NextAppend {
+ public:
+  explicit NextAppend(const PageAppend& a) {
+    if (!a.next || !a.fp4) return;
+    const PageLayout& layout = *a.layout;
+    const PageAppend& next = *a.next;
+    add_rows(next.k, layout.d, next.end - next.first);
+    add_rows(next.v, layout.d_v, next.end - next.first);
+    add_record(next.high, layout.high_bytes);
+    add_record(next.fp4, layout.fp4_bytes);
+    add_record(next.residual, layout.fp4_bytes);
+    const auto steps = [](const PlaneLayout& plane, int rows) { return (rows + 7) / 8 * (plane.lanes / lanes()); };
+    const int64_t all = (steps(layout.k, layout.d) + steps(layout.v, kPageTokens)) * (a.residual ? 2 : 1);
+    lines_a_step_ = (lines_ + all - 1) / all;
+    enter();
+  }
+
+  HWY_INLINE void step() {
+    for (int64_t i = 0; i < lines_a_step_; ++i) {
+      __builtin_prefetch(at_, 0, 2);
+      at_ += kLine;
+      if (--lines_left_ == 0) next_row();
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  struct Part {
+    const char* first;
+    int64_t row_bytes;  // from one row to the next
+    int64_t row_lines, rows;
+  };
+
+  void add(const Part& part) {
+    if (!part.first || part.rows == 0) return;
+    parts_[count_++] = part;
+    lines_ += part.row_lines * part.rows;
+  }
+  void add_rows(const AppendRows& from, int channels, int rows) {
+    const int64_t bytes = int64_t{channels} * size_of(from.dtype);
+    add({static_cast<const char*>(from.data), from.row_bytes, (bytes + kLine - 1) / kLine, rows});
+  }
+  void add_record(const void* record, int64_t bytes) {
+    add({static_cast<const char*>(record), 0, (bytes + kLine - 1) / kLine, 1});
+  }
+  void enter() {
+    row_ = at_ = parts_[part_].first;
+    lines_left_ = parts_[part_].row_lines;
+    rows_left_ = parts_[part_].rows;
+  }
+  void next_row() {
+    if (--rows_left_ > 0) {
+      row_ += parts_[part_].row_bytes;
+      at_ = row_;
+      lines_left_ = parts_[part_].row_lines;
+    } else if (++part_ < count_) {
+      enter();
+    } else {
+      lines_a_step_ = 0;
+    }
+  }
+
+  Part parts_[5];
+  int count_ = 0, part_ = 0;
+  int64_t lines_ = 0, lines_a_step_ = 0;  // a step brings nothing once all are there
+  const char *row_ = nullptr, *at_ = nullptr;
+  int64_t lines_left_ = 0, rows_left_ = 0;
+};
+
 enum class Keep { nothing, squares, squares_and_errors };  // of the errors
 
 // Encodes a tile of which `rows` rows are given and returns the page exponent. Adds the squares of the errors to
 // `squares`; leaves the errors in the tile in place of its values.
 template <Keep kKeep>
 int encode_plane(const CacheConfig& config, const PlaneLayout& plane, int rows, Tile& tile, uint8_t* codes,
-                 uint8_t* scales, Squares& squares) {
+                 uint8_t* scales, Squares& squares, NextAppend& next) {
   const DF df;
   const DU du;
   const int n = lanes(), groups = (rows + plane.group - 1) / plane.group;
@@ -413,9 +593,10 @@ int encode_plane(const CacheConfig& config, const PlaneLayout& plane, int rows, 
     std::memset(scales, 0, plane.scale_bytes());
   }
   constexpr int kMaxGroups = kMaxChannels / 16;
-  HWY_ALIGN float steps[kMaxGroups * 16], inverses[kMaxGroups * 16];
+  HWY_ALIGN float steps[kMaxGroups * 16], high[kMaxGroups * 16], low[kMaxGroups * 16];
   HWY_ALIGN uint32_t masks[kMaxGroups * 16];
-  VU largest = hn::Zero(du);
+  const Rounding rounding;
+  VF largest = hn::Zero(df);
   for (int lane = 0; lane < plane.lanes; lane += n) {
     float* amax = tile.group_amax + Tile::group_at(plane, 0, lane);
     for (int g = 0; g < groups; ++g) {  // apart from the codes, so that no code waits for its scale
@@ -423,68 +604,67 @@ int encode_plane(const CacheConfig& config, const PlaneLayout& plane, int rows, 
       const GroupScales s = choose_scales(config, x, hn::Load(df, amax + g * n), up);
       const hn::Rebind<uint8_t, DF> du8;
       hn::StoreU(hn::DemoteTo(du8, hn::BitCast(DI(), s.byte)), du8, scales + plane.scale_offset(g * plane.group, lane));
-      hn::Store(hn::Mul(s.value, down), df, steps + g * n);
-      hn::Store(hn::Mul(Divisor(s.value).inverse, up), df, inverses + g * n);
+      const Divisor by(s.value);
+      // Groups without codes read as +0 whatever their values' signs; a negative scale lets the error of -0 be -0.
+      const VU no_codes = hn::AndNot(s.code, hn::Set(du, kSign));
+      hn::Store(from_bits(hn::Or(bits(hn::Mul(s.value, down)), no_codes)), df, steps + g * n);
+      hn::Store(hn::Mul(by.high, up), df, high + g * n);
+      hn::Store(hn::Mul(by.low, up), df, low + g * n);
       hn::Store(s.code, du, masks + g * n);
     }
     LaneSquares sums(squares, lane);
     for (int g = 0; g < groups; ++g) {
-      const Divisor step(hn::Load(df, steps + g * n), hn::Load(df, inverses + g * n));
+      const Divisor step(hn::Load(df, steps + g * n), hn::Load(df, high + g * n), hn::Load(df, low + g * n));
       const VU mask = hn::Load(du, masks + g * n);
-      VU error_amax = hn::Zero(du);
-      VF sum = hn::Zero(df);
+      VF error_amax = hn::Zero(df), sum = hn::Zero(df);
       for (int r0 = g * plane.group; r0 < std::min((g + 1) * plane.group, rows); r0 += 8) {
         float* x = tile.value + Tile::at(plane, r0, lane);
-        VU word = hn::Zero(du);
-        const auto encode_row = [&](auto shift) HWY_ATTR {
-          constexpr int kShift = decltype(shift)::value;
-          constexpr int kRow = kShift % 8 / 4 * 4 + kShift / 8;
+        Word word;
+        const auto encode_row = [&](auto row) HWY_ATTR {
+          constexpr int kRow = decltype(row)::value;
           const VF value = hn::Load(df, x + kRow * n);
-          const VF a = hn::Abs(value);
-          const Rounded rounded = round_e2m1(divide(a, step));
-          const VU sign = hn::And(bits(value), hn::Set(du, kSign));
-          const VU code = hn::OrAnd(hn::ShiftRight<28>(sign), rounded.code, hn::Set(du, 7));
-          word = hn::Or(word, hn::ShiftLeft<kShift>(code));
+          const Coded coded = rounding(value, step);
+          word.template add<kRow>(coded.nibble);
           if constexpr (kKeep == Keep::nothing) return;
-          const VF decoded = from_bits(hn::Or(bits(rounded.abs), sign));
-          const VF error = hn::Sub(value, hn::Mul(decoded, step.scale));
+          const VF error = Rounding::error(value, coded, step.scale);
           sum = hn::Add(sum, hn::Mul(error, error));
           if constexpr (kKeep == Keep::squares_and_errors) {
-            error_amax = hn::Max(error_amax, hn::And(bits(error), hn::Set(du, kAbs)));
+            error_amax = larger_abs(error_amax, error);
             hn::Store(error, df, x + kRow * n);
           }
         };
         encode_row(std::integral_constant<int, 0>());
-        encode_row(std::integral_constant<int, 8>());
-        encode_row(std::integral_constant<int, 16>());
-        encode_row(std::integral_constant<int, 24>());
+        encode_row(std::integral_constant<int, 1>());
+        encode_row(std::integral_constant<int, 2>());
+        encode_row(std::integral_constant<int, 3>());
         encode_row(std::integral_constant<int, 4>());
-        encode_row(std::integral_constant<int, 12>());
-        encode_row(std::integral_constant<int, 20>());
-        encode_row(std::integral_constant<int, 28>());
-        hn::StoreU(hn::And(word, mask), du, reinterpret_cast<uint32_t*>(codes + plane.code_offset(r0, lane)));
+        encode_row(std::integral_constant<int, 5>());
+        encode_row(std::integral_constant<int, 6>());
+        encode_row(std::integral_constant<int, 7>());
+        hn::StoreU(hn::And(word.get(), mask), du, reinterpret_cast<uint32_t*>(codes + plane.code_offset(r0, lane)));
+        next.step();
       }
       sums.add(sum);
-      hn::Store(from_bits(error_amax), df, amax + g * n);
+      hn::Store(error_amax, df, amax + g * n);
       largest = hn::Max(largest, error_amax);
     }
     sums.store();
   }
-  tile.amax = hn::GetLane(hn::MaxOfLanes(df, from_bits(largest)));
+  tile.amax = hn::GetLane(hn::MaxOfLanes(df, largest));
   return exponent;
 }
 
 // One matrix of a page, in its tile, in one plane or two: the second one encodes what the first one left. Returns the
 // first one's root mean square error.
 float encode_matrix(const CacheConfig& config, const PlaneLayout& plane, int rows, Tile& tile, uint8_t* fp4,
-                    uint8_t* residual, int64_t codes, int64_t scales, int8_t exponents[2]) {
+                    uint8_t* residual, int64_t codes, int64_t scales, int8_t exponents[2], NextAppend& next) {
   Squares squares;
   const auto encode_first = residual ? encode_plane<Keep::squares_and_errors> : encode_plane<Keep::squares>;
-  exponents[0] = static_cast<int8_t>(encode_first(config, plane, rows, tile, fp4 + codes, fp4 + scales, squares));
+  exponents[0] = static_cast<int8_t>(encode_first(config, plane, rows, tile, fp4 + codes, fp4 + scales, squares, next));
   const float rms = squares.rms_over_tokens();
   if (residual)
     exponents[1] = static_cast<int8_t>(
-        encode_plane<Keep::nothing>(config, plane, rows, tile, residual + codes, residual + scales, squares));
+        encode_plane<Keep::nothing>(config, plane, rows, tile, residual + codes, residual + scales, squares, next));
   return rms;
 }
 
@@ -496,16 +676,22 @@ void encode(const PageAppend& a, const uint16_t* rows) {
   const uint16_t* v = a.high + layout.high_v;
   HWY_ALIGN float centre[kMaxChannels];
   PageSummary facts;
-  summarise_k(config, layout, rows, a.summary, centre);
+  const auto summarise = layout.min ? summarise_k<true> : summarise_k<false>;
+  summarise(config, layout, rows, a.summary, centre);
   if (layout.variance) summarise_variance(config, layout, rows, reinterpret_cast<float*>(a.summary + layout.variance));
   Tile tile;
+  NextAppend next(a);
   if (a.fp4) {
     const auto load_k = [&](int r, int lane) HWY_ATTR {
       return hn::Sub(load_high(type, a.high + r * kPageTokens + lane), hn::Set(DF(), centre[r]));
     };
     fill_tile(layout.k, layout.d, load_k, nullptr, tile);
+    if (std::isinf(tile.amax)) {  // BF16 near its end: what follows is for finite values
+      encode_page(config, layout, a.high, a.fp4, a.residual, a.summary);
+      return;
+    }
     facts.eps_k = encode_matrix(config, layout.k, layout.d, tile, a.fp4, a.residual, layout.k_codes, layout.k_scales,
-                                facts.k_exponent);
+                                facts.k_exponent, next);
   }
   const auto load_v = [&](int r, int lane) HWY_ATTR { return load_high(type, v + r * layout.d_v + lane); };
   Squares v_squares;
@@ -513,7 +699,7 @@ void encode(const PageAppend& a, const uint16_t* rows) {
   facts.v_norm = v_squares.rms_over_tokens();
   if (a.fp4)
     facts.eps_v = encode_matrix(config, layout.v, kPageTokens, tile, a.fp4, a.residual, layout.v_codes, layout.v_scales,
-                                facts.v_exponent);
+                                facts.v_exponent, next);
   std::memcpy(a.summary, &facts, sizeof(facts));
 }
 

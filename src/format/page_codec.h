@@ -33,6 +33,7 @@ struct PageAppend {
   int first = 0, end = 0;
   uint16_t* high = nullptr;
   uint8_t *fp4 = nullptr, *residual = nullptr, *summary = nullptr;
+  const PageAppend* next = nullptr;  // what the caller appends after this: brought near meanwhile, never written
 };
 
 // Encodes one full page of one head. `high` is its 16-bit record; `fp4`, `residual` and `summary` receive theirs, and

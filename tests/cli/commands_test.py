@@ -167,6 +167,13 @@ class Bench(program.Case):
             for row in self.rows("--phase", phase, "--method", "thrift", *(("--s-q", s_q) if s_q > 1 else ())):
                 self.assertEqual((row["phase"], row["s_q"]), (phase, s_q))
 
+    def test_an_append_is_timed_on_used_records_and_on_fresh_ones(self):
+        row, = self.rows("--phase", "append", "--method", "thrift", "--s-q", 128)
+        self.assertGreater(row["ms_fresh"], 0)
+        table = self.succeeds("bench", "attention", *self.SHAPE, "--phase", "append").stdout.decode()
+        self.assertIn("records that a freed sequence gave back", table)
+        self.assertIn("fresh ms", table)
+
     def test_what_is_not_given_fits_the_phase(self):
         self.assertEqual([row["method"] for row in self.rows("--phase", "rank")], ["thrift"])
         for row in self.rows("--phase", "append", "--method", "fp16"):  # 512 tokens where there are as many
@@ -182,6 +189,8 @@ class Bench(program.Case):
         for target in targets:
             self.assertEqual({row["target"] for row in self.rows("--method", "fp4", "--target", target)}, {target})
         self.refused(["Z80", *targets], "bench", "attention", *self.SHAPE, "--target", "Z80")
+        self.refused(["--target", "append", "best"], "bench", "attention", *self.SHAPE, "--phase", "append", "--target",
+                     targets[-1])
 
     def test_nonsense_is_refused(self):
         self.refused(["fp4", "ranks no pages"], "bench", "attention", *self.SHAPE, "--phase", "rank", "--method", "fp4")

@@ -169,6 +169,12 @@ std::vector<Data> all_data(DType high) {
        [](std::mt19937& random, int, int) {
          return f16_decode(static_cast<uint16_t>((random() & 0x8000u) | (random() % 0x7c00u)));
        }},
+      // Groups whose scale is 0 beside others that set the page's: their zeros keep their signs for the second plane.
+      {"groups too small for a scale",
+       [](std::mt19937& random, int t, int c) {
+         if (t / 16 % 2 == 0 && c / 16 % 2 == 0) return 96.0f;  // exact in one plane
+         return random() % 3 == 0 ? -0.0f : 0x1p-20f * static_cast<float>(static_cast<int>(random() % 9) - 4);
+       }},
       {"the largest halves", [](std::mt19937& random, int, int) { return random() % 2 ? 65504.0f : -65519.0f; }},
   };
   if (high == DType::bf16) {
@@ -179,6 +185,9 @@ std::vector<Data> all_data(DType high) {
     all.push_back({"every float of moderate size", [](std::mt19937& random, int, int) {
                      return float_of((static_cast<uint32_t>(random()) & 0x80ffffffu) % 0x7e800000u +
                                      (static_cast<uint32_t>(random()) % 0x7e000000u & 0x7f000000u));
+                   }});
+    all.push_back({"a mean that is infinite", [](std::mt19937& random, int, int c) {
+                     return c == 9 ? 3e38f : static_cast<float>(random() % 101) - 50;
                    }});
     all.push_back({"subnormal floats", [](std::mt19937& random, int, int) {
                      return float_of(static_cast<uint32_t>(random()) & 0x807fffffu);
