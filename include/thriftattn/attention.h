@@ -36,9 +36,9 @@ struct Problem {
   Method method;
   CacheConfig cache;   // of the cache that the plan will run over
   bool stats = false;  // fill Stats
-  // The least precise form in which q, k, v and p may enter a product of a prefill. f32: FP32 products of what the cache
-  // holds. bf16 allows each factor to be rounded to BF16 once (relative error 2^-9), which matrix tiles need; sums stay
-  // FP32. A machine without them computes in FP32 all the same, and decode always does.
+  // The least precise form in which q, k, v and p may enter a product of a prefill. f32: FP32 products of what the
+  // cache holds. bf16 allows each factor to be rounded to BF16 once (relative error 2^-9), which matrix tiles need;
+  // sums stay FP32. A machine without them computes in FP32 all the same, and decode always does.
   DType compute = DType::f32;
 };
 
@@ -55,11 +55,11 @@ struct Refusal {
 };
 
 struct Plan {
-  Problem problem;        // with sm_scale, policy and arithmetic resolved
-  std::string backend;    // "cpu"
-  std::string kernel;     // "prefill_tiles", "prefill_matrix_tiles"; "decode_one_pass"; "decode_exchange", which reads all
-                          // pages in FP4 first and then exchanges those promoted; "decode_score_first"
-  std::string target;     // the instruction set, e.g. "AVX3"
+  Problem problem;      // with sm_scale, policy and arithmetic resolved
+  std::string backend;  // "cpu"
+  std::string kernel;  // "prefill_tiles", "prefill_matrix_tiles"; "decode_one_pass"; "decode_exchange", which reads all
+                       // pages in FP4 first and then exchanges those promoted; "decode_score_first"
+  std::string target;  // the instruction set, e.g. "AVX3"
   int rows_per_tile = 0;  // query rows of one tile
   int splits = 1;         // page ranges into which one (sequence, KV head) of a decode step is cut
   int threads = 1;
