@@ -18,7 +18,7 @@ bool has_amx();
 // AVX512-BF16 alone, which the emulation takes.
 bool has_avx512_bf16();
 // Whether vdpbf16ps runs at the rate of FMAs and so multiplies twice as fast: 3.7 G/s a core measured on AMD Zen 4.
-// Intel runs a quarter of that (1.1 to 1.3 G/s measured), slower than F32 by half; it has AMX.
+// Intel runs a quarter of that (1.1 to 1.3 G/s measured), fewer multiply-adds than its FMAs do; it has AMX.
 bool has_fast_avx512_bf16();
 
 // Bytes of Tiles::matrix of one thread.
