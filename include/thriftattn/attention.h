@@ -37,8 +37,8 @@ struct Problem {
   CacheConfig cache;   // of the cache that the plan will run over
   bool stats = false;  // fill Stats
   // The least precise form in which q, k, v and p may enter a product of a prefill. f32: FP32 products of what the
-  // cache holds. bf16 allows each factor to be rounded to BF16 once (relative error 2^-9), which matrix tiles need;
-  // sums stay FP32. A machine without them computes in FP32 all the same, and decode always does.
+  // cache holds. bf16 allows each factor to be rounded to BF16 once (relative error 2^-9), which matrix tiles and
+  // AVX512-BF16 need; sums stay FP32. A machine without them computes in FP32 all the same, and decode always does.
   DType compute = DType::f32;
 };
 

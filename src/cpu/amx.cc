@@ -88,17 +88,19 @@ struct Memory {
 
 int64_t amx_bytes(int d, int d_v) { return Memory(d, d_v, nullptr).bytes; }
 
-bool can_emulate_amx() {
+bool has_avx512_bf16() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("fma");
 }
 
+bool has_fast_avx512_bf16() { return has_avx512_bf16() && __builtin_cpu_is("amd"); }
+
 bool has_amx() {
   static const bool allowed = [] {
     constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
     unsigned a = 0, b = 0, c = 0, d = 0;
-    if (!can_emulate_amx() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kAmxBf16) || !(d & kAmxTile))
+    if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kAmxBf16) || !(d & kAmxTile))
       return false;
     constexpr int kArchReqXcompPerm = 0x1023, kXtileData = 18;
     return syscall(SYS_arch_prctl, kArchReqXcompPerm, kXtileData) == 0;
@@ -108,7 +110,7 @@ bool has_amx() {
 
 }  // namespace thriftattn::cpu
 
-// From here on functions may use what can_emulate_amx() asks for. g++ takes the operands that its own headers leave
+// From here on functions may use what has_avx512_bf16() asks for. g++ takes the operands that its own headers leave
 // undefined for a mistake.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), \
@@ -555,7 +557,8 @@ void attend_amx_emulated(const BlockTask& task, Tiles& tiles) { attend<EmulatedT
 
 namespace thriftattn::cpu {
 bool has_amx() { return false; }
-bool can_emulate_amx() { return false; }
+bool has_avx512_bf16() { return false; }
+bool has_fast_avx512_bf16() { return false; }
 int64_t amx_bytes(int, int) { return 0; }
 void attend_amx(const BlockTask&, Tiles&) {}
 void attend_amx_emulated(const BlockTask&, Tiles&) {}

@@ -11,10 +11,10 @@
 
 namespace thriftattn::cpu {
 
-// Instruction sets compiled in that this machine runs, best first: AMX, then by Highway's names.
+// Instruction sets compiled in that this machine runs, best first: AMX, AVX3_BF16, then by Highway's names.
 std::vector<std::string> targets();
 
-// Targets that tests may force and that no plan chooses: AMX_EMULATED.
+// Targets that tests may force and that no plan chooses: AMX_EMULATED, and AVX3_BF16 where it would be slow.
 std::vector<std::string> forced_targets();
 
 // Why the CPU backend will not serve `problem`; empty where it will.

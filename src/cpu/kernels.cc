@@ -8,8 +8,10 @@
 // the time, and bind on FMA throughput; decoding an FP4 page takes about 6 instructions per register, a tenth. With few
 // rows (decode) the decoding binds.
 //
-// Arithmetic kv4: everything in FP32 on exactly decoded K and V. mma4: q and p are quantised as well and decoded again,
-// so that the products are those of FP4 tensor cores up to the order of summation; q.k_mean stays unquantised.
+// Arithmetic kv4: everything in FP32 on exactly decoded K and V; or, where products take pairs of BF16 (target
+// AVX3_BF16), q, K, V and p rounded once each, two depths in the place of one float, an FP4 page's mean apart. mma4: q
+// and p are quantised as well and decoded again, so that the products are those of FP4 tensor cores up to the order of
+// summation; q.k_mean stays unquantised.
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/kernels.cc"
 #include <hwy/foreach_target.h>  // NOLINT: must come before highway.h
@@ -29,14 +31,32 @@ HWY_BEFORE_NAMESPACE();
 namespace thriftattn::cpu {
 namespace HWY_NAMESPACE {
 
-// In mma4 an FP4 page's mean is kept out of the tile, because it meets the unquantised q.
-bool mean_apart(const BlockTask& t, Tier tier) { return t.mma4 && t.centring && tier == Tier::fp4; }
+// An FP4 page's mean is kept out of the tile where it meets another q than the codes do: in mma4 the unquantised one,
+// in BF16 the one that is not rounded, and the codes alone are exact there.
+template <class B>
+bool mean_apart(const BlockTask& t, Tier tier) {
+  if (B::kDepths == 2) return t.centring && tier != Tier::fp16;
+  return t.mma4 && t.centring && tier == Tier::fp4;
+}
 
+// A decoded tile [depth, lanes] as a product by B takes it, in place.
+template <class B>
+void pack_tile(int64_t depth, int64_t lanes, float* tile) {
+  if constexpr (B::kDepths == 2) {
+    const DF df;
+    float* to = tile;
+    for (const float* row = tile; row < tile + depth * lanes; row += 2 * lanes)
+      for (int64_t i = 0; i < lanes; i += static_cast<int64_t>(hn::Lanes(df)), to += hn::Lanes(df))
+        hn::StoreU(B::round_lanes(hn::LoadU(df, row + i), hn::LoadU(df, row + lanes + i)), df, to);
+  }
+}
+
+template <class B>
 void decode_k(const BlockTask& t, const PageRef& page, Tier tier, float* tile) {
   const PageLayout& l = *t.layout;
   if (tier == Tier::fp16) return decode_high(t.high_dtype, page.high, int64_t{kPageTokens} * l.d, tile);
   const PageSummary facts = summary_of(page);
-  if (t.centring && !mean_apart(t, tier)) {
+  if (t.centring && !mean_apart<B>(t, tier)) {
     HWY_ALIGN float mean[kMaxChannels];
     decode_high(t.high_dtype, mean_of(t, page), l.d, mean);
     decode_plane<Start::rows>(l.k, t.format, l.d, facts.k_exponent[0], page.fp4 + l.k_codes, page.fp4 + l.k_scales,
@@ -66,25 +86,68 @@ void decode_v(const BlockTask& t, const PageRef& page, Tier tier, int64_t tokens
                              page.residual + l.v_scales, nullptr, tile);
 }
 
-// s[rows, 64] = scaled, masked log2 scores of rows [first, first + rows) against page p.
-void score_tile(const BlockTask& t, int64_t p, Tier tier, const float* tile, int first, float* s) {
+// The left operand of scores [heads * rows, d / kDepths]: q itself, or made of it in `memory`.
+template <class B>
+const float* pack_q(const BlockTask& t, [[maybe_unused]] char* memory) {
+  if constexpr (B::kDepths == 2) {
+    const DF df;
+    const int64_t n = static_cast<int64_t>(hn::Lanes(df)), d = t.layout->d;
+    auto* pairs = reinterpret_cast<float*>(memory);
+    for (int64_t r = 0; r < int64_t{t.heads} * t.rows; ++r) {
+      const float* q = t.q + r * d;
+      for (int64_t c = 0; c < d; c += 2 * n) {
+        const bool whole = c + n < d;  // d is a multiple of 16
+        const VF both = B::round(hn::LoadU(df, q + c), whole ? hn::LoadU(df, q + c + n) : hn::Zero(df));
+        hn::BlendedStore(both, hn::FirstN(df, static_cast<size_t>(whole ? n : n / 2)), df, pairs + (r * d + c) / 2);
+      }
+    }
+    return pairs;
+  }
+  return t.q;
+}
+
+// s[rows, 64] = scaled, masked log2 scores of rows [first, first + rows) against page p; q as pack_q gives it.
+template <class B>
+void score_tile(const BlockTask& t, int64_t p, Tier tier, const float* q, const float* tile, int first, float* s) {
   const DF df;
   const int64_t n = static_cast<int64_t>(hn::Lanes(df));
   const int d = t.layout->d;
-  const bool quantised = t.mma4 && tier == Tier::fp4;
-  const bool apart = mean_apart(t, tier);
-  if (apart) {
-    for (int r = 0; r < t.rows; ++r) {
-      const VF start = hn::Set(df, dot_high(t.high_dtype, t.q + (first + r) * d, mean_of(t, t.pages[p]), d));
-      for (int64_t i = 0; i < kPageTokens; i += n) hn::StoreU(start, df, s + r * kPageTokens + i);
-    }
+  const bool apart = mean_apart<B>(t, tier);
+  for (int r = 0; r < t.rows && apart; r += 4) {
+    float start[4];
+    const int some = std::min(4, t.rows - r);
+    dot_four(t.q + static_cast<int64_t>(first + r) * d, some, t.high_dtype, mean_of(t, t.pages[p]), d, start);
+    for (int e = 0; e < some; ++e)
+      for (int64_t i = 0; i < kPageTokens; i += n) hn::StoreU(hn::Set(df, start[e]), df, s + (r + e) * kPageTokens + i);
   }
-  const float* q = (quantised ? t.q4 : t.q) + static_cast<int64_t>(first) * d;
-  multiply(t.rows, d, kPageTokens, q, d, tile, kPageTokens, s, kPageTokens, apart);
+  if (t.mma4 && tier == Tier::fp4) q = t.q4;
+  const int words = d / B::kDepths;
+  multiply<B>(t.rows, words, kPageTokens, q + static_cast<int64_t>(first) * words, words, tile, kPageTokens, s,
+              kPageTokens, apart);
   finish_scores(t, p, 0, t.rows, s);
 }
 
+// exponentiate() of a row that a product by B takes next: p in the first words, and the sum of what they hold.
+template <class B>
+float exponentiate_for(float* row, float m) {
+  if constexpr (B::kDepths == 2) {
+    const DF df;
+    const int64_t n = static_cast<int64_t>(hn::Lanes(df));
+    const VF vm = hn::Set(df, m), ones = B::round(hn::Set(df, 1.0f), hn::Set(df, 1.0f));
+    VF sum = hn::Zero(df);
+    for (int64_t i = 0; i < kPageTokens; i += 2 * n) {
+      const VF both = B::round(exp2_negative(hn::Sub(hn::LoadU(df, row + i), vm)),
+                               exp2_negative(hn::Sub(hn::LoadU(df, row + i + n), vm)));
+      hn::StoreU(both, df, row + i / 2);
+      sum = B::multiply_add(both, ones, sum);
+    }
+    return hn::GetLane(hn::SumOfLanes(df, sum));
+  }
+  return exponentiate(row, m);
+}
+
 // One step of online softmax for rows [first, first + rows): scores s become p, the state moves on.
+template <class B>
 void softmax_tile(const BlockTask& t, int64_t p, Tier tier, int first, float* s) {
   const DF df;
   const int64_t n = static_cast<int64_t>(hn::Lanes(df));
@@ -108,7 +171,7 @@ void softmax_tile(const BlockTask& t, int64_t p, Tier tier, int first, float* s)
       state.l_high[row] *= shrink;
     }
     state.m[row] = m;
-    const float sum = exponentiate(x, m);
+    const float sum = exponentiate_for<B>(x, m);
     state.l[row] += sum;
     if (tier > Tier::fp4) state.l_high[row] += sum;
     if (t.page_m) {
@@ -161,7 +224,9 @@ void quantize_p(const BlockTask& t, const float* p, float* p4) {
   }
 }
 
+template <class B>
 void attend(const BlockTask& t, Tiles& tiles) {
+  const float* q = pack_q<B>(t, tiles.matrix);
   TierCursor cursors[kMaxHeadsPerTask];
   for (int h = 0; h < t.heads; ++h) cursors[h].promoted = t.promoted[h];
   const int d_v = t.layout->d_v;
@@ -176,20 +241,22 @@ void attend(const BlockTask& t, Tiles& tiles) {
     for (const Tier form : {Tier::fp4, Tier::fp4x2, Tier::fp16}) {
       const int f = static_cast<int>(form);
       if (!wanted[f]) continue;
-      decode_k(t, t.pages[p], form, tiles.k[f]);
+      decode_k<B>(t, t.pages[p], form, tiles.k[f]);
       decode_v(t, t.pages[p], form, std::min<int64_t>(kPageTokens, t.s_kv - p * kPageTokens), tiles.v[f]);
+      pack_tile<B>(t.layout->d, kPageTokens, tiles.k[f]);
+      pack_tile<B>(kPageTokens, d_v, tiles.v[f]);
       for (int h = 0; h < t.heads; ++h) {
         if (tier[h] != form) continue;
         const int first = h * t.rows;
-        score_tile(t, p, form, tiles.k[f], first, tiles.p);
-        softmax_tile(t, p, form, first, tiles.p);
+        score_tile<B>(t, p, form, q, tiles.k[f], first, tiles.p);
+        softmax_tile<B>(t, p, form, first, tiles.p);
         const float* probabilities = tiles.p;
         if (t.mma4 && form == Tier::fp4) {
           quantize_p(t, tiles.p, tiles.p4);
           probabilities = tiles.p4;
         }
-        multiply(t.rows, kPageTokens, d_v, probabilities, kPageTokens, tiles.v[f], d_v,
-                 t.state.o + static_cast<int64_t>(first) * d_v, d_v, true);
+        multiply<B>(t.rows, kPageTokens / B::kDepths, d_v, probabilities, kPageTokens, tiles.v[f], d_v,
+                    t.state.o + static_cast<int64_t>(first) * d_v, d_v, true);
       }
     }
   }
@@ -205,11 +272,11 @@ void score(const BlockTask& t, Tiles& tiles) {
     for (const Tier form : {Tier::fp4, Tier::fp4x2, Tier::fp16}) {
       const int f = static_cast<int>(form);
       if (!wanted[f]) continue;
-      decode_k(t, t.pages[p], form, tiles.k[f]);
+      decode_k<Floats>(t, t.pages[p], form, tiles.k[f]);
       for (int h = 0; h < t.heads; ++h) {
         if (tier[h] != form) continue;
         const int first = h * t.rows;
-        score_tile(t, p, form, tiles.k[f], first, tiles.p);
+        score_tile<Floats>(t, p, form, t.q, tiles.k[f], first, tiles.p);
         for (int r = 0; r < t.rows; ++r) {
           float* x = tiles.p + r * kPageTokens;
           const int64_t at = (first + r) * t.page_stride + p;
@@ -283,7 +350,12 @@ void quantize_rows(const Method& method, int64_t rows, int d, const float* q, fl
 }
 
 const Kernels* table() {
-  static constexpr Kernels kTable = {"", attend, score, rank, quantize_rows, {}};
+#if HWY_TARGET == HWY_AVX3_DL
+  constexpr auto attend_bf16 = &attend<Pairs>;
+#else
+  constexpr void (*attend_bf16)(const BlockTask&, Tiles&) = nullptr;
+#endif
+  static constexpr Kernels kTable = {"", attend<Floats>, attend_bf16, score, rank, quantize_rows, {}};
   return &kTable;
 }
 
@@ -306,19 +378,30 @@ struct AllKernels {
   std::vector<Kernels> forced;  // for tests
 };
 
-// Matrix tiles serve `attend`; all else is what the best registers do.
+// BF16 products serve `attend`; all else is what the best registers do.
 const AllKernels& all_kernels() {
   static const AllKernels all = [] {
     auto tables = tables_of_targets<Kernels>([] { return HWY_DYNAMIC_DISPATCH(table)(); });
     for (size_t i = 0; i < tables.size(); ++i) tables[i].decode = all_decode_kernels()[i];
     AllKernels found{tables, {}};
+    for (const Kernels& k : tables) {
+      if (!k.attend_bf16 || !has_avx512_bf16()) continue;
+      Kernels pairs = k;
+      pairs.attend = k.attend_bf16;
+      pairs.target = kBf16Pairs;
+      if (has_fast_avx512_bf16()) {
+        found.listed.insert(found.listed.begin(), pairs);
+      } else {
+        found.forced.push_back(pairs);
+      }
+    }
     Kernels amx = tables.front();
     amx.attend = attend_amx;
     amx.target = kAmx;
     if (has_amx()) found.listed.insert(found.listed.begin(), amx);
     amx.attend = attend_amx_emulated;
     amx.target = kAmxEmulated;
-    if (can_emulate_amx()) found.forced.push_back(amx);
+    if (has_avx512_bf16()) found.forced.push_back(amx);
     return found;
   }();
   return all;

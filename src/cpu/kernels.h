@@ -21,7 +21,7 @@ struct Tiles {
   float* v[4];   // by Tier: [64, d_v]
   float* p;      // [rows, 64], scores, then probabilities
   float* p4;     // [rows, 64], quantised probabilities (mma4)
-  char* matrix;  // memory for matrix tiles (amx.h), where the target has them; else null
+  char* matrix;  // where products take BF16: memory for matrix tiles (amx.h), or q in pairs [rows, d / 2]; else null
 };
 
 // Online softmax of some rows, in units of log2: the unnormalised output is sum 2^(s - m) v.
@@ -33,6 +33,9 @@ struct SoftmaxState {
 };
 
 inline constexpr int kMaxHeadsPerTask = 4;
+
+// The target whose prefill multiplies pairs of BF16; all else is AVX3_DL's.
+inline constexpr const char* kBf16Pairs = "AVX3_BF16";
 
 // Some query heads of one KV head, `rows` rows of each, over a range of pages. Row r of head h is h * rows + r.
 struct BlockTask {
@@ -94,6 +97,9 @@ struct Kernels {
   const char* target;
   // Adds the pages of the task to its softmax state.
   void (*attend)(const BlockTask& task, Tiles& tiles);
+  // The same with factors in BF16, kv4 only, as attend_amx rounds them, but that q is rounded without its scale; null
+  // where the target has no such instructions.
+  void (*attend_bf16)(const BlockTask& task, Tiles& tiles);
   // Scores every page of the task, K only, each in its tier; fills page_m and page_l.
   void (*score)(const BlockTask& task, Tiles& tiles);
   // score[p] for p in [0, n) of the policies that rank before reading, block_mean, quest and second_moment: the largest

@@ -13,10 +13,10 @@ namespace {
 
 // Why a target that this machine runs does not serve the problem; empty where it does.
 std::string passed_over(const Problem& p, const std::string& target) {
-  if (!is_matrix(target)) return {};
-  if (p.phase != Phase::prefill) return "its matrix tiles serve prefill alone";
+  if (!in_bf16(target)) return {};
+  if (p.phase != Phase::prefill) return "its BF16 products serve prefill alone";
   if (p.method.arithmetic != Arithmetic::kv4)
-    return fmt::format("its matrix tiles serve arithmetic=kv4, not {}", to_string(p.method.arithmetic));
+    return fmt::format("its BF16 products serve arithmetic=kv4, not {}", to_string(p.method.arithmetic));
   if (p.compute == DType::f32) return "compute=f32 forbids products of BF16 factors, which compute=bf16 allows";
   return {};
 }

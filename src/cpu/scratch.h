@@ -37,10 +37,12 @@ inline bool ranks(const Problem& p) {
          !(b.kind == Budget::Kind::fraction && b.value == 0);
 }
 
-// Whether a target multiplies on matrix tiles, and the bytes of Tiles::matrix that it needs.
+// Whether a target multiplies on matrix tiles, whether in BF16 at all, and the bytes of Tiles::matrix that it needs.
 inline bool is_matrix(const std::string& target) { return target == kAmx || target == kAmxEmulated; }
+inline bool in_bf16(const std::string& target) { return is_matrix(target) || target == kBf16Pairs; }
 inline int64_t matrix_bytes(const std::string& target, const Problem& p) {
-  return is_matrix(target) ? amx_bytes(p.d, p.d_v) : 0;
+  if (is_matrix(target)) return amx_bytes(p.d, p.d_v);
+  return in_bf16(target) ? int64_t{heads_per_task(p)} * kPageTokens * p.d * 2 : 0;
 }
 
 // Query rows of one task and what becomes of them.

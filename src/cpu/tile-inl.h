@@ -125,16 +125,43 @@ struct Ahead {
   }
 };
 
-// What the right-hand side of a product is made of.
+// What the right-hand side of a product is made of, and how a word of the left one, told to all lanes, meets it.
 struct Floats {
   using T = float;
+  static constexpr int kDepths = 1;  // of a word
   static HWY_INLINE VF load(const T* from) { return hn::LoadU(DF(), from); }
+  static HWY_INLINE VF multiply_add(VF x, VF row, VF sum) { return hn::MulAdd(x, row, sum); }
 };
 template <DType kType>
-struct High {
+struct High : Floats {
   using T = uint16_t;
   static HWY_INLINE VF load(const T* from) { return load_high(kType, from); }
 };
+
+#if HWY_TARGET == HWY_AVX3_DL
+// Both sides are pairs of BF16, of two consecutive depths, in the place of a float: half as many depths of words.
+// Highway 1.0.3 has no target with AVX512-BF16; only what has_avx512_bf16() allows may call this.
+struct Pairs : Floats {
+  static constexpr int kDepths = 2;
+  static HWY_INLINE VF multiply_add(VF x, VF row, VF sum) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum.raw) : "v"(x.raw), "v"(row.raw));
+    return sum;
+  }
+  // The lanes of `low`, then those of `high`, rounded to nearest, ties to even.
+  static HWY_INLINE VF round(VF low, VF high) {
+    VF both;
+    asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(both.raw) : "v"(low.raw), "v"(high.raw));
+    return both;
+  }
+  // Each lane of `first` beside that of `second`.
+  static HWY_INLINE VF round_lanes(VF first, VF second) {
+    HWY_ALIGN static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i both = _mm512_castps_si512(round(first, second).raw);
+    return VF{_mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both))};
+  }
+};
+#endif
 
 // c[R, NV * lanes] (+)= a[R, depth] b[depth, NV * lanes], all of c in registers.
 template <class B, int R, int NV>
@@ -155,7 +182,7 @@ HWY_INLINE void multiply_registers(int64_t depth, const float* HWY_RESTRICT a, i
     }
     for (int r = 0; r < R; ++r) {
       const VF x = hn::Set(df, a[r * a_stride + k]);
-      for (int j = 0; j < NV; ++j) sum[r][j] = hn::MulAdd(x, row[j], sum[r][j]);
+      for (int j = 0; j < NV; ++j) sum[r][j] = B::multiply_add(x, row[j], sum[r][j]);
     }
   }
   for (int r = 0; r < R; ++r)
@@ -194,7 +221,8 @@ void multiply_columns(int64_t rows, int64_t depth, const float* a, int64_t a_str
   }
 }
 
-// c[rows, columns] (+)= a[rows, depth] b[depth, columns]; columns is a multiple of 16. `ahead` is as large as b.
+// c[rows, columns] (+)= a[rows, depth] b[depth, columns], depth in words; columns is a multiple of 16. `ahead` is as
+// large as b.
 template <class B = Floats>
 void multiply(int64_t rows, int64_t depth, int64_t columns, const float* a, int64_t a_stride, const typename B::T* b,
               int64_t b_stride, float* c, int64_t c_stride, bool accumulate, const Ahead& ahead = {}) {

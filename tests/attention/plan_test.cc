@@ -9,11 +9,7 @@
 namespace thriftattn::testing {
 namespace {
 
-const Machine kMachine = [] {
-  Machine machine{8, Machine::here(1).targets};
-  std::erase(machine.targets, "AMX");  // passed over where compute=f32: tests/cpu/matrix_tiles_test.cc
-  return machine;
-}();
+const Machine kMachine{8, register_targets()};  // others are passed over where compute=f32: bf16_products_test.cc
 
 Problem problem_of(const std::string& spec, Phase phase = Phase::prefill) {
   Problem p;

@@ -1,4 +1,5 @@
-// Prefill on BF16 matrix tiles: emulated on any machine with AVX512-BF16, and on AMX where it is.
+// Prefill with factors in BF16: on pairs (AVX3_BF16) and on emulated matrix tiles on any machine with AVX512-BF16, and
+// on AMX where it is.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -10,16 +11,17 @@
 #include "attention/session.h"
 #include "cpu/amx.h"
 #include "cpu/backend.h"
+#include "cpu/scratch.h"
 #include "format/codecs.h"
 #include "oracle/pages.h"
 
 namespace thriftattn::testing {
 namespace {
 
-std::vector<std::string> matrix_targets() {
+std::vector<std::string> bf16_targets() {
   std::vector<std::string> names = cpu::forced_targets();
   for (const std::string& target : cpu::targets())
-    if (target == "AMX") names.push_back(target);
+    if (target == "AMX" || target == "AVX3_BF16") names.push_back(target);
   return names;
 }
 
@@ -32,9 +34,9 @@ struct Plain {
   std::vector<double> lse;
 };
 
-// Attention as a plain loop in the same arithmetic: q times its scale, k, v and p rounded to BF16, sums in FP32, l the
-// sum of the rounded p, an FP4 page's mean apart in FP32.
-Plain plain_loop(const oracle::Input& in, const Selection& selection) {
+// Attention as a plain loop in the same arithmetic: q, k, v and p rounded to BF16, sums in FP32, l the sum of the
+// rounded p, an FP4 page's mean apart in FP32. Matrix tiles round q times its scale, pairs q itself.
+Plain plain_loop(const oracle::Input& in, const Selection& selection, bool scale_first) {
   const std::vector<oracle::Head> heads = oracle::build_heads(in);
   Plain plain;
   plain.out.resize(static_cast<size_t>(in.s_q * in.h_q * in.d_v));
@@ -54,7 +56,7 @@ Plain plain_loop(const oracle::Input& in, const Selection& selection) {
       const float scale = softcap > 0 ? sm_scale / softcap : sm_scale * kLog2e;
       std::vector<float> q(in.q + (r * in.h_q + blocks[b].head) * in.d,
                            in.q + (r * in.h_q + blocks[b].head + 1) * in.d);
-      for (float& x : q) x *= scale;
+      for (float& x : q) x *= scale_first ? scale : 1.0f;
       std::vector<float> s, out(d_v, 0.0f);
       std::vector<std::vector<float>> v;
       for (int64_t t = 0; t < in.s_kv; ++t) {
@@ -74,6 +76,7 @@ Plain plain_loop(const oracle::Input& in, const Selection& selection) {
           const double k = (tier == Tier::fp4 ? x.k_fp4 : x.k_fp4x2)[token * d + c];
           dot += bf16(q[c]) * bf16(k) + q[c] * static_cast<float>(x.k_centre[c]);
         }
+        if (!scale_first) dot *= scale;
         s.push_back(softcap > 0 ? softcap * kLog2e * std::tanh(dot) : dot);
         std::vector<float> value(d_v);
         for (size_t c = 0; c < d_v; ++c)
@@ -105,7 +108,7 @@ double largest(const std::vector<double>& a, const std::vector<double>& b) {
   return worst;
 }
 
-class MatrixTiles : public ::testing::TestWithParam<std::string> {
+class Bf16Products : public ::testing::TestWithParam<std::string> {
  protected:
   Call call() const {
     Call c;
@@ -114,8 +117,8 @@ class MatrixTiles : public ::testing::TestWithParam<std::string> {
     return c;
   }
 };
-GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(MatrixTiles);
-INSTANTIATE_TEST_SUITE_P(Cpu, MatrixTiles, ::testing::ValuesIn(matrix_targets()),
+GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(Bf16Products);
+INSTANTIATE_TEST_SUITE_P(Cpu, Bf16Products, ::testing::ValuesIn(bf16_targets()),
                          [](const auto& target) { return target.param; });
 
 double root_mean_square(const std::vector<float>& a, const std::vector<double>& b) {
@@ -140,10 +143,10 @@ void expect_agreement(const std::string& spec, const Tokens& tokens, int64_t row
   const Ran ran = session.attend(rows, call);
   ASSERT_FALSE(::testing::Test::HasFatalFailure());
   ASSERT_EQ(ran.plan.target, call.target);
-  ASSERT_EQ(ran.plan.kernel, "prefill_matrix_tiles");
+  ASSERT_EQ(ran.plan.kernel, call.target == "AVX3_BF16" ? "prefill_tiles" : "prefill_matrix_tiles");
   const oracle::Input input = session.oracle_input(rows, call);
   const oracle::Output want = oracle::attend(input, ran.stats.selection);
-  const Plain plain = plain_loop(input, ran.stats.selection);
+  const Plain plain = plain_loop(input, ran.stats.selection, call.target != "AVX3_BF16");
   EXPECT_LE(root_mean_square(ran.out, want.out), 2 * root_mean_square(plain.out, want.out) + 1e-5);
   EXPECT_LE(distance(ran.out, want.out, tokens), 3 * distance(plain.out, want.out, tokens) + 1e-5);
   const std::vector<double> lse(ran.lse.begin(), ran.lse.end());
@@ -163,7 +166,7 @@ const char* const kSpecs[] = {"fp16",
                               "quest:budget=0.4",
                               "thrift:policy=oracle,budget=0.3"};
 
-TEST_P(MatrixTiles, AgreeWithTheOracleAsWellAsAPlainBf16Loop) {
+TEST_P(Bf16Products, AgreeWithTheOracleAsWellAsAPlainBf16Loop) {
   const Shape shapes[] = {{4, 2, 64, 64}, {3, 1, 128, 128}, {1, 1, 16, 48},   {8, 1, 64, 128},
                           {6, 1, 80, 96}, {2, 1, 256, 16},  {2, 1, 192, 112}, {5, 1, 48, 256}};
   for (const Shape& shape : shapes) {
@@ -180,7 +183,7 @@ TEST_P(MatrixTiles, AgreeWithTheOracleAsWellAsAPlainBf16Loop) {
   }
 }
 
-TEST_P(MatrixTiles, AgreeUnderEveryMask) {
+TEST_P(Bf16Products, AgreeUnderEveryMask) {
   const Tokens tokens = attention_like({4, 2, 64, 80}, 64 * 5 + 11, 21);
   for (const bool causal : {true, false})
     for (const int64_t window : {0, 33, 64, 130})
@@ -199,7 +202,7 @@ TEST_P(MatrixTiles, AgreeUnderEveryMask) {
 }
 
 // More pages than one window of the kernel, so that means and steps are taken several times over.
-TEST_P(MatrixTiles, AgreeOverManyPages) {
+TEST_P(Bf16Products, AgreeOverManyPages) {
   const Tokens tokens = attention_like({2, 1, 32, 32}, 64 * 37 + 5, 22);
   for (const char* spec : {"fp16", "thrift", "quest:budget=0.2"}) {
     Call c = call();
@@ -208,7 +211,7 @@ TEST_P(MatrixTiles, AgreeOverManyPages) {
   }
 }
 
-TEST_P(MatrixTiles, AgreeAtAwkwardLengths) {
+TEST_P(Bf16Products, AgreeAtAwkwardLengths) {
   for (const int64_t s : {1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 191, 333}) {
     const Tokens tokens = attention_like({2, 1, 64, 64}, s, static_cast<uint32_t>(s));
     for (const char* spec : {"fp16", "fp4", "thrift", "topk"})
@@ -223,7 +226,7 @@ TEST_P(MatrixTiles, AgreeAtAwkwardLengths) {
   }
 }
 
-TEST_P(MatrixTiles, AgreeAtAnyScoreScale) {
+TEST_P(Bf16Products, AgreeAtAnyScoreScale) {
   const Tokens tokens = attention_like({2, 1, 64, 64}, 300, 13);
   for (const float scale : {1e-6f, 0.02f, 1.0f, -0.1f, 12.0f})  // the last: p below any float
     for (const float softcap : {0.0f, 20.0f})
@@ -237,7 +240,7 @@ TEST_P(MatrixTiles, AgreeAtAnyScoreScale) {
 }
 
 // Rows whose largest score rises late and far make m rise within a step and between steps.
-TEST_P(MatrixTiles, AgreeWhereScoresRise) {
+TEST_P(Bf16Products, AgreeWhereScoresRise) {
   Tokens tokens = attention_like({2, 1, 64, 64}, 64 * 9 + 3, 14);
   for (int64_t t = 0; t < tokens.s; ++t)
     for (int c = 0; c < 64; ++c) tokens.k_at(t)[c] *= 0.05f + 0.004f * static_cast<float>(t);
@@ -264,7 +267,7 @@ Selection some_pages(const oracle::Input& input, Tier tier) {
   return selection;
 }
 
-TEST_P(MatrixTiles, PromoteAllIsFp16AndPromoteNoneIsFp4) {
+TEST_P(Bf16Products, PromoteAllIsFp16AndPromoteNoneIsFp4) {
   for (const Shape& shape : {Shape{4, 2, 64, 64}, Shape{3, 1, 80, 96}}) {
     const Tokens tokens = attention_like(shape, 500);
     for (const int64_t rows : {500, 77}) {
@@ -285,7 +288,7 @@ TEST_P(MatrixTiles, PromoteAllIsFp16AndPromoteNoneIsFp4) {
   }
 }
 
-TEST_P(MatrixTiles, NeitherStatsNorThreadsNorARerunChangeABit) {
+TEST_P(Bf16Products, NeitherStatsNorThreadsNorARerunChangeABit) {
   const Tokens tokens = attention_like({4, 2, 64, 64}, 500);
   for (const char* spec : {"thrift", "fp16", "quest"}) {
     Session session(method(spec), tokens);
@@ -300,7 +303,7 @@ TEST_P(MatrixTiles, NeitherStatsNorThreadsNorARerunChangeABit) {
   }
 }
 
-TEST_P(MatrixTiles, GroupedHeadsAreRepeatedHeads) {
+TEST_P(Bf16Products, GroupedHeadsAreRepeatedHeads) {
   const Tokens tokens = attention_like({6, 1, 64, 80}, 300);  // two tasks of 4 and 2 heads; six of one
   Tokens wide = tokens;
   wide.shape.h_kv = 6;
@@ -320,7 +323,7 @@ TEST_P(MatrixTiles, GroupedHeadsAreRepeatedHeads) {
   EXPECT_EQ(grouped.attend(200, c).out, repeated.attend(200, c).out);
 }
 
-TEST_P(MatrixTiles, ChunksOfWholeBlocksAreOneShot) {
+TEST_P(Bf16Products, ChunksOfWholeBlocksAreOneShot) {
   for (const Shape& shape : {Shape{4, 2, 64, 64}, Shape{2, 1, 96, 128}}) {
     const Tokens tokens = attention_like(shape, 64 * 7 + 11);
     for (const char* spec : {"thrift", "thrift:storage=dual", "fp16", "topk", "fp4"}) {
@@ -344,7 +347,7 @@ TEST_P(MatrixTiles, ChunksOfWholeBlocksAreOneShot) {
   }
 }
 
-TEST_P(MatrixTiles, NanAndInfInQStayInTheirRow) {
+TEST_P(Bf16Products, NanAndInfInQStayInTheirRow) {
   const Tokens tokens = attention_like({4, 2, 64, 64}, 300);
   for (const float poison : {std::nanf(""), -INFINITY}) {
     Tokens dirty = tokens;
@@ -369,7 +372,7 @@ TEST_P(MatrixTiles, NanAndInfInQStayInTheirRow) {
   }
 }
 
-TEST_P(MatrixTiles, RowsWithoutKeysGiveZero) {
+TEST_P(Bf16Products, RowsWithoutKeysGiveZero) {
   const Tokens tokens = attention_like({2, 1, 64, 64}, 100);
   Session session(method("fp16"), tokens);
   session.append(40);
@@ -382,7 +385,7 @@ TEST_P(MatrixTiles, RowsWithoutKeysGiveZero) {
 
 // Straight to the kernel: rows of one head beyond a group of 64 and a batch of 256, in two page ranges one after the
 // other, as a verify step would ask.
-TEST_P(MatrixTiles, AnyNumberOfRowsIsItsPartsOneByOne) {
+TEST_P(Bf16Products, AnyNumberOfRowsIsItsPartsOneByOne) {
   const cpu::Kernels* kernels = cpu::kernels_for(GetParam());
   ASSERT_NE(kernels, nullptr);
   constexpr int kD = 48, kDv = 32, kRows = 333;
@@ -397,9 +400,13 @@ TEST_P(MatrixTiles, AnyNumberOfRowsIsItsPartsOneByOne) {
   for (float& x : q) x = 2 * normal(random);
   std::vector<PageRef> pages;
   for (int64_t p = 0; p < 6; ++p) pages.push_back({nullptr, nullptr, high.data() + p * layout.high_bytes / 2, nullptr});
-  std::vector<char> memory(static_cast<size_t>(cpu::amx_bytes(kD, kDv)) + 64);
-  cpu::Tiles tiles{};
-  tiles.matrix = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
+  Problem problem;
+  problem.h_q = cpu::kMaxHeadsPerTask;
+  problem.h_kv = 1;
+  problem.d = kD;
+  problem.d_v = kDv;
+  // Twice what a task of a plan needs, which has 256 rows.
+  cpu::Worker worker(kRows, kD, kDv, 2 * cpu::matrix_bytes(GetParam(), problem));
   struct State {
     std::vector<float> m = std::vector<float>(kRows, -INFINITY), l = std::vector<float>(kRows), l_high = l,
                        o = std::vector<float>(kRows * kDv);
@@ -423,7 +430,7 @@ TEST_P(MatrixTiles, AnyNumberOfRowsIsItsPartsOneByOne) {
     t.q = q.data() + first * kD;
     t.state = {&state.m[static_cast<size_t>(first)], &state.l[static_cast<size_t>(first)],
                &state.l_high[static_cast<size_t>(first)], &state.o[static_cast<size_t>(first * kDv)]};
-    kernels->attend(t, tiles);
+    kernels->attend(t, worker.tiles);
   };
   State whole, parts;
   attend(whole, 0, kRows, 0, 3);
@@ -439,7 +446,7 @@ TEST_P(MatrixTiles, AnyNumberOfRowsIsItsPartsOneByOne) {
 
 // --- who gets them
 
-TEST_P(MatrixTiles, AreRefusedWhereTheyDoNotServe) {
+TEST_P(Bf16Products, AreRefusedWhereTheyDoNotServe) {
   const Tokens tokens = attention_like({2, 1, 64, 64}, 100);
   const auto refusal = [&](const char* spec, Phase phase, DType compute) {
     Session session(method(spec), tokens);
@@ -458,7 +465,7 @@ TEST_P(MatrixTiles, AreRefusedWhereTheyDoNotServe) {
   EXPECT_NE(refusal("fp16", Phase::prefill, DType::f16).find("compute f16 is not supported"), std::string::npos);
 }
 
-TEST_P(MatrixTiles, ArePassedOverForTheNextTargetAndThePlanSaysSo) {
+TEST_P(Bf16Products, ArePassedOverForTheNextTargetAndThePlanSaysSo) {
   const Tokens tokens = attention_like({2, 1, 64, 64}, 100);
   Session session(method("fp16"), tokens);
   session.append(100);
