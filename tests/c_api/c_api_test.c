@@ -343,7 +343,12 @@ static void selections_can_be_read_and_given_back(ThriftattnPool* pool) {
     args.given = copy;
     args.out = thriftattn_mutable_view(again, s_q, H_Q, D_V);
     CHECK_OK(thriftattn_attend(plan, workspace, pool, &args));
-    CHECK(memcmp(out, again, (size_t)(s_q * H_Q * D_V) * sizeof(float)) == 0);
+    if (decode) { /* this step read its pages in FP4 before it chose, the given one read them once: p in 15 bits each
+                     time */
+      for (int64_t i = 0; i < s_q * H_Q * D_V; ++i) CHECK(fabs(out[i] - again[i]) <= 5e-5);
+    } else {
+      CHECK(memcmp(out, again, (size_t)(s_q * H_Q * D_V) * sizeof(float)) == 0);
+    }
     ThriftattnStatsValues twice = THRIFTATTN_STATS_VALUES_DEFAULTS;
     CHECK_OK(thriftattn_stats_read(stats, &twice));
     CHECK(twice.pairs == 2 * values.pairs);
