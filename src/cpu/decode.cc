@@ -10,8 +10,8 @@
 // 2048 are integer dot products. Both take about as long; prefetching the next record while this one is multiplied is
 // what lets them overlap. A 16-bit page is 32 KB and 10,000 instructions: memory binds.
 //
-// A page is a softmax of its own, with its own maximum, that is merged into the row's state: its integers do not depend
-// on what was read before. So a page can be taken out of a state again, to the last bit of its integers: that is how
+// A page is a softmax of its own, with its own maximum, that is merged into the row's state: what it adds does not
+// depend on what was read before. So a page can be taken out of a state again, up to the rounding of p: that is how
 // fp4_mass exchanges FP4 pages for promoted ones once their masses are known (docs/decisions/exchange.md).
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/decode.cc"

@@ -282,14 +282,6 @@ inline void dot_four(const float* q, int rows, DType type, const uint16_t* x, in
   reduce_four(sum, Sum(), out);
 }
 
-inline float dot_high(DType type, const float* a, const uint16_t* b, int64_t n) {
-  const DF df;
-  VF sum = hn::Zero(df);
-  for (int64_t i = 0; i < n; i += static_cast<int64_t>(hn::Lanes(df)))
-    sum = hn::MulAdd(hn::LoadU(df, a + i), load_high(type, b + i), sum);
-  return hn::GetLane(hn::SumOfLanes(df, sum));
-}
-
 // --- exponential
 
 // 2^x for x <= 0, relative error below 1e-7; 0 below -126 and for -inf. A polynomial of degree 6 in the fraction,
