@@ -42,10 +42,21 @@ struct Problem {
   DType compute = DType::f32;
 };
 
+// An NVIDIA GPU as the planner sees it (thriftattn/cuda.h).
+struct Gpu {
+  int index = 0;
+  std::string name;
+  int compute_capability = 0;  // 90 = 9.0
+  int multiprocessors = 0;
+  int64_t shared_bytes = 0;  // of one block, at most
+  int64_t l2_bytes = 0, memory_bytes = 0;
+};
+
 // What the planner knows of the machine; the same words force a choice in tests.
 struct Machine {
   int threads = 1;                   // up to 1024
   std::vector<std::string> targets;  // instruction sets of the CPU backend, best first, e.g. {"AMX", "AVX3", "AVX2"}
+  std::optional<Gpu> gpu = {};       // where it is named, plans are for it and for caches on it
   THRIFTATTN_API static Machine here(int threads);
 };
 
@@ -56,7 +67,7 @@ struct Refusal {
 
 struct Plan {
   Problem problem;      // with sm_scale, policy and arithmetic resolved
-  std::string backend;  // "cpu"
+  std::string backend;  // "cpu", "cuda"
   std::string kernel;  // "prefill_tiles", "prefill_matrix_tiles"; "decode_one_pass"; "decode_exchange", which reads all
                        // pages in FP4 first and then exchanges those promoted; "decode_score_first"
   std::string target;  // the instruction set, e.g. "AVX3"

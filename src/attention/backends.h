@@ -15,7 +15,8 @@ struct Backend {
   const char* name;
   std::string (*refusal)(const Problem& problem, const Machine& machine);  // empty = it will serve the problem
   void (*plan)(const Machine& machine, Plan& plan);                        // fills in what the backend decides
-  std::shared_ptr<void> (*scratch)(const Plan& plan);                      // may throw std::bad_alloc
+  // Both null for a backend that runs over caches of its own.
+  std::shared_ptr<void> (*scratch)(const Plan& plan);  // may throw std::bad_alloc
   // May throw std::bad_alloc where the call wants a selection or Problem::stats.
   Status (*run)(const Plan& plan, void* scratch, ThreadPool& pool, const AttentionCall& call);
 };

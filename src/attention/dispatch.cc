@@ -10,6 +10,7 @@
 #include "attention/backends.h"
 #include "attention/cache_state.h"
 #include "cpu/backend.h"
+#include "cuda/backend.h"
 #include "format/params.h"
 #include "format/selection.h"
 
@@ -22,13 +23,15 @@ std::span<const Backend> backends() {
        [](const Plan& plan, void* scratch, ThreadPool& pool, const AttentionCall& call) {
          return cpu::run(plan, *static_cast<cpu::Scratch*>(scratch), pool, call);
        }},
+      // Its caches are others, and so are workspaces and runs over them (thriftattn/cuda.h).
+      {"cuda", cuda::refusal, cuda::plan, nullptr, nullptr},
   };
   return kBackends;
 }
 
 bool append_rows(const PageAppend& append) { return cpu::append_rows(append); }
 
-Machine Machine::here(int threads) { return {threads, cpu::targets()}; }
+Machine Machine::here(int threads) { return {threads, cpu::targets(), std::nullopt}; }
 
 struct Workspace::Buffers {
   Plan plan;  // that this was made for
@@ -48,6 +51,9 @@ Result<Workspace> Workspace::create(const Plan& plan) {
   const auto all = backends();
   const auto backend = std::find_if(all.begin(), all.end(), [&](const Backend& b) { return plan.backend == b.name; });
   if (backend == all.end()) return invalid_argument(fmt::format("the plan names no backend ('{}')", plan.backend));
+  if (!backend->run)
+    return invalid_argument(
+        fmt::format("the plan is for backend {}: thriftattn::cuda::Workspace serves it", plan.backend));
   try {
     auto buffers = std::make_unique<Buffers>();
     buffers->plan = plan;

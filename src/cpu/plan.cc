@@ -31,6 +31,7 @@ const std::string* choose_target(const Problem& p, const Machine& machine) {
 }  // namespace
 
 std::string refusal(const Problem& p, const Machine& machine) {
+  if (machine.gpu) return "the plan is for a GPU";
   if (machine.targets.empty()) return "no instruction set to run on";
   const std::string* target = choose_target(p, machine);
   if (!target) return fmt::format("target {}: {}", machine.targets.front(), passed_over(p, machine.targets.front()));

@@ -1,0 +1,201 @@
+// What the kernels of this backend are given and leave for one another: plain structs over device memory, and one
+// launcher per kernel. A decode step is
+//
+//   rank first    launch_rank  -> lists ->  launch_attend  -> out
+//   fp4_mass      launch_rank  -> forced lists -> launch_attend -> states, page masses -> launch_choose_by_mass -> lists
+//                 -> launch_exchange -> out
+//
+// and a prefill is launch_rank_prefill -> tiers -> launch_expand -> launch_prefill. Launchers check and return the
+// launch's error and nothing else; everything is asynchronous on the stream given.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "format/device_layout.h"
+#include "format/page_layout.h"
+#include "thriftattn/attention.h"
+#include "thriftattn/cache.h"
+
+namespace thriftattn::cuda {
+
+// One layer of a cache. A sequence is a slot in [0, max_sequences); its page j has the id block_table[slot, j].
+//
+// 16-bit records: where all pages keep that form (high_only, dual) a record belongs to the page's id. Otherwise every
+// sequence has a ring of ring_pages of them: its first `sink` pages, then the others in turn. A page still has one if
+// it is a sink page, or not older than `recent` full pages before the step under way began; the tail always has.
+struct LayerCache {
+  DeviceLayout layout;
+  PageLayout canonical;  // of the summary records
+  uint8_t* fp4;          // [pages, h_kv, layout.fp4_bytes]; null for high_only
+  uint8_t* residual;     // the same, or null
+  uint8_t* high;         // [pages or max_sequences * ring_pages, h_kv, layout.high_bytes]
+  uint8_t* summary;      // [pages, h_kv, canonical.summary_bytes], or null
+  const int32_t* block_table;  // [max_sequences, max_pages]; entries beyond what is reserved are -1
+  const int32_t* settled;      // [max_sequences], tokens before the step under way
+  const int32_t* s_kv;         // [max_sequences], tokens with those of the step; equal to settled between steps
+  int max_pages, h_kv;
+  bool all_high;
+  int sink, recent, ring_pages;
+  Fp4Format format;
+  bool centring;
+
+  // The 16-bit record of head 0 of page j, and whether it still holds that page.
+  THRIFTATTN_HD int64_t high_record(int slot, int j, int page_id) const {
+    return all_high ? page_id
+                    : static_cast<int64_t>(slot) * ring_pages + (j < sink ? j : sink + (j - sink) % (ring_pages - sink));
+  }
+  THRIFTATTN_HD bool has_high(int j, int settled_tokens) const {
+    return all_high || j < sink || j >= settled_tokens / kPageTokens - recent;
+  }
+};
+
+// The sequences of a step, i in [0, b).
+struct Batch {
+  int b;
+  const int32_t* slot;       // [b]
+  const int32_t* s_q;        // [b], tokens that the step brings, and query rows
+  const int32_t* first_row;  // [b], of sequence i in q, k, v, out
+};
+
+// A tensor [rows, heads, channels] of the caller; strides in elements.
+template <class Pointer>
+struct Rows {
+  Pointer data;
+  DType dtype;
+  int64_t row_stride, head_stride;
+};
+
+struct Shape {
+  int h_q, h_kv, group;  // group = h_q / h_kv
+  int d, d_v;
+  int max_s_q;
+  bool causal;
+  int64_t window;  // 0 = none
+  float sm_scale, softcap;
+  Tier rest;  // none, fp4 or fp16
+};
+
+// --- decode and verify: a unit is (sequence i, KV head g), u = i * h_kv + g. Its rows are group * s_q of sequence i,
+// --- row h * s_q + r for row r of the group's head h, and have room for row_stride = round_up(group * max_s_q, 4).
+
+// The promoted pages of every unit, as page * 4 + tier (tier as in enum Tier).
+struct Lists {
+  int k_max;          // room of one unit
+  uint32_t* by_page;  // [units, k_max], ascending
+  uint32_t* by_tier;  // [units, k_max], those in fp16 first, then those in fp4x2, then those in fp4, then those in none;
+                      // ascending within
+  int32_t* counts;    // [units, 8]: listed, then in fp16, in fp4x2, in fp4, in none, wanted but not stored, 0, 0
+};
+
+// What a unit may see, as format/selection.h's block_pages says, is computed by each kernel from s_kv and s_q.
+struct RankParams {
+  LayerCache cache;
+  Batch batch;
+  Shape shape;
+  Rows<const void*> q;  // [rows, h_q, d]
+  Method method;        // resolved: policy, budget, force, storage
+  bool lists_given;     // leave the lists alone: q_mean_log2 alone is wanted
+  int row_stride;
+  float* q_mean;    // [units, max_pages, row_stride]: q . k_mean of every full page that is seen, times sm_scale * log2 e
+  float* score;     // [units, max_pages]: what the policy says of a page, the maximum over the unit's heads
+  float* q_norm;    // [units]: norm of the mean row, the maximum over heads (error estimates)
+  int32_t* ticket;  // [units], zero before and after
+  Lists lists;
+};
+
+// {m, l}: a page's softmax sum is l * 2^m; m = -inf where nothing is seen.
+struct DecodeParams {
+  LayerCache cache;
+  Batch batch;
+  Shape shape;
+  Rows<const void*> q;    // [rows, h_q, d]
+  Rows<void*> out;        // [rows, h_q, d_v]
+  float* lse;             // [rows, h_q], natural log, or null
+  const float* sinks;     // [h_q] or null
+  Lists lists;
+  int row_stride;
+  const float* q_mean;    // as in RankParams; null without centring
+  float2* page_mass;      // [units, max_pages, row_stride], or null where not wanted
+  float* row_mass_high;   // [units, row_stride]: share of a row's mass read above fp4, or null
+  // fp4_mass: attend leaves its rows' states here instead of writing out; exchange reads them, takes the listed pages
+  // that are not forced out of them, adds them in their tier, and writes out.
+  float* state_ml;        // [units, row_stride, 4]: m, l, l_high, unused
+  float* state_o;         // [units, row_stride, dv]
+  void* partials;         // decode.cu's own, decode_partial_bytes() of it
+  int32_t* tickets;       // [units + 1], zero before and after
+};
+
+struct MassParams {
+  RankParams rank;        // method, lists to fill, score to fill
+  const float2* page_mass;
+  const float* sinks;     // [h_q] or null
+};
+
+cudaError_t launch_rank(const RankParams& params, cudaStream_t stream);
+cudaError_t launch_choose_by_mass(const MassParams& params, cudaStream_t stream);
+
+// How attend and exchange run on a GPU; decode_config is pure.
+struct DecodeConfig {
+  int d_bucket;  // 128 or 256: channels that the instance has registers for
+  int columns;   // 4, 8 or 16 rows at once
+  int warps, slots;
+  int shared_bytes;
+  int blocks;
+};
+DecodeConfig decode_config(const Problem& problem, const Gpu& gpu);
+int64_t decode_partial_bytes(const Problem& problem, const DecodeConfig& config);
+cudaError_t launch_attend(const DecodeParams& params, const DecodeConfig& config, cudaStream_t stream);
+cudaError_t launch_exchange(const DecodeParams& params, const DecodeConfig& config, cudaStream_t stream);
+
+// --- prefill: query blocks of 64 rows at absolute positions, selection per query head
+
+struct PrefillParams {
+  LayerCache cache;
+  Batch batch;
+  Shape shape;
+  Method method;
+  Rows<const void*> q;  // [rows, h_q, d]
+  Rows<void*> out;      // [rows, h_q, d_v]
+  float* lse;
+  const float* sinks;
+  int max_blocks;       // query blocks of one sequence, at most
+  // Tier of every full page for every query block, 2 bits a page, little end first; the pages of a word that a block
+  // does not see are 0 (none).
+  uint32_t* tiers;      // [b, h_q, max_blocks, tier_words], tier_words = ceil(max_pages / 16)
+  int tier_words;
+  bool tiers_given;     // an injected selection: rank_prefill leaves tiers alone
+  int32_t* counts;      // [b, h_q, max_blocks, 2]: promoted, wanted but not stored
+  float* scratch;       // prefill.cu's own, prefill_scratch_bytes() of it
+};
+
+int64_t prefill_scratch_bytes(const Problem& problem, const Gpu& gpu);
+cudaError_t launch_rank_prefill(const PrefillParams& params, cudaStream_t stream);
+cudaError_t launch_expand(const PrefillParams& params, cudaStream_t stream);
+cudaError_t launch_prefill(const PrefillParams& params, cudaStream_t stream);
+
+// --- the cache
+
+struct StepParams {
+  Batch batch;
+  const int32_t* block_table;
+  int max_pages;
+  int32_t *settled, *s_kv;  // [max_sequences]
+  int32_t* faults;          // bit 0: no pages, bit 1: not finite
+};
+cudaError_t launch_begin_step(const StepParams& params, cudaStream_t stream);
+cudaError_t launch_end_step(const StepParams& params, cudaStream_t stream);
+
+struct AppendParams {
+  LayerCache cache;
+  Batch batch;
+  Rows<const void*> k, v;  // [rows, h_kv, d], [rows, h_kv, d_v]
+  int max_append;
+  Scales scales;
+  bool page_scale;
+  int32_t* faults;
+};
+cudaError_t launch_append(const AppendParams& params, cudaStream_t stream);
+
+}  // namespace thriftattn::cuda
