@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 namespace thriftattn::cpu {
 namespace {
@@ -53,12 +52,6 @@ Tier forced_tier(const Method& method, const PageRef& page) {
   return method.rest;
 }
 
-float error_contribution(const PageRef& page, float share, float sm_scale, float q_norm) {
-  PageSummary facts;
-  std::memcpy(&facts, page.summary, sizeof(facts));
-  return share * (std::abs(sm_scale) * q_norm * facts.eps_k * facts.v_norm + facts.eps_v);
-}
-
 void choose_forced(const Method& method, const BlockPages& block, const PageRef* pages, Choice& c) {
   mark_forced(method, block, pages, c);
   collect(method, block, c);
@@ -73,7 +66,7 @@ void choose(const Problem& problem, const BlockPages& block, const PageRef* page
   if (by_mass || by_error) estimate_shares(problem, block, c);
   if (by_error)
     for (int64_t p = first; p < end_page; ++p)
-      c.contribution[p] = error_contribution(pages[p], c.share[p], problem.sm_scale, q_norm);
+      c.contribution[p] = error_contribution(summary_of(pages[p]), c.share[p], problem.sm_scale, q_norm);
 
   // Candidates in rank order, as far as the budget may need them.
   int64_t candidates = 0;

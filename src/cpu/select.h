@@ -43,7 +43,4 @@ void choose_forced(const Method& method, const BlockPages& block, const PageRef*
 // the lower page.
 void choose(const Problem& problem, const BlockPages& block, const PageRef* pages, float q_norm, Choice& choice);
 
-// One page's part of the error estimate (docs/design.md, section 2): share * (|sm_scale| |q| eps_k |v| + eps_v).
-float error_contribution(const PageRef& page, float share, float sm_scale, float q_norm);
-
 }  // namespace thriftattn::cpu

@@ -10,6 +10,17 @@
 
 namespace thriftattn {
 
+// False where the forced pages are all that is promoted, so that nothing needs a rank.
+inline bool ranks(const Method& m) {
+  return m.policy != Policy::none && m.budget.kind != Budget::Kind::all &&
+         !(m.budget.kind == Budget::Kind::fraction && m.budget.value == 0);
+}
+
+// One page's part of the error estimate (docs/design.md, section 2) where `share` of the mass reads it in FP4.
+inline float error_contribution(const PageSummary& facts, float share, float sm_scale, float q_norm) {
+  return share * (std::abs(sm_scale) * q_norm * facts.eps_k * facts.v_norm + facts.eps_v);
+}
+
 // A query block as selection sees it. Pages are counted from the start of the sequence; only full pages count.
 struct BlockPages {
   int64_t first_visible = 0;   // the block sees the full pages [first_visible, visible): the candidates
