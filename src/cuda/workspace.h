@@ -4,9 +4,11 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cuda/check.h"
 #include "cuda/params.h"
 #include "format/selection.h"
 #include "thriftattn/attention.h"
+#include "thriftattn/cuda.h"
 
 namespace thriftattn::cuda {
 
@@ -52,5 +54,29 @@ struct WorkspaceLayout {
 
 // `config` of a decode step, `scratch_bytes` of a prefill.
 WorkspaceLayout workspace_layout(const Problem& problem, const DecodeConfig& config, int64_t scratch_bytes);
+
+struct Workspace::State {
+  Plan plan;  // that this was made for
+  int device = 0;
+  DecodeConfig config{};
+  WorkspaceLayout at;
+  DeviceMemory memory;
+  bool given = false;  // the lists, or tiers, are a caller's: leave them
+  // Of the last run, for stats.
+  int layer = 0;
+  DType q_dtype = DType::f32;
+
+  template <class T>
+  T* pointer(int64_t offset) const {
+    return offset == WorkspaceLayout::kAbsent ? nullptr : reinterpret_cast<T*>(memory.data() + offset);
+  }
+  Lists lists() const {
+    return {static_cast<int>(max_pages(plan.problem)), pointer<uint32_t>(at.by_page), pointer<uint32_t>(at.by_tier),
+            pointer<int32_t>(at.counts)};
+  }
+};
+
+// Whether plan, workspace, cache and the batch of the cache go together.
+Status check_call(const Workspace::State& workspace, const Plan& plan, const Cache* cache);
 
 }  // namespace thriftattn::cuda
