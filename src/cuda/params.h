@@ -202,4 +202,20 @@ struct AppendParams {
 };
 cudaError_t launch_append(const AppendParams& params, cudaStream_t stream);
 
+// Writes `count` values of the host to the device. They travel as parameters of kernels, which the launch copies: so the
+// host's memory is free at once, and nothing waits, as a copy from memory that is not pinned may.
+cudaError_t launch_write(int32_t* to, const int32_t* values, int64_t count, cudaStream_t stream);
+
+// Makes `tokens` the length of a sequence, and zero what follows them in their 16-bit items, in all layers.
+struct CutParams {
+  DeviceLayout layout;
+  uint8_t* high;        // of layer 0
+  int64_t layer_bytes;  // from one layer to the next
+  int64_t record;       // of the cut page's head 0
+  int layers, h_kv;
+  int slot, tokens, released_pages;
+  int32_t *settled, *s_kv, *released;  // [max_sequences]
+};
+cudaError_t launch_cut(const CutParams& params, cudaStream_t stream);
+
 }  // namespace thriftattn::cuda
