@@ -23,8 +23,9 @@ namespace thriftattn::cuda {
 // One layer of a cache. A sequence is a slot in [0, max_sequences); its page j has the id block_table[slot, j].
 //
 // 16-bit records: where all pages keep that form (high_only, dual) a record belongs to the page's id. Otherwise every
-// sequence has a ring of ring_pages of them: its first `sink` pages, then the others in turn. A page still has one if
-// it is a sink page, or not older than `recent` full pages before the step under way began; the tail always has.
+// sequence has a ring of ring_pages of them: its first `sink` pages, then the others in turn. Pages [sink, released) of
+// a sequence have lost theirs: end_step raises `released` to `recent` full pages before the end, so those that a step
+// fills keep theirs while it lasts; a truncate lowers it again, but brings nothing back.
 struct LayerCache {
   DeviceLayout layout;
   PageLayout canonical;  // of the summary records
@@ -33,11 +34,11 @@ struct LayerCache {
   uint8_t* high;         // [pages or max_sequences * ring_pages, h_kv, layout.high_bytes]
   uint8_t* summary;      // [pages, h_kv, canonical.summary_bytes], or null
   const int32_t* block_table;  // [max_sequences, max_pages]; entries beyond what is reserved are -1
-  const int32_t* settled;      // [max_sequences], tokens before the step under way
-  const int32_t* s_kv;         // [max_sequences], tokens with those of the step; equal to settled between steps
+  const int32_t* s_kv;         // [max_sequences], tokens with those of the step under way
+  const int32_t* released;     // [max_sequences], pages; at least sink
   int max_pages, h_kv;
   bool all_high;
-  int sink, recent, ring_pages;
+  int sink, ring_pages;
   Fp4Format format;
   bool centring;
 
@@ -46,9 +47,7 @@ struct LayerCache {
     return all_high ? page_id
                     : static_cast<int64_t>(slot) * ring_pages + (j < sink ? j : sink + (j - sink) % (ring_pages - sink));
   }
-  THRIFTATTN_HD bool has_high(int j, int settled_tokens) const {
-    return all_high || j < sink || j >= settled_tokens / kPageTokens - recent;
-  }
+  THRIFTATTN_HD bool has_high(int j, int released_pages) const { return all_high || j < sink || j >= released_pages; }
 };
 
 // The sequences of a step, i in [0, b).
@@ -177,12 +176,16 @@ cudaError_t launch_prefill(const PrefillParams& params, cudaStream_t stream);
 
 // --- the cache
 
+inline constexpr int32_t kNoPages = 1, kNotFinite = 2;  // bits of the faults
+
 struct StepParams {
   Batch batch;
-  const int32_t* block_table;
-  int max_pages;
-  int32_t *settled, *s_kv;  // [max_sequences]
-  int32_t* faults;          // bit 0: no pages, bit 1: not finite
+  const int32_t* block_table;  // [max_sequences, max_pages]
+  int max_pages, max_tokens, recent;
+  int32_t* settled;   // [max_sequences], tokens before the step under way
+  int32_t* s_kv;      // [max_sequences], tokens with those of the step; equal to settled between steps
+  int32_t* released;  // [max_sequences]
+  int32_t* faults;    // [1]
 };
 cudaError_t launch_begin_step(const StepParams& params, cudaStream_t stream);
 cudaError_t launch_end_step(const StepParams& params, cudaStream_t stream);
@@ -190,12 +193,29 @@ cudaError_t launch_end_step(const StepParams& params, cudaStream_t stream);
 struct AppendParams {
   LayerCache cache;
   Batch batch;
+  const int32_t* settled;  // [max_sequences]; tokens [settled, s_kv) of a sequence are the step's
   Rows<const void*> k, v;  // [rows, h_kv, d], [rows, h_kv, d_v]
-  int max_append;
+  int max_s_q;             // of the batch
   Scales scales;
   bool page_scale;
   int32_t* faults;
 };
 cudaError_t launch_append(const AppendParams& params, cudaStream_t stream);
+
+// Writes `count` values of the host to the device. They travel as parameters of kernels, which the launch copies: so the
+// host's memory is free at once, and nothing waits, as a copy from memory that is not pinned may.
+cudaError_t launch_write(int32_t* to, const int32_t* values, int64_t count, cudaStream_t stream);
+
+// Makes `tokens` the length of a sequence, and zero what follows them in their 16-bit items, in all layers.
+struct CutParams {
+  DeviceLayout layout;
+  uint8_t* high;        // of layer 0
+  int64_t layer_bytes;  // from one layer to the next
+  int64_t record;       // of the cut page's head 0
+  int layers, h_kv;
+  int slot, tokens, released_pages;
+  int32_t *settled, *s_kv, *released;  // [max_sequences]
+};
+cudaError_t launch_cut(const CutParams& params, cudaStream_t stream);
 
 }  // namespace thriftattn::cuda
