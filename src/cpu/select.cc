@@ -38,19 +38,13 @@ int64_t mark_forced(const Method& method, const BlockPages& block, const PageRef
     c.tier[p] = method.rest;
     if (!is_forced(method.force, block, p)) continue;
     ++forced;
-    c.tier[p] = forced_tier(method, pages[p]);
+    c.tier[p] = forced_tier(method.rest, pages[p].high != nullptr, pages[p].residual != nullptr);
     c.wanted_not_stored += c.tier[p] != Tier::fp16 && c.tier[p] == method.rest;
   }
   return forced;
 }
 
 }  // namespace
-
-Tier forced_tier(const Method& method, const PageRef& page) {
-  if (page.high) return Tier::fp16;
-  if (page.residual) return Tier::fp4x2;
-  return method.rest;
-}
 
 void choose_forced(const Method& method, const BlockPages& block, const PageRef* pages, Choice& c) {
   mark_forced(method, block, pages, c);

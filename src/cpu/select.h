@@ -32,10 +32,6 @@ struct Choice {
   std::span<const Promoted> result() const { return {promoted.data(), static_cast<size_t>(count)}; }
 };
 
-// The tier in which a forced page is read: 16 bit where that form is stored, else the storage's high tier, else the
-// rest.
-Tier forced_tier(const Method& method, const PageRef& page);
-
 // Marks the forced pages alone, as `promoted`.
 void choose_forced(const Method& method, const BlockPages& block, const PageRef* pages, Choice& choice);
 

@@ -48,10 +48,10 @@ struct AttentionCall {
 
 // Query blocks of one sequence and head: positions s_kv - s_q .. s_kv - 1 cut at multiples of 64 in prefill, one block
 // in a decode step.
-inline int64_t floor_page(int64_t position) {
+THRIFTATTN_HD inline int64_t floor_page(int64_t position) {
   return position >= 0 ? position / kPageTokens : -((-position + kPageTokens - 1) / kPageTokens);
 }
-inline int64_t query_blocks(Phase phase, int64_t s_q, int64_t s_kv) {
+THRIFTATTN_HD inline int64_t query_blocks(Phase phase, int64_t s_q, int64_t s_kv) {
   if (s_q == 0) return 0;
   return phase == Phase::decode ? 1 : floor_page(s_kv - 1) - floor_page(s_kv - s_q) + 1;
 }
