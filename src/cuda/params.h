@@ -171,6 +171,7 @@ struct PrefillParams {
   int tier_words;
   bool tiers_given;     // an injected selection: rank_prefill leaves tiers alone
   int32_t* counts;      // [b, h_q, max_blocks, 2]: promoted, wanted but not stored
+  float* row_mass_high; // [rows, h_q]: share of a row's mass read above fp4, or null
   float* scratch;       // prefill.cu's own, prefill_scratch_bytes() of it
 };
 
