@@ -98,7 +98,7 @@ class Launch {
       first.state_o = w_.pointer<float>(w_.at.state_o);
       THRIFTATTN_RETURN_IF_ERROR(check(launch_attend(first, w_.config, stream_), "attend"));
       THRIFTATTN_RETURN_IF_ERROR(
-          check(launch_choose_by_mass({rank, first.page_mass, a_.sinks}, stream_), "choose_by_mass"));
+          check(launch_choose_by_mass({rank, first.page_mass, first.state_ml}, stream_), "choose_by_mass"));
       if (exchanges(p_)) {
         THRIFTATTN_RETURN_IF_ERROR(check(launch_exchange(first, w_.config, stream_), "exchange"));
         return keep_for_stats();
@@ -128,6 +128,7 @@ class Launch {
     r.q_mean = w_.pointer<float>(w_.at.q_mean);
     r.score = w_.pointer<float>(w_.at.score);
     r.q_norm = w_.pointer<float>(w_.at.q_norm);
+    r.row_weight = w_.pointer<float>(w_.at.row_weight);
     r.ticket = w_.pointer<int32_t>(w_.at.rank_tickets);
     r.lists = w_.lists();
     return r;

@@ -24,7 +24,7 @@ class Call {
     THRIFTATTN_RETURN_IF_ERROR(check_call(w, plan, &cache));
     Call call(plan.problem, w, cache, static_cast<cudaStream_t>(stream));
     THRIFTATTN_RETURN_IF_ERROR(call.download(call.layer_.s_kv, cache.size().max_sequences, &call.s_kv_));
-    THRIFTATTN_RETURN_IF_ERROR(call.download(call.layer_.settled, cache.size().max_sequences, &call.settled_));
+    THRIFTATTN_RETURN_IF_ERROR(call.download(call.layer_.released, cache.size().max_sequences, &call.released_));
     return call;
   }
 
@@ -95,7 +95,7 @@ class Call {
       previous = page;
       const bool stored = tier == Tier::none || (tier == Tier::fp4 && layer_.fp4) ||
                           (tier == Tier::fp4x2 && layer_.residual) ||
-                          (tier == Tier::fp16 && layer_.has_high(page, settled_[slot(i)]));
+                          (tier == Tier::fp16 && layer_.has_high(page, released_[slot(i)]));
       if (!stored)
         return invalid_argument(
             fmt::format("given selection, block {}: page {} is not stored in tier {}", b, page, to_string(tier)));
@@ -305,7 +305,7 @@ class Call {
   const Cache& cache_;
   LayerCache layer_;
   cudaStream_t stream_;
-  std::vector<int32_t> s_kv_, settled_;  // [max_sequences]
+  std::vector<int32_t> s_kv_, released_;  // [max_sequences]
 };
 
 }  // namespace
