@@ -109,7 +109,7 @@ struct RankParams {
   Lists lists;
 };
 
-// {m, l}: a page's softmax sum is l * 2^m; m = -inf where nothing is seen.
+// {m, l}: a softmax sum is l * 2^m, and l = 0 where nothing is seen, whatever m is then.
 struct DecodeParams {
   LayerCache cache;
   Batch batch;
@@ -121,14 +121,20 @@ struct DecodeParams {
   Lists lists;
   int row_stride;
   const float* q_mean;    // as in RankParams; null without centring
-  float2* page_mass;      // [units, max_pages, row_stride], or null where not wanted
+  // Softmax sums of parts of pages, or null where not wanted. mass_parts = 2: [units, max_pages, 2, row_stride], the
+  // halves of pages read in fp4 or fp4x2. mass_parts = 8: [units, max_pages, 8, row_stride], eighths of every page that
+  // is read; a half leaves its sum in the first of its four and l = 0 in the others. Of pages that are not read, and of
+  // eighths without tokens, nothing is written.
+  float2* page_mass;
+  int mass_parts;
   float* row_mass_high;   // [units, row_stride]: share of a row's mass read above fp4, or null
   // fp4_mass: attend leaves its rows' states here instead of writing out; exchange reads them, takes the listed pages
-  // that are not forced out of them, adds them in their tier, and writes out.
+  // that are not forced (attend has read those in their tier) out of them, adds them in their tier, and writes out.
+  Force force;
   float* state_ml;        // [units, row_stride, 4]: m, l, l_high, unused
   float* state_o;         // [units, row_stride, dv]
   void* partials;         // decode.cu's own, decode_partial_bytes() of it
-  int32_t* tickets;       // [units + 1], zero before and after
+  int32_t* tickets;       // [units * config.tiles], zero before and after
 };
 
 struct MassParams {
@@ -142,11 +148,13 @@ cudaError_t launch_choose_by_mass(const MassParams& params, cudaStream_t stream)
 
 // How attend and exchange run on a GPU; decode_config is pure.
 struct DecodeConfig {
-  int d_bucket;  // 128 or 256: channels that the instance has registers for
+  int d_bucket;  // 128: d = d_v = 128 alone; 256: every other size
   int columns;   // 4, 8 or 16 rows at once
+  int tiles;     // of `columns` rows, that one unit's rows fill
   int warps, slots;
   int shared_bytes;
   int blocks;
+  bool programmatic;  // launches may overlap the end of the kernel before them (sm_90)
 };
 DecodeConfig decode_config(const Problem& problem, const Gpu& gpu);
 int64_t decode_partial_bytes(const Problem& problem, const DecodeConfig& config);
