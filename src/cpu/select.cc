@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 namespace thriftattn::cpu {
 namespace {
@@ -46,12 +45,6 @@ int64_t mark_forced(const Method& method, const BlockPages& block, const PageRef
 }
 
 }  // namespace
-
-PageSummary summary_of(const PageRef& page) {
-  PageSummary facts;
-  std::memcpy(&facts, page.summary, sizeof(facts));
-  return facts;
-}
 
 void choose_forced(const Method& method, const BlockPages& block, const PageRef* pages, Choice& c) {
   mark_forced(method, block, pages, c);

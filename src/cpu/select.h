@@ -39,7 +39,4 @@ void choose_forced(const Method& method, const BlockPages& block, const PageRef*
 // the lower page.
 void choose(const Problem& problem, const BlockPages& block, const PageRef* pages, float q_norm, Choice& choice);
 
-// The facts at the front of a full page's summary record.
-PageSummary summary_of(const PageRef& page);
-
 }  // namespace thriftattn::cpu

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <span>
 
 #include "format/page_layout.h"
@@ -16,6 +17,12 @@ struct PageRef {
   const uint16_t* high;
   const uint8_t* summary;
 };
+
+inline PageSummary summary_of(const PageRef& page) {
+  PageSummary facts;
+  std::memcpy(&facts, page.summary, sizeof(facts));
+  return facts;
+}
 
 struct SequenceCall {
   int64_t s_q = 0, s_kv = 0;
