@@ -39,8 +39,8 @@ Result<Workspace> Workspace::create(const Plan& plan, int device) {
   if (p.phase == Phase::prefill) {
     scratch_bytes = prefill_scratch_bytes(p, *here.gpu);
   } else {
+    here.gpu->multiprocessors = plan.splits;
     state->config = decode_config(p, *here.gpu);
-    state->config.blocks = plan.splits;
   }
   state->at = workspace_layout(p, state->config, scratch_bytes);
   THRIFTATTN_ASSIGN_OR_RETURN(memory, DeviceMemory::take(state->at.bytes, device, "a workspace"));
@@ -145,6 +145,7 @@ class Launch {
     d.sinks = a_.sinks;
     d.lists = w_.lists();
     d.row_stride = row_stride(p_);
+    d.force = p_.method.force;
     d.q_mean = w_.pointer<float>(w_.at.q_mean);
     if (p_.stats) {
       d.page_mass = w_.pointer<float2>(w_.at.page_mass);
