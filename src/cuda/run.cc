@@ -88,24 +88,18 @@ class Launch {
   Status decode() {
     const RankParams rank = rank_params();
     const bool choose = promotes(p_.method) && !w_.given;
-    if (choose || rank.q_mean) THRIFTATTN_RETURN_IF_ERROR(check(launch_rank(rank, stream_), "rank"));
-    DecodeParams attend = decode_params();
-    if (choose && by_mass(p_)) {
-      DecodeParams first = attend;
-      first.shape.rest = Tier::fp4;
-      first.page_mass = w_.pointer<float2>(w_.at.page_mass);
-      first.state_ml = w_.pointer<float>(w_.at.state_ml);
-      first.state_o = w_.pointer<float>(w_.at.state_o);
-      THRIFTATTN_RETURN_IF_ERROR(check(launch_attend(first, w_.config, stream_), "attend"));
-      THRIFTATTN_RETURN_IF_ERROR(
-          check(launch_choose_by_mass({rank, first.page_mass, first.state_ml}, stream_), "choose_by_mass"));
-      if (exchanges(p_)) {
-        THRIFTATTN_RETURN_IF_ERROR(check(launch_exchange(first, w_.config, stream_), "exchange"));
-        return keep_for_stats();
-      }
-    }
-    THRIFTATTN_RETURN_IF_ERROR(check(launch_attend(attend, w_.config, stream_), "attend"));
-    return keep_for_stats();
+    if (choose || rank.q_mean) THRIFTATTN_RETURN_IF_ERROR(check(launch_rank(rank, stream_), "launch_rank"));
+    if (!choose || !by_mass(p_)) return attend(decode_params(false));
+
+    DecodeParams first = decode_params(true);
+    first.shape.rest = Tier::fp4;
+    THRIFTATTN_RETURN_IF_ERROR(attend(first));
+    const MassParams mass{rank, first.state_ml, first.page_mass, first.mass_parts};
+    THRIFTATTN_RETURN_IF_ERROR(check(launch_choose_by_mass(mass, stream_), "launch_choose_by_mass"));
+    if (!exchanges(p_)) return attend(decode_params(false));
+    THRIFTATTN_RETURN_IF_ERROR(check(launch_exchange(first, w_.config, stream_), "launch_exchange"));
+    // The masses are those of the first reading: with the promoted pages in their tier they take another one.
+    return p_.stats ? attend(decode_params(true)) : Status();
   }
 
   Status prefill() {
@@ -113,6 +107,25 @@ class Launch {
     if (!w_.given) THRIFTATTN_RETURN_IF_ERROR(check(launch_rank_prefill(params, stream_), "rank_prefill"));
     THRIFTATTN_RETURN_IF_ERROR(check(launch_expand(params, stream_), "expand"));
     return check(launch_prefill(params, stream_), "prefill");
+  }
+
+  // What stats() reads besides what the kernels leave: the caller's q, and lse, which goes to the caller from here.
+  Status keep_for_stats() const {
+    if (!p_.stats || a_.q.tokens == 0) return {};
+    const size_t rows = static_cast<size_t>(a_.q.tokens), width = static_cast<size_t>(p_.d * size_of(a_.q.dtype));
+    if (a_.lse)
+      THRIFTATTN_RETURN_IF_ERROR(check(
+          cudaMemcpyAsync(a_.lse, w_.pointer<float>(w_.at.lse), rows * p_.h_q * 4, cudaMemcpyDeviceToDevice, stream_),
+          "cudaMemcpyAsync of lse"));
+    uint8_t* to = w_.pointer<uint8_t>(w_.at.q);
+    const auto pitch = static_cast<size_t>(a_.q.token_stride * size_of(a_.q.dtype));
+    for (int h = 0; h < p_.h_q; ++h, to += rows * width)
+      THRIFTATTN_RETURN_IF_ERROR(check(cudaMemcpy2DAsync(to, width, a_.q.at(0, h), std::max(pitch, width), width, rows,
+                                                         cudaMemcpyDeviceToDevice, stream_),
+                                       "cudaMemcpy2DAsync of q"));
+    w_.q_dtype = a_.q.dtype;
+    w_.layer = a_.layer;
+    return {};
   }
 
  private:
@@ -134,7 +147,15 @@ class Launch {
     return r;
   }
 
-  DecodeParams decode_params() const {
+  Status attend(const DecodeParams& params) const {
+    if (params.page_mass && params.mass_parts == 8)  // of what is not read nothing is written
+      THRIFTATTN_RETURN_IF_ERROR(check(
+          cudaMemsetAsync(params.page_mass, 0, static_cast<size_t>(w_.at.mass_bytes), stream_), "cudaMemsetAsync"));
+    return check(launch_attend(params, w_.config, stream_), "launch_attend");
+  }
+
+  // Of a reading that leaves its states, or of one that writes out.
+  DecodeParams decode_params(bool states) const {
     DecodeParams d{};
     d.cache = layer_;
     d.batch = batch_;
@@ -147,9 +168,12 @@ class Launch {
     d.row_stride = row_stride(p_);
     d.force = p_.method.force;
     d.q_mean = w_.pointer<float>(w_.at.q_mean);
-    if (p_.stats) {
-      d.page_mass = w_.pointer<float2>(w_.at.page_mass);
-      d.row_mass_high = w_.pointer<float>(w_.at.row_mass_high);
+    d.mass_parts = mass_parts(p_);
+    if (states || p_.stats) d.page_mass = w_.pointer<float2>(w_.at.page_mass);
+    if (p_.stats) d.row_mass_high = w_.pointer<float>(w_.at.row_mass_high);
+    if (states) {
+      d.state_ml = w_.pointer<float>(w_.at.state_ml);
+      d.state_o = w_.pointer<float>(w_.at.state_o);
     }
     d.partials = w_.pointer<void>(w_.at.partials);
     d.tickets = w_.pointer<int32_t>(w_.at.tickets);
@@ -173,25 +197,6 @@ class Launch {
     f.counts = w_.pointer<int32_t>(w_.at.block_counts);
     f.scratch = w_.pointer<float>(w_.at.scratch);
     return f;
-  }
-
-  // What stats() reads besides what the kernels leave: the caller's q, and lse, which goes to the caller from here.
-  Status keep_for_stats() const {
-    if (!p_.stats || a_.q.tokens == 0) return {};
-    const size_t rows = static_cast<size_t>(a_.q.tokens), width = static_cast<size_t>(p_.d * size_of(a_.q.dtype));
-    if (a_.lse)
-      THRIFTATTN_RETURN_IF_ERROR(check(
-          cudaMemcpyAsync(a_.lse, w_.pointer<float>(w_.at.lse), rows * p_.h_q * 4, cudaMemcpyDeviceToDevice, stream_),
-          "cudaMemcpyAsync of lse"));
-    uint8_t* to = w_.pointer<uint8_t>(w_.at.q);
-    const auto pitch = static_cast<size_t>(a_.q.token_stride * size_of(a_.q.dtype));
-    for (int h = 0; h < p_.h_q; ++h, to += rows * width)
-      THRIFTATTN_RETURN_IF_ERROR(check(cudaMemcpy2DAsync(to, width, a_.q.at(0, h), std::max(pitch, width), width, rows,
-                                                         cudaMemcpyDeviceToDevice, stream_),
-                                       "cudaMemcpy2DAsync of q"));
-    w_.q_dtype = a_.q.dtype;
-    w_.layer = a_.layer;
-    return {};
   }
 
   const Problem& p_;
@@ -237,7 +242,9 @@ Status run(const Plan& plan, Workspace& workspace, const AttendArgs& args, Strea
   if (args.cache->state().s_q.empty()) return {};
   const CurrentDevice current(w.device);
   Launch launch(plan, w, args, static_cast<cudaStream_t>(stream));
-  return plan.problem.phase == Phase::prefill ? launch.prefill() : launch.decode();
+  if (plan.problem.phase == Phase::prefill) return launch.prefill();
+  THRIFTATTN_RETURN_IF_ERROR(launch.decode());
+  return launch.keep_for_stats();
 }
 
 }  // namespace thriftattn::cuda

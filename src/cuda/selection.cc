@@ -202,7 +202,7 @@ class Call {
   // --- Problem::stats, of decode alone
 
   Status read_masses(Stats* stats) const {
-    const int group = p_.h_q / p_.h_kv, stride = row_stride(p_), table = layer_.max_pages;
+    const int group = p_.h_q / p_.h_kv, stride = row_stride(p_), table = layer_.max_pages, parts = mass_parts(p_);
     const int64_t summary_bytes = layer_.summary ? layer_.canonical.summary_bytes : 0;
     int64_t rows = 0;
     for (const int64_t n : s_q()) rows += n;
@@ -210,7 +210,8 @@ class Call {
     std::vector<float> high, lse;
     std::vector<uint8_t> q, summaries;
     std::vector<int32_t> block_table;
-    THRIFTATTN_RETURN_IF_ERROR(download(w_.pointer<float2>(w_.at.page_mass), units(p_) * table * stride, &page_mass));
+    THRIFTATTN_RETURN_IF_ERROR(
+        download(w_.pointer<float2>(w_.at.page_mass), units(p_) * table * parts * stride, &page_mass));
     THRIFTATTN_RETURN_IF_ERROR(download(w_.pointer<float>(w_.at.row_mass_high), units(p_) * stride, &high));
     THRIFTATTN_RETURN_IF_ERROR(download(w_.pointer<float>(w_.at.lse), rows * p_.h_q, &lse));
     THRIFTATTN_RETURN_IF_ERROR(download(w_.pointer<uint8_t>(w_.at.q), rows * p_.h_q * p_.d * size_of(w_.q_dtype), &q));
@@ -242,8 +243,10 @@ class Call {
             const int64_t row = h * s_q()[i] + r;
             mass_high += high[unit * stride + row];
             for (int64_t p = block.first_visible; p < end_page; ++p) {
-              const float2 ml = page_mass[(unit * table + p) * stride + row];
-              if (ml.y > 0) mass[p] += ml.y * std::exp2(ml.x - log2_sum);
+              for (int part = 0; part < parts; ++part) {
+                const float2 ml = page_mass[((unit * table + p) * parts + part) * stride + row];
+                if (ml.y > 0) mass[p] += ml.y * std::exp2(ml.x - log2_sum);
+              }
             }
           }
           const float norm = mean_norm(q.data(), first_row, s_q()[i], rows, head);

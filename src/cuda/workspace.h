@@ -37,19 +37,26 @@ inline bool by_mass(const Problem& p) {
 // read in FP4, the chosen pages are attended to in a second reading.
 inline bool exchanges(const Problem& p) { return by_mass(p) && p.method.rest == Tier::fp4; }
 
+// Parts of a page whose softmax sums are kept apart (DecodeParams): halves of the pages read in FP4 serve a ranking by
+// them, eighths of all pages whoever asks for the mass of forced ones too.
+inline int mass_parts(const Problem& p) {
+  const Budget::Kind kind = p.method.budget.kind;
+  return p.stats || kind == Budget::Kind::mass || kind == Budget::Kind::tolerance ? 8 : 2;
+}
+
 // Offsets in the workspace's one allocation; kAbsent = the plan has no use for it. params.h gives the shapes.
 struct WorkspaceLayout {
   static constexpr int64_t kAbsent = -1;
   // decode
   int64_t q_mean = kAbsent, score = kAbsent, q_norm = kAbsent, row_weight = kAbsent, rank_tickets = kAbsent;
-  int64_t by_page = kAbsent, by_tier = kAbsent, ranked = kAbsent, counts = kAbsent;
+  int64_t by_page = kAbsent, by_tier = kAbsent, counts = kAbsent;
   int64_t page_mass = kAbsent, row_mass_high = kAbsent, state_ml = kAbsent, state_o = kAbsent;
   int64_t partials = kAbsent, tickets = kAbsent;
   // prefill
   int64_t tiers = kAbsent, block_counts = kAbsent, scratch = kAbsent;
   // Problem::stats: lse and q of the last run, [rows, h_q] and [h_q, rows, d]
   int64_t lse = kAbsent, q = kAbsent;
-  int64_t bytes = 0;
+  int64_t bytes = 0, mass_bytes = 0;  // of all, of page_mass
 };
 
 // `config` of a decode step, `scratch_bytes` of a prefill.
@@ -72,7 +79,7 @@ struct Workspace::State {
   }
   Lists lists() const {
     return {static_cast<int>(max_pages(plan.problem)), pointer<uint32_t>(at.by_page), pointer<uint32_t>(at.by_tier),
-            pointer<uint32_t>(at.ranked), pointer<int32_t>(at.counts)};
+            pointer<int32_t>(at.counts)};
   }
 };
 

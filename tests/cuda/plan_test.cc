@@ -130,7 +130,7 @@ TEST(CudaPlan, PiecesOfAWorkspaceDoNotOverlap) {
           cuda::workspace_layout(planned->problem, cuda::decode_config(planned->problem, hopper()), 0);
       std::vector<int64_t> offsets;
       for (const int64_t at :
-           {l.q_mean, l.score, l.q_norm, l.row_weight, l.rank_tickets, l.by_page, l.by_tier, l.ranked, l.counts,
+           {l.q_mean, l.score, l.q_norm, l.row_weight, l.rank_tickets, l.by_page, l.by_tier, l.counts,
             l.page_mass, l.row_mass_high, l.state_ml, l.state_o, l.partials, l.tickets, l.lse, l.q})
         if (at != cuda::WorkspaceLayout::kAbsent) offsets.push_back(at);
       std::sort(offsets.begin(), offsets.end());
