@@ -73,7 +73,6 @@ WorkspaceLayout workspace_layout(const Problem& p, const DecodeConfig& config, i
   if (centred(p)) take(l.q_mean, of_rows * 4);
   if (by_mass(p) || p.stats) take(l.page_mass, of_rows * 8);
   if (by_mass(p)) {
-    take(l.ranked, pages * 4);
     take(l.row_weight, rows * 4);
     take(l.state_ml, rows * 4 * 4);
     take(l.state_o, rows * device_layout(p.d, p.d_v).dv * 4);

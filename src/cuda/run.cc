@@ -98,7 +98,7 @@ class Launch {
       first.state_o = w_.pointer<float>(w_.at.state_o);
       THRIFTATTN_RETURN_IF_ERROR(check(launch_attend(first, w_.config, stream_), "attend"));
       THRIFTATTN_RETURN_IF_ERROR(
-          check(launch_choose_by_mass({rank, first.page_mass, first.state_ml}, stream_), "choose_by_mass"));
+          check(launch_choose_by_mass({rank, first.state_ml, first.page_mass, first.mass_parts}, stream_), "choose_by_mass"));
       if (exchanges(p_)) {
         THRIFTATTN_RETURN_IF_ERROR(check(launch_exchange(first, w_.config, stream_), "exchange"));
         return keep_for_stats();

@@ -42,7 +42,7 @@ struct WorkspaceLayout {
   static constexpr int64_t kAbsent = -1;
   // decode
   int64_t q_mean = kAbsent, score = kAbsent, q_norm = kAbsent, row_weight = kAbsent, rank_tickets = kAbsent;
-  int64_t by_page = kAbsent, by_tier = kAbsent, ranked = kAbsent, counts = kAbsent;
+  int64_t by_page = kAbsent, by_tier = kAbsent, counts = kAbsent;
   int64_t page_mass = kAbsent, row_mass_high = kAbsent, state_ml = kAbsent, state_o = kAbsent;
   int64_t partials = kAbsent, tickets = kAbsent;
   // prefill
@@ -72,7 +72,7 @@ struct Workspace::State {
   }
   Lists lists() const {
     return {static_cast<int>(max_pages(plan.problem)), pointer<uint32_t>(at.by_page), pointer<uint32_t>(at.by_tier),
-            pointer<uint32_t>(at.ranked), pointer<int32_t>(at.counts)};
+            pointer<int32_t>(at.counts)};
   }
 };
 
