@@ -7,8 +7,7 @@ namespace thriftattn::cuda {
 namespace {
 
 cudaError_t launch(const DecodeParams& params, const DecodeConfig& config, Pass pass, cudaStream_t stream) {
-  const void* kernel =
-      config.d_bucket == 128 ? decode_kernel_d128(config.columns) : decode_kernel_d256(config.columns);
+  const void* kernel = config.d_bucket == 128 ? decode_kernel_d128(config.columns) : decode_kernel_d256(config.columns);
   if (const cudaError_t error =
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, config.shared_bytes);
       error != cudaSuccess)
@@ -40,7 +39,7 @@ DecodeConfig decode_config(const Problem& problem, const Gpu& gpu) {
   config.slots = kRingSlots;
   config.blocks = gpu.multiprocessors;
   config.programmatic = gpu.compute_capability >= 90;
-  config.warps = max_warps(config.d_bucket);
+  config.warps = max_warps(config.d_bucket, config.columns);
   const auto bytes = [&] { return shared_layout(layout, config.columns, config.warps, config.blocks).bytes; };
   while (config.warps > 1 && bytes() > gpu.shared_bytes) --config.warps;
   config.shared_bytes = bytes();

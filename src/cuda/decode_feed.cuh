@@ -2,7 +2,8 @@
 //
 // Addresses are made 32 items at a time, one a lane: the list of promoted pages, a binary search for those that are not
 // in it, and the block table, all out of L1 after the first touch. A slot holds
-//   [the item's record, of one plane][summary: 16 bytes][q.k_mean of the tile's rows: 4 bytes each][Item::word: 4 bytes]
+//   [the item's record, of one plane][summary: 16 bytes][q.k_mean of the tile's rows: 4 bytes each][Item::word: 4
+//   bytes]
 #pragma once
 
 #include <cstdint>
@@ -70,17 +71,19 @@ class Feed {
     if (tier == Tier::none) {
       ring.start_fill(0);
     } else {
-      ring.start_fill(bytes + (with_summary ? static_cast<int>(sizeof(PageSummary)) : 0) + (with_mean ? mean_bytes : 0));
+      ring.start_fill(bytes + (with_summary ? static_cast<int>(sizeof(PageSummary)) : 0) +
+                      (with_mean ? mean_bytes : 0));
       const uint8_t* from = is_high ? cache.high + record * layout.high_bytes + in_page / kHighItemTokens * bytes
                                     : (second_plane_ ? cache.residual : cache.fp4) + record * layout.fp4_bytes +
                                           in_page / kItemTokens * bytes;
       ring.copy(0, from, bytes);
-      if (with_summary) ring.copy(slot_.summary, cache.summary + summary * cache.canonical.summary_bytes,
-                                  static_cast<int>(sizeof(PageSummary)));
+      if (with_summary)
+        ring.copy(slot_.summary, cache.summary + summary * cache.canonical.summary_bytes,
+                  static_cast<int>(sizeof(PageSummary)));
       if (with_mean)
         ring.copy(slot_.q_mean,
-                  args_.p.q_mean +
-                      (int64_t{place_.unit.index} * cache.max_pages + page) * args_.p.row_stride + place_.unit.first_row,
+                  args_.p.q_mean + (int64_t{place_.unit.index} * cache.max_pages + page) * args_.p.row_stride +
+                      place_.unit.first_row,
                   mean_bytes);
     }
     ring.finish_fill();

@@ -4,9 +4,9 @@
 //                                                                                          warps, then CTAs: merged
 //
 // One CTA of 12 warps per multiprocessor; each warp reads items of its own (decode_units.cuh) and knows nothing of the
-// others until the CTA's part of a unit ends. Memory: 9216 bytes of a page of 64 tokens and one head at d = 128, and its
-// exponents and q.k_mean, 32 bytes. Shared memory at d = 128 and 4 rows: 12 x 2 slots of 4656 bytes, 26 KB of merge.
-// Binds on DRAM where there is much to read, else on its set-up: shares, first addresses, merge.
+// others until the CTA's part of a unit ends. Memory: 9216 bytes of a page of 64 tokens and one head at d = 128, and
+// its exponents and q.k_mean, 32 bytes. Shared memory at d = 128 and 4 rows: 12 x 2 slots of 4656 bytes, 26 KB of
+// merge. Binds on DRAM where there is much to read, else on its set-up: shares, first addresses, merge.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,8 @@ namespace thriftattn::cuda {
 const void* decode_kernel_d128(int columns);
 const void* decode_kernel_d256(int columns);
 
-THRIFTATTN_HD constexpr int max_warps(int d_bucket) { return d_bucket == 128 ? 12 : 8; }
+// Eight where a lane holds so much of q and o that twelve would not have the registers.
+THRIFTATTN_HD constexpr int max_warps(int d_bucket, int columns) { return d_bucket == 128 && columns <= 8 ? 12 : 8; }
 
 // Offsets in dynamic shared memory.
 struct SharedLayout {
@@ -36,7 +37,7 @@ THRIFTATTN_HD constexpr SharedLayout shared_layout(const DeviceLayout& layout, i
 }
 
 template <int D, int N>
-__global__ void __launch_bounds__(32 * max_warps(D), 1) decode_kernel(const __grid_constant__ DecodeArgs args) {
+__global__ void __launch_bounds__(32 * max_warps(D, N), 1) decode_kernel(const __grid_constant__ DecodeArgs args) {
   using Rows = DecodeRows<D, N, D == 128>;
   extern __shared__ __align__(128) uint8_t shared[];
   const DeviceLayout& device = args.p.cache.layout;
@@ -54,7 +55,8 @@ __global__ void __launch_bounds__(32 * max_warps(D), 1) decode_kernel(const __gr
   if (!find_share(args, reinterpret_cast<int64_t*>(shared + layout.scan), const_cast<Share*>(&share))) return;
   Feed feed(args, slot, places + warp);
   feed.start(args.pass, share.unit, share.unit_begin, share.begin, share.end);
-  Merge<Rows> merge(args, merge_layout(warps, N, device.dv, gridDim.x), reinterpret_cast<float*>(shared + layout.merge));
+  Merge<Rows> merge(args, merge_layout(warps, N, device.dv, gridDim.x),
+                    reinterpret_cast<float*>(shared + layout.merge));
   Rows rows(args);
 
   Pass pass = args.pass;

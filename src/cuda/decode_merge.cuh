@@ -59,8 +59,7 @@ class Merge {
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32, columns = args_.columns;
     rows.add_lanes();
     if (rows.speaks_for_rows())
-      for (int r = 0; r < Rows::kRows; ++r)
-        sums[warp * columns + rows.row(r)] = {rows.m[r], rows.l[r], rows.l_high[r]};
+      for (int r = 0; r < Rows::kRows; ++r) sums[warp * columns + rows.row(r)] = {rows.m[r], rows.l[r], rows.l_high[r]};
     __syncthreads();
 
     float factor[Rows::kRows];
@@ -201,8 +200,7 @@ class Merge {
       factor *= inverse;
       factor_before *= inverse;
       if (p.lse != nullptr)
-        p.lse[at.token * p.shape.h_q + at.head] =
-            sum.l == 0 ? -INFINITY : (sum.m + log2f(sum.l)) * 0.6931471805599453f;
+        p.lse[at.token * p.shape.h_q + at.head] = sum.l == 0 ? -INFINITY : (sum.m + log2f(sum.l)) * 0.6931471805599453f;
       if (p.row_mass_high != nullptr) p.row_mass_high[at.state] = sum.l_high * inverse;
     }
     weights()[2 * row] = factor;
@@ -241,8 +239,7 @@ class Merge {
   __device__ RowPlace place(const Unit& unit, int row) const {
     const int unit_row = unit.first_row + row;
     return {args_.p.batch.first_row[unit.sequence] + unit_row % unit.s_q,
-            int64_t{unit.index} * args_.p.row_stride + unit_row,
-            unit.head * args_.p.shape.group + unit_row / unit.s_q};
+            int64_t{unit.index} * args_.p.row_stride + unit_row, unit.head * args_.p.shape.group + unit_row / unit.s_q};
   }
 
   __device__ static void store(const thriftattn::cuda::Rows<void*>& out, int64_t i, float value) {

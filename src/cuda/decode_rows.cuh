@@ -11,9 +11,9 @@
 //   N >= 8   a product of depth 8 for each scale group.
 //
 // Scores are in units of log2. A row's reference m is an integer above -inf and p = 2^(x - v_exponent - m): the page's
-// exponent of V rides on p, so that V's codes need no further factor; sums of p take it out again. Scores are rounded to
-// multiples of 2^-16, so that x - v_exponent - m is exact and p's rounding to 16 bit is the same whatever m is: what an
-// exchange takes out is what went in. m moves when a score passes it by kSlack.
+// exponent of V rides on p, so that V's codes need no further factor; sums of p take it out again. Scores are rounded
+// to multiples of 2^-16, so that x - v_exponent - m is exact and p's rounding to 16 bit is the same whatever m is: what
+// an exchange takes out is what went in. m moves when a score passes it by kSlack.
 #pragma once
 
 #include <cstdint>
@@ -24,8 +24,9 @@
 
 namespace thriftattn::cuda {
 
-inline constexpr float kNothing = -1e30f;  // m of a row that has seen nothing; never -inf, so that differences are numbers
-inline constexpr float kMasked = -3e38f;   // a score that is not seen: below every m by more than a float can say
+inline constexpr float kNothing =
+    -1e30f;  // m of a row that has seen nothing; never -inf, so that differences are numbers
+inline constexpr float kMasked = -3e38f;  // a score that is not seen: below every m by more than a float can say
 inline constexpr float kSlack = 6.0f;
 inline constexpr float kLog2E = 1.4426950408889634f;
 
@@ -40,9 +41,9 @@ template <int D, int N, bool kExact>
 class DecodeRows {
  public:
   static constexpr bool kDiagonal = N == 4;
-  static constexpr int kTiles = kDiagonal ? 1 : N / 8;   // of 8 columns of B
-  static constexpr int kGroups = kDiagonal ? 1 : 2;      // scale groups that a lane multiplies by
-  static constexpr int kRows = 2 * kTiles;               // rows of a lane: row(r), r in [0, kRows)
+  static constexpr int kTiles = kDiagonal ? 1 : N / 8;  // of 8 columns of B
+  static constexpr int kGroups = kDiagonal ? 1 : 2;     // scale groups that a lane multiplies by
+  static constexpr int kRows = 2 * kTiles;              // rows of a lane: row(r), r in [0, kRows)
   using Tile = float[kTiles][4];
   using Columns = uint32_t[kTiles][2];
 
@@ -96,9 +97,10 @@ class DecodeRows {
     for (int plane = 0; plane < planes; ++plane) {
       const uint8_t* slot = ring.wait(plane);
       float sums[2][kTiles][4] = {};
-      multiply(slot, slot + layout.k_scales, layout.dk, mxfp4, 1.0f,
-               [this](int i, int j) -> const Columns& { return q_[2 * i + j]; },
-               [&sums](int, int half) -> Tile& { return sums[half]; });
+      multiply(
+          slot, slot + layout.k_scales, layout.dk, mxfp4, 1.0f,
+          [this](int i, int j) -> const Columns& { return q_[2 * i + j]; },
+          [&sums](int, int half) -> Tile& { return sums[half]; });
       const float scale = score_scale() * kCodeScale * pow2(-(plane == 0 ? exponents.x : exponents.y));
       each(scores, [&](int ml, int tile, int e) { scores[ml][tile][e] += scale * sums[ml][tile][e]; });
     }
@@ -121,7 +123,9 @@ class DecodeRows {
     float mean[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
-      mean[r] = args_.p.q_mean != nullptr && row(r) < unit.rows ? reinterpret_cast<const float*>(first + slot_.q_mean)[row(r)] : 0;
+      mean[r] = args_.p.q_mean != nullptr && row(r) < unit.rows
+                    ? reinterpret_cast<const float*>(first + slot_.q_mean)[row(r)]
+                    : 0;
 #pragma unroll
     for (int cell = 0; cell < kCells; ++cell)
 #pragma unroll
@@ -149,9 +153,10 @@ class DecodeRows {
   __device__ void read_values(const Ring& ring, float factor, const Columns (&columns)[2]) {
     const DeviceLayout& layout = args_.p.cache.layout;
     const uint8_t* slot = ring.wait();
-    multiply(slot + layout.v_codes, slot + layout.v_scales, layout.dv, args_.p.cache.format == Fp4Format::mxfp4, factor,
-             [&columns](int, int j) -> const Columns& { return columns[j]; },
-             [this](int i, int half) -> Tile& { return o[2 * i + half]; });
+    multiply(
+        slot + layout.v_codes, slot + layout.v_scales, layout.dv, args_.p.cache.format == Fp4Format::mxfp4, factor,
+        [&columns](int, int j) -> const Columns& { return columns[j]; },
+        [this](int i, int half) -> Tile& { return o[2 * i + half]; });
   }
 
   // An item of 8 tokens in 16 bit.
@@ -179,7 +184,8 @@ class DecodeRows {
         x[tile][e] = kDiagonal && t_ >= 2 ? kMasked : s * score_scale();
       }
     uint32_t p[kTiles];
-    absorb<kTiles>(unit, pass, word, exponent, true, [this](int) { return g_; }, x, p);
+    absorb<kTiles>(
+        unit, pass, word, exponent, true, [this](int) { return g_; }, x, p);
     uint32_t columns[kTiles];
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
@@ -262,8 +268,8 @@ class DecodeRows {
       if (kExact || 32 * i < channels) action(i);
   }
 
-  // With B block diagonal, lanes t and t ^ 2 hold the sums of both scale groups for rows g (`low`) and g + 8 (`high`) of
-  // A. Each keeps one of the two: t < 2 the row g, the others g + 8.
+  // With B block diagonal, lanes t and t ^ 2 hold the sums of both scale groups for rows g (`low`) and g + 8 (`high`)
+  // of A. Each keeps one of the two: t < 2 the row g, the others g + 8.
   __device__ float add_halves(float low, float high) const {
     const bool lower = t_ < 2;
     return (lower ? low : high) + __shfl_xor_sync(~0u, lower ? high : low, 2);

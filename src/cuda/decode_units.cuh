@@ -59,8 +59,8 @@ struct Unit {
   int slot;
   int first_row, rows;  // of the tile, among the unit's rows; rows may be 0
   int s_q, s_kv;
-  int first_page, full;   // full pages that some row sees: [first_page, full)
-  int fp16, fp4x2, fp4;   // listed pages by tier
+  int first_page, full;  // full pages that some row sees: [first_page, full)
+  int fp16, fp4x2, fp4;  // listed pages by tier
   int listed, tail_items;
   Items items;
 

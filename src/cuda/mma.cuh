@@ -36,9 +36,7 @@ __device__ inline uint32_t pack_half2(float low, float high) {
   return y;
 }
 
-__device__ inline float2 unpack_half2(uint32_t x) {
-  return __half22float2(*reinterpret_cast<const __half2*>(&x));
-}
+__device__ inline float2 unpack_half2(uint32_t x) { return __half22float2(*reinterpret_cast<const __half2*>(&x)); }
 
 // 2^x to 2 units in the last place; exact for integers. NaN stays NaN.
 __device__ inline float exp2_fast(float x) {

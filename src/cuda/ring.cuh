@@ -1,6 +1,7 @@
 // A warp's ring of shared-memory slots that asynchronous copies fill: bulk copies from sm_90, which one lane starts and
-// the slot's barrier counts in bytes; before, 16 bytes a lane (cp.async). A slot is filled again as soon as the warp has
-// read it, so the copies of the next items are always under way. Warps share nothing and never wait for one another.
+// the slot's barrier counts in bytes; before, 16 bytes a lane (cp.async). A slot is filled again as soon as the warp
+// has read it, so the copies of the next items are always under way. Warps share nothing and never wait for one
+// another.
 #pragma once
 
 #include <cstdint>
@@ -40,9 +41,10 @@ class Ring {
     const uint32_t target = shared_address(fill_slot()) + to;
 #if __CUDA_ARCH__ >= 900
     if (lane_ == 0)
-      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
-                   "l"(from), "r"(bytes), "r"(fill_barrier())
-                   : "memory");
+      asm volatile(
+          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
+          "l"(from), "r"(bytes), "r"(fill_barrier())
+          : "memory");
 #else
     for (int i = lane_ * 16; i < bytes; i += 512)
       asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target + i),
