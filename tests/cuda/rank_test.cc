@@ -536,8 +536,7 @@ void expect_decode(const Scene& scene) {
   }
 }
 
-const std::vector<Growth> kManyLengths = {{0, 1},   {62, 1},   {63, 1},   {64, 1},   {64, 0},
-                                          {191, 1}, {1000, 1}, {4159, 1}, {10500, 1}};
+const std::vector<Growth> kManyLengths = {{0, 1}, {62, 1}, {63, 1}, {64, 1}, {64, 0}, {191, 1}, {1000, 1}, {4159, 1}};
 
 TEST(CudaRank, DecodeChoosesAsTheCpu) {
   SKIP_WITHOUT_GPU();
@@ -565,6 +564,13 @@ TEST(CudaRank, DecodeChoosesAsTheCpu) {
                              "thrift:policy=recent,budget=0.2",
                              "paper:arithmetic=kv4"})
     expect_decode({.method = method, .growths = kManyLengths});
+}
+
+TEST(CudaRank, SeveralCtasOfAUnitChooseTogether) {
+  SKIP_WITHOUT_GPU();
+  for (const char* method :
+       {"thrift:policy=block_mean", "quest:budget=0.2", "thrift:policy=block_mean,budget=mass:0.9"})
+    expect_decode({.method = method, .shape = {2, 1, 32, 32}, .growths = {{40000, 2}}});
 }
 
 TEST(CudaRank, VerifyStepsHeadSizesAndGroups) {
