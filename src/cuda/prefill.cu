@@ -72,7 +72,8 @@ struct Work {
   int end_page;     // pages that some row sees, tail included
 };
 
-struct Control {
+// The front of shared memory; then the ring, then the fragments of q.
+struct alignas(128) Control {
   uint64_t full[kMaxStages];
   uint32_t left[kMaxStages];  // warps that have left the page
   int page[kMaxStages];
@@ -331,7 +332,7 @@ struct Warp {
 
   const Attend& a;
   const int lane;
-  const uint32_t q;          // its fragments in shared memory
+  const uint32_t q;          // the lane's part of its first fragment in shared memory
   float* const l_high;       // [kRows], in shared memory: of a lane, where somebody asks for it
   const int position, s_kv;  // of its first row, tokens of the sequence
   int exponents = 0;  // of q, a byte for a row: it was multiplied by 2^-exponent; kNotFinite where it has NaN or Inf
@@ -373,7 +374,7 @@ struct Warp {
         for (int half = 0; half < 2; ++half) {
           const float2 x = load(i / 2 * 32 + i % 2 * 8 + half * 16 + lane % 4 * 2);
           const uint32_t packed = finite ? pack(x.x * factor, x.y * factor) : 0u;
-          const uint32_t to = q + (i * kRowTiles + r / 2) * 512 + lane * 16 + (half * 2 + r % 2) * 4;
+          const uint32_t to = q + (i * kRowTiles + r / 2) * 512 + (half * 2 + r % 2) * 4;
           asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(packed) : "memory");
         }
     }
@@ -411,12 +412,12 @@ struct Warp {
       for (int j = 0; j < 2; ++j)
 #pragma unroll
         for (int mt = 0; mt < kRowTiles; ++mt) {
-          const uint4 f = load_shared(q + ((i * 2 + j) * kRowTiles + mt) * 512 + lane * 16);
+          const uint4 f = load_shared(q + ((i * 2 + j) * kRowTiles + mt) * 512);
           x[j][mt][0] = f.x, x[j][mt][1] = f.y, x[j][mt][2] = f.z, x[j][mt][3] = f.w;
         }
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
-        const uint4 k = load_shared(page + n * Tile<D>::kItemBytes + i * 512 + lane * 16);
+        const uint4 k = load_shared(page + n * Tile<D>::kItemBytes + i * 512);
 #pragma unroll
         for (int mt = 0; mt < kRowTiles; ++mt) mma(s[mt][n], x[0][mt], k.x, k.y);
 #pragma unroll
@@ -471,7 +472,7 @@ struct Warp {
     }
   }
 
-  // The page in the ring at `at`; `high`: it counts as above fp4.
+  // A page in the ring; at: the lane's part of the first fragment. `high`: it counts as above fp4.
   __device__ void attend(uint32_t at, int page, bool high) {
     float s[kRowTiles][8][4];
     scores(at, s);
@@ -519,7 +520,7 @@ struct Warp {
     for (int tokens = 0; tokens < 4; ++tokens)
 #pragma unroll
       for (int block = 0; block < kChannelBlocks; ++block) {
-        const uint32_t v = at + 2 * tokens * Tile<D>::kItemBytes + Tile<D>::kItemBytes / 2 + block * 512 + lane * 16;
+        const uint32_t v = at + 2 * tokens * Tile<D>::kItemBytes + Tile<D>::kItemBytes / 2 + block * 512;
         const uint4 v0 = load_shared(v), v1 = load_shared(v + Tile<D>::kItemBytes);
 #pragma unroll
         for (int mt = 0; mt < kRowTiles; ++mt) {
@@ -562,9 +563,7 @@ struct Warp {
       }
       if (lane % 4 != 0) continue;
       if (a.lse)
-        a.lse[to * a.shape.h_q + head] = !finite     ? scale(r)
-                                         : mass == 0 ? -INFINITY
-                                                     : (reference[r] + log2f(mass)) * kLn2;
+        a.lse[to * a.shape.h_q + head] = !finite ? kNaN : mass == 0 ? -INFINITY : (reference[r] + log2f(mass)) * kLn2;
       if (a.row_mass_high) a.row_mass_high[to * a.shape.h_q + head] = finite && mass > 0 ? high / mass : 0.0f;
     }
   }
@@ -597,10 +596,10 @@ __device__ bool find_work(const Attend& a, int chunks, Work& w) {
 template <int D>
 __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(const __grid_constant__ Attend a, int chunks) {
   extern __shared__ __align__(128) uint8_t shared[];
-  uint8_t* ring = shared;
+  Control& c = *reinterpret_cast<Control*>(shared);
+  uint8_t* ring = shared + sizeof(Control);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = a.units * Tile<D>::kUnitWarps;
-  uint8_t* q = ring + a.stages * Tile<D>::kPageBytes + warp * Tile<D>::kQBytes;
-  Control& c = *reinterpret_cast<Control*>(ring + a.stages * Tile<D>::kPageBytes + warps * Tile<D>::kQBytes);
+  const uint32_t first_fragment = shared_address(ring) + lane * 16;
 
   Work work;
   if (!find_work(a, chunks, work)) return;
@@ -632,8 +631,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(const __grid_
   const int64_t first_row = a.batch.first_row[work.sequence];
   const bool exists = u < work.units;
   const int block = work.first_block + unit / a.shape.group * kPageTokens;
-  Warp<D> rows(a, lane, shared_address(q), c.l_high[threadIdx.x], block + warp % Tile<D>::kUnitWarps * Tile<D>::kRows,
-               work.s_kv);
+  Warp<D> rows(a, lane, first_fragment + a.stages * Tile<D>::kPageBytes + warp * Tile<D>::kQBytes,
+               c.l_high[threadIdx.x], block + warp % Tile<D>::kUnitWarps * Tile<D>::kRows, work.s_kv);
   if (exists) {
     rows.load_q(first, first_row, head);
     rows.start(head);
@@ -644,7 +643,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(const __grid_
     const int page = c.page[stage];
     const uint32_t readers = c.readers[stage];
     if (page == kEnd) break;
-    if (readers >> u & 1) rows.attend(shared_address(ring) + stage * Tile<D>::kPageBytes, page, readers & kHigh);
+    if (readers >> u & 1) rows.attend(first_fragment + stage * Tile<D>::kPageBytes, page, readers & kHigh);
     if (last_to_leave(c.left[stage], warps, lane)) fill<D>(a, c, ring, stage, lane);
     if (++stage == a.stages) {
       stage = 0;
