@@ -178,7 +178,8 @@ class Prefill {
     problem.cache = config_;
     const OnDevice<uint8_t> scratch(
         std::vector<uint8_t>(static_cast<size_t>(prefill_scratch_bytes(problem, {})), 0xff));
-    p.scratch = reinterpret_cast<float*>(scratch.get());
+    p.scratch = scratch.get();
+    p.high_room = prefill_high_room(problem);
     check(launch_expand(p, nullptr));
     check(launch_prefill(p, nullptr));
     check(cudaDeviceSynchronize());
@@ -447,6 +448,9 @@ class Prefill {
     const int position = offset(i) + r, n = c_.s_kv[i], block = block_of(i, r);
     const Mask mask{c_.causal, c_.window};
     const auto half = [](float y) { return f16_decode(f16_encode(y)); };
+    float largest = 0;  // q is rounded as if its largest element were near 2^8
+    for (int ch = 0; ch < c_.d; ++ch) largest = std::max(largest, std::fabs(q[ch]));
+    const float unit = row.nan || largest == 0 ? 1.0f : std::exp2(8 - std::floor(std::log2(largest)));
     std::vector<double> score(static_cast<size_t>(n), -INFINITY);
     std::vector<float> plain(static_cast<size_t>(n), -INFINITY);
     std::vector<int> form(static_cast<size_t>(n));
@@ -461,7 +465,7 @@ class Prefill {
       float p = 0;
       for (int ch = 0; ch < c_.d; ++ch) {
         s += static_cast<double>(q[ch]) * k[ch];
-        p += half(q[ch]) * half(k[ch]);
+        p += half(q[ch] * unit) / unit * half(k[ch]);
       }
       score[t] = s * scale_;
       plain[t] = p * scale_;
