@@ -26,6 +26,7 @@ THRIFTATTN_HD constexpr SlotLayout slot_layout(const DeviceLayout& layout, int c
   return s;
 }
 
+template <int kColumns>
 class Feed {
  public:
   // `segment` is room in shared memory for the calling warp alone.
@@ -46,24 +47,24 @@ class Feed {
     if (next_ == batch_ && !make_batch()) return;
     const Tier tier = Item::tier(__shfl_sync(~0u, item_.word, next_));
     const LayerCache& cache = args_.p.cache;
-    const int bytes = tier == Tier::fp16 ? cache.layout.high_item_bytes : cache.layout.item_bytes;
-    ring.start_fill(next_, tier == Tier::none ? 0 : bytes);
-    if (tier != Tier::none) {
-      ring.copy_record(next_, second_plane_ ? item_.record + (cache.residual - cache.fp4) : item_.record, bytes);
-      if (!second_plane_) {
-        if (item_.summary != nullptr) ring.copy_beside(next_, slot_.summary, item_.summary, 16);
-        if (item_.q_mean != nullptr)
-          ring.copy_beside(next_, slot_.q_mean, item_.q_mean,
-                           4 * min(args_.columns, args_.p.row_stride - segment_.unit.first_row));
-      }
-    }
-    if (static_cast<int>(threadIdx.x) % 32 == next_) {
+    const int bytes = tier == Tier::none   ? 0
+                      : tier == Tier::fp16 ? cache.layout.high_item_bytes
+                                           : cache.layout.item_bytes;
+    const bool is_leader = static_cast<int>(threadIdx.x) % 32 == next_;
+    if (is_leader && second_plane_ == 0) {
       *reinterpret_cast<uint32_t*>(ring.fill_slot() + slot_.word) = item_.word;
-      if (item_.summary == nullptr) *reinterpret_cast<uint32_t*>(ring.fill_slot() + slot_.summary) = 0;  // exponents
+      if (item_.summary != nullptr)
+        ring.copy_beside(slot_.summary, item_.summary);
+      else
+        *reinterpret_cast<uint32_t*>(ring.fill_slot() + slot_.summary) = 0;  // exponents
+#pragma unroll
+      for (int row = 0; row < kColumns; row += 4)
+        if (item_.q_mean != nullptr && segment_.unit.first_row + row < args_.p.row_stride)
+          ring.copy_beside(slot_.q_mean + 4 * row, item_.q_mean + row);
     }
-    ring.finish_fill(next_);
-    second_plane_ = tier == Tier::fp4x2 && !second_plane_;
-    if (!second_plane_) ++next_;
+    ring.fill(is_leader, second_plane_ != 0 ? item_.record + (cache.residual - cache.fp4) : item_.record, bytes);
+    second_plane_ = tier == Tier::fp4x2 ? second_plane_ ^ 1 : 0;
+    next_ += second_plane_ ^ 1;
   }
 
  private:
@@ -93,7 +94,7 @@ class Feed {
   int at_ = 0, end_ = 0;      // this warp's next item of the segment, and where they end
   Item item_;                 // of this lane
   int batch_ = 0, next_ = 0;  // items made, and the one to fill next
-  bool second_plane_ = false;
+  int second_plane_ = 0;      // 1: of item next_ the first plane is filled
 };
 
 }  // namespace thriftattn::cuda

@@ -28,11 +28,11 @@ struct SharedLayout {
 };
 THRIFTATTN_HD constexpr SharedLayout shared_layout(const DeviceLayout& layout, int columns, int warps, int blocks) {
   SharedLayout s{};
-  s.queries = warps * kRingSlots * slot_layout(layout, columns).bytes;
+  s.queries = warps * static_cast<int>(kRingSlots) * slot_layout(layout, columns).bytes;
   s.merge = s.queries + 2 * columns * layout.dk;
   s.barriers = static_cast<int>(
       round_up(s.merge + merge_layout(warps, columns, layout.dv, blocks).floats * static_cast<int>(sizeof(float)), 16));
-  s.scan = s.barriers + warps * kRingSlots * 8;
+  s.scan = s.barriers + warps * static_cast<int>(kRingSlots) * 8;
   s.share = s.scan + warps * 8;
   s.segments = s.share + static_cast<int>(sizeof(Share));
   s.bytes = s.segments + (2 * warps + 1) * static_cast<int>(sizeof(Segment));
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(32 * max_warps(D, N), 1) decode_kernel(const _
 
   Segment& first_segment = segments[2 * warps];
   if (!find_share(args, reinterpret_cast<int64_t*>(shared + layout.scan), share, first_segment)) return;
-  Feed feed(args, slot, share, segments[2 * warp + 1]);
+  Feed<N> feed(args, slot, share, segments[2 * warp + 1]);
   feed.start(first_segment);
   copy_segment(segment, first_segment);
   Merge<Rows> merge(args, merge_layout(warps, N, device.dv, gridDim.x),

@@ -92,7 +92,7 @@ class Merge {
     bool last_to_come = true;
     if (cut) {
       const int first = segment.cut_begin ? share.cta_of(segment.begin) : blockIdx.x;
-      const int last = segment.cut_end ? share.cta_of(segment.begin + segment.unit.items.last()) : blockIdx.x;
+      const int last = segment.cut_end ? share.cta_of(segment.next() - 1) : blockIdx.x;
       if (threadIdx.x < columns) reinterpret_cast<RowSum*>(partial)[threadIdx.x] = totals()[threadIdx.x];
       last_to_come = draw_ticket(args_.p.tickets + segment.number, last - first + 1);
       if (last_to_come) add_partials(first, last - first + 1);

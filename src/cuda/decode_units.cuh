@@ -33,12 +33,6 @@ struct Items {
   int high = 0, planes = 0, fp4 = 0;  // in 16 bit, in fp4x2, in fp4
 
   __device__ int weight() const { return kUnitWeight + high * kHighWeight + planes * kPlanesWeight + fp4 * kFp4Weight; }
-  // Where the last item begins.
-  __device__ int last() const {
-    if (fp4 > 0) return weight() - kFp4Weight;
-    if (planes > 0) return weight() - kPlanesWeight;
-    return high > 0 ? weight() - kHighWeight : 0;
-  }
   __device__ int count() const { return high + planes + fp4; }
   // How many items begin before `at`, which lies in the unit.
   __device__ int before(int64_t at) const {
@@ -228,7 +222,7 @@ struct Segment {
 };
 
 __device__ inline Segment segment_of(const Unit& unit, Pass pass, int number, int64_t begin, const Share& share) {
-  const bool cut_begin = begin < share.begin, cut_end = begin + unit.items.last() >= share.end;
+  const bool cut_begin = begin<share.begin, cut_end = begin + unit.items.weight()> share.end;
   const int first = cut_begin ? unit.items.before(share.begin - begin) : 0;
   const int end = cut_end ? unit.items.before(share.end - begin) : unit.items.count();
   return {unit, number, begin, first, end, cut_begin, cut_end, pass};
