@@ -36,7 +36,7 @@ DecodeConfig decode_config(const Problem& problem, const Gpu& gpu) {
   config.d_bucket = problem.d == 128 && problem.d_v == 128 ? 128 : 256;
   config.columns = rows <= 4 ? 4 : rows <= 8 || config.d_bucket == 256 ? 8 : 16;
   config.tiles = static_cast<int>((rows + config.columns - 1) / config.columns);
-  config.slots = kRingSlots;
+  config.slots = static_cast<int>(kRingSlots);
   config.blocks = gpu.multiprocessors;
   config.programmatic = gpu.compute_capability >= 90;
   config.warps = max_warps(config.d_bucket, config.columns);
