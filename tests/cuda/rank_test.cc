@@ -506,6 +506,7 @@ void expect_decode(const Scene& scene) {
 
   const Selection want = w.select_on_cpu();
   const std::vector<int32_t> counts = r.counts.read();
+  const std::vector<float> scores = r.score.read();
   size_t block = 0;
   for (size_t u = 0; u < static_cast<size_t>(r.units); ++u) {
     const size_t i = u / static_cast<size_t>(scene.shape.h_kv);
@@ -522,6 +523,17 @@ void expect_decode(const Scene& scene) {
     const size_t first = static_cast<size_t>(want.first[block]), end = static_cast<size_t>(want.first[block + 1]);
     expect_same(got, {want.pages.data() + first, end - first}, f, here);
     ++block;
+    if (ranks(w.chosen()) && w.chosen().budget.kind != Budget::Kind::tolerance) {
+      double largest = 0, worst = 0;
+      for (size_t p = 0; p < f.rank.size(); ++p) {
+        const float score =
+            scores[u * static_cast<size_t>(on.cache.max_pages) + static_cast<size_t>(f.block.first_visible) + p];
+        if (std::isinf(f.rank[p]) && static_cast<double>(score) == f.rank[p]) continue;
+        largest = std::max(largest, std::fabs(f.rank[p]));
+        worst = std::max(worst, std::fabs(static_cast<double>(score) - f.rank[p]));
+      }
+      EXPECT_LE(worst, kClose * largest) << here << ": scores";
+    }
     // What is wanted and not stored: forced pages that are read as the rest, and all ranked ones without a high tier.
     int64_t missing = 0, forced = 0;
     for (size_t p = 0; p < f.forced.size(); ++p) {
