@@ -50,27 +50,46 @@ constexpr int shared_bytes(int depth, int lanes) {
   return 4 * (tile_floats(depth, lanes) + 2 * group_floats(depth, lanes));
 }
 
+// Pairs (i, j), j in [0, width), row after row from (i0, 0): those that one warp meets, every kWarps-th.
+struct Walk {
+  int i, j, width;
+
+  __device__ Walk(int i0, int width_)
+      : i(i0 + threadIdx.x / 32 / width_), j(threadIdx.x / 32 % width_), width(width_) {}
+  __device__ void step() {
+    for (j += kWarps; j >= width; j -= width) ++i;
+  }
+};
+
 // --- 16 bit
 
-// Four elements of a caller's tensor as they stand there, in the low half of each word where they have 16 bit.
+__device__ uint32_t pack(float even, float odd) {
+  const __half2 halves = __floats2half2_rn(even, odd);
+  return __half_as_ushort(__low2half(halves)) | static_cast<uint32_t>(__half_as_ushort(__high2half(halves))) << 16;
+}
+__device__ float low_half(uint32_t halves) { return __half2float(__ushort_as_half(static_cast<uint16_t>(halves))); }
+__device__ float high_half(uint32_t halves) {
+  return __half2float(__ushort_as_half(static_cast<uint16_t>(halves >> 16)));
+}
+
+// Four elements of a caller's tensor as they stand there, those of 16 bit two a word.
 __device__ uint4 load_bits(const void* data, bool is_f32, int64_t at, bool aligned) {
   if (is_f32) {
     const uint32_t* x = static_cast<const uint32_t*>(data) + at;
     return aligned ? *reinterpret_cast<const uint4*>(x) : uint4{x[0], x[1], x[2], x[3]};
   }
   const uint16_t* x = static_cast<const uint16_t*>(data) + at;
-  const ushort4 bits = aligned ? *reinterpret_cast<const ushort4*>(x) : ushort4{x[0], x[1], x[2], x[3]};
-  return {bits.x, bits.y, bits.z, bits.w};
+  const uint2 bits =
+      aligned ? *reinterpret_cast<const uint2*>(x) : uint2{x[0] | uint32_t{x[1]} << 16, x[2] | uint32_t{x[3]} << 16};
+  return {bits.x, bits.y, 0, 0};
 }
 
-// The value that the 16-bit form keeps of an element: what it cannot hold becomes NaN, never an infinity, which a
-// softmax would take for a score.
-__device__ float to_high(uint32_t bits, DType dtype, bool& good) {
-  const __half half = dtype == DType::f16 ? __ushort_as_half(static_cast<uint16_t>(bits))
-                                          : __float2half_rn(float_of(dtype == DType::f32 ? bits : bits << 16));
-  const bool finite = (__half_as_ushort(half) & 0x7fffu) < 0x7c00u;
-  good &= finite;
-  return finite ? __half2float(half) : float_of(0x7fc00000u);
+// Two halves; what 16 bit cannot hold becomes NaN, never an infinity, which a softmax would take for a score.
+__device__ uint32_t without_infinities(uint32_t halves, bool& good) {
+  const uint32_t bad = ((halves & 0x7fff7fffu) + 0x04000400u) & 0x80008000u;  // an exponent of all ones carries
+  if (bad == 0) return halves;
+  good = false;
+  return halves | (bad >> 15) * 0x7fffu;
 }
 
 // Tokens [first, last) of the page from the caller's rows, of which `row` is the first token's. A warp takes 8 tokens x
@@ -82,28 +101,37 @@ __device__ bool load_rows(const Tile& tile, const Rows<const void*>& rows, int h
   const auto address = reinterpret_cast<uint64_t>(rows.data);
   const bool aligned =
       (address | static_cast<uint64_t>((rows.row_stride | rows.head_stride) * element)) % (4 * element) == 0;
-  const int across = tile.blocks() * 2, lane = threadIdx.x % 32;
+  const int64_t from = (row + threadIdx.x % 8) * rows.row_stride + head * rows.head_stride;
+  const int channel_step = tile.is_v ? 1 : tile.stride, groups = (last - first + 7) / 8;
   bool good = true;
-  for (int item = threadIdx.x / 32; item < (last - first + 7) / 8 * across; item += kAhead * kWarps) {
+  for (Walk walk(0, 2 * tile.blocks()); walk.i < groups;) {
     uint4 bits[kAhead];
-    const auto token = [&](int i) { return first + (item + i * kWarps) / across * 8 + lane % 8; };
-    const auto channel = [&](int i) { return (item + i * kWarps) % across * 16 + lane / 8 * 4; };
+    float* to[kAhead];
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      bits[i] = {0, 0, 0, 0};
-      if (token(i) < last && channel(i) < tile.channels)
-        bits[i] = load_bits(rows.data, is_f32,
-                            (row + token(i) - first) * rows.row_stride + head * rows.head_stride + channel(i), aligned);
+    for (int n = 0; n < kAhead; ++n, walk.step()) {
+      const int token = first + walk.i * 8 + threadIdx.x % 8, channel = walk.j * 16 + threadIdx.x % 32 / 8 * 4;
+      to[n] = token < last ? tile.at(token, channel) : nullptr;
+      bits[n] = {0, 0, 0, 0};
+      if (token < last && channel < tile.channels)
+        bits[n] = load_bits(rows.data, is_f32, from + walk.i * 8 * rows.row_stride + channel, aligned);
     }
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (token(i) >= last) continue;
-      float* const to = tile.at(token(i), channel(i));
-      const int step = tile.is_v ? 1 : tile.stride;
-      to[0] = to_high(bits[i].x, rows.dtype, good);
-      to[step] = to_high(bits[i].y, rows.dtype, good);
-      to[2 * step] = to_high(bits[i].z, rows.dtype, good);
-      to[3 * step] = to_high(bits[i].w, rows.dtype, good);
+    for (int n = 0; n < kAhead; ++n) {
+      if (!to[n]) continue;
+      uint32_t x01 = bits[n].x, x23 = bits[n].y;
+      if (is_f32) {
+        x01 = pack(float_of(bits[n].x), float_of(bits[n].y));
+        x23 = pack(float_of(bits[n].z), float_of(bits[n].w));
+      } else if (rows.dtype == DType::bf16) {
+        x01 = pack(float_of(bits[n].x << 16), float_of(bits[n].x & 0xffff0000u));
+        x23 = pack(float_of(bits[n].y << 16), float_of(bits[n].y & 0xffff0000u));
+      }
+      x01 = without_infinities(x01, good);
+      x23 = without_infinities(x23, good);
+      to[n][0] = low_half(x01);
+      to[n][channel_step] = high_half(x01);
+      to[n][2 * channel_step] = low_half(x23);
+      to[n][3 * channel_step] = high_half(x23);
     }
   }
   return good;
@@ -114,17 +142,17 @@ __device__ bool load_rows(const Tile& tile, const Rows<const void*>& rows, int h
 struct HighChunk {
   int64_t offset;  // in the record
   float* values;   // the first one's place in the tile
-  int token;       // the first one's
-  int step[3];     // from it to the others: value e stands at the sum of the steps of e's bits
+  int even, odd;   // the tokens of the values in the low halves, and in the high ones
+  int step[3];     // from the first value to the others: value e stands at the sum of the steps of e's bits
 
   __device__ HighChunk(const DeviceLayout& layout, const Tile& tile, int item, int block) {
     const int lane = threadIdx.x % 32;
-    const int in_item = tile.is_v ? lane % 4 * 2 : lane / 4,
-              channel = block * 32 + (tile.is_v ? lane / 4 : lane % 4 * 2);
+    const int token = tile.is_v ? lane % 4 * 2 : lane / 4, channel = block * 32 + (tile.is_v ? lane / 4 : lane % 4 * 2);
     offset = item * int64_t{layout.high_item_bytes} +
-             (tile.is_v ? layout.high_v_at(channel, in_item) : layout.high_k(channel, in_item));
-    token = item * kHighItemTokens + in_item;
-    values = tile.at(token, channel);
+             (tile.is_v ? layout.high_v_at(channel, token) : layout.high_k(channel, token));
+    even = item * kHighItemTokens + token;
+    odd = even + (tile.is_v ? 1 : 0);
+    values = tile.at(even, channel);
     step[0] = tile.stride;  // the next channel of K, the next token of V
     step[1] = tile.is_v ? 8 : 16 * tile.stride;
     step[2] = tile.is_v ? 16 : 8 * tile.stride;
@@ -136,21 +164,15 @@ struct HighChunk {
 
 // Tokens [first, last) of the tile into the record, and zeros after them up to the end of their item.
 __device__ void store_high(const Tile& tile, const DeviceLayout& layout, int first, int last, uint8_t* record) {
-  const int blocks = tile.blocks();
-  const int begin = first / kHighItemTokens * blocks, end = (last + kHighItemTokens - 1) / kHighItemTokens * blocks;
-  for (int index = begin + threadIdx.x / 32; index < end; index += kWarps) {
-    const HighChunk chunk(layout, tile, index / blocks, index % blocks);
-    const int odd_token = chunk.token + (tile.is_v ? 1 : 0);
-    if (odd_token < first) continue;
+  for (Walk walk(first / kHighItemTokens, tile.blocks()); walk.i * kHighItemTokens < last; walk.step()) {
+    const HighChunk chunk(layout, tile, walk.i, walk.j);
+    if (chunk.odd < first) continue;
     uint32_t x[4];
 #pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const __half even = __float2half_rn(chunk.token < last ? chunk.value(2 * w) : 0.0f);
-      const __half odd = __float2half_rn(odd_token < last ? chunk.value(2 * w + 1) : 0.0f);
-      x[w] = __half_as_ushort(even) | static_cast<uint32_t>(__half_as_ushort(odd)) << 16;
-    }
+    for (int w = 0; w < 4; ++w)
+      x[w] = pack(chunk.even < last ? chunk.value(2 * w) : 0.0f, chunk.odd < last ? chunk.value(2 * w + 1) : 0.0f);
     uint8_t* const to = record + chunk.offset;
-    if (chunk.token < first) {  // the even token of these pairs was there before
+    if (chunk.even < first) {  // these tokens were there before
       for (int w = 0; w < 4; ++w) reinterpret_cast<uint16_t*>(to)[2 * w + 1] = static_cast<uint16_t>(x[w] >> 16);
     } else {
       *reinterpret_cast<uint4*>(to) = {x[0], x[1], x[2], x[3]};
@@ -161,23 +183,23 @@ __device__ void store_high(const Tile& tile, const DeviceLayout& layout, int fir
 // Tokens [0, end) of the record into the tile.
 __device__ void load_high(const Tile& tile, const DeviceLayout& layout, const uint8_t* record, int end) {
   constexpr int kAhead = 4;
-  const int blocks = tile.blocks(), count = (end + kHighItemTokens - 1) / kHighItemTokens * blocks;
-  for (int index = threadIdx.x / 32; index < count; index += kAhead * kWarps) {
+  const int items = (end + kHighItemTokens - 1) / kHighItemTokens;
+  for (Walk walk(0, tile.blocks()); walk.i < items;) {
     uint4 words[kAhead];
-    const auto chunk = [&](int i) {
-      return HighChunk(layout, tile, (index + i * kWarps) / blocks, (index + i * kWarps) % blocks);
-    };
+    Walk ahead = walk;
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i)
-      if (index + i * kWarps < count) words[i] = *reinterpret_cast<const uint4*>(record + chunk(i).offset);
+    for (int n = 0; n < kAhead; ++n, ahead.step())
+      if (ahead.i < items)
+        words[n] = *reinterpret_cast<const uint4*>(record + HighChunk(layout, tile, ahead.i, ahead.j).offset);
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const HighChunk to = chunk(i);
-      const uint32_t x[4] = {words[i].x, words[i].y, words[i].z, words[i].w};
+    for (int n = 0; n < kAhead; ++n, walk.step()) {
+      const HighChunk to(layout, tile, walk.i, walk.j);
+      const uint32_t x[4] = {words[n].x, words[n].y, words[n].z, words[n].w};
 #pragma unroll
-      for (int e = 0; e < 8; ++e)
-        if (to.token + (tile.is_v ? e % 2 : 0) < end)
-          to.value(e) = __half2float(__ushort_as_half(static_cast<uint16_t>(x[e / 2] >> e % 2 * 16)));
+      for (int w = 0; w < 4; ++w) {
+        if (to.even < end) to.value(2 * w) = low_half(x[w]);
+        if (to.odd < end) to.value(2 * w + 1) = high_half(x[w]);
+      }
     }
   }
 }
@@ -339,13 +361,12 @@ __device__ uint32_t encode_plane(const Tile& tile, const DeviceLayout& layout, i
       return tile.is_v ? layout.v_code(lane, depth % kItemTokens) : layout.k_code(depth, lane % kItemTokens);
     };
     uint32_t words[8] = {};
-    float s = 0, squares = 0;
+    float x[kGroup], s = 0, squares = 0;
     uint32_t kept = 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float* const values = column.values + 16 * half * tile.stride;
       if (16 * half % kGroup == 0) {
-        float x[kGroup];
         uint32_t amax = 0;
 #pragma unroll
         for (int i = 0; i < kGroup; ++i) {
@@ -366,19 +387,18 @@ __device__ uint32_t encode_plane(const Tile& tile, const DeviceLayout& layout, i
       const CodePlace place = code_place(16 * half, column.lane);
 #pragma unroll
       for (int i = 0; i < 16; i += 2) {
-        const float even = values[i * tile.stride] * up, odd = values[(i + 1) * tile.stride] * up;
+        const float even = x[(16 * half + i) % kGroup], odd = x[(16 * half + i + 1) % kGroup];
         const uint32_t pair = encode_pair(even, odd, s) & kept;
         words[i / 2] |= (pair & 0x0e000e00u) >> (9 - place.magnitude) | (pair & 0x80008000u) >> (15 - place.sign);
         if (!keep_error) continue;
-        const auto error_of = [&](float x, uint32_t half_bits) {
-          const float code = __half2float(__ushort_as_half(static_cast<uint16_t>(half_bits)));
-          const float error = (x - code * (s * 0x1p14f)) * down;  // a power of two moves no rounding
+        const auto error_of = [&](float value, float code) {
+          const float error = (value - code * (s * 0x1p14f)) * down;  // a power of two moves no rounding
           squares += error * error;
           largest = max(largest, abs_bits(error));
           return error;
         };
-        values[i * tile.stride] = error_of(even, pair & 0xffffu);
-        values[(i + 1) * tile.stride] = error_of(odd, pair >> 16);
+        values[i * tile.stride] = error_of(even, low_half(pair));
+        values[(i + 1) * tile.stride] = error_of(odd, high_half(pair));
       }
       if (keep_error && 16 * (half + 1) % kGroup == 0) tile.squares[1][column.group<kGroup>(tile, half)] = squares;
     }
