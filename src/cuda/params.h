@@ -85,7 +85,9 @@ struct Lists {
   uint32_t* by_page;  // [units, k_max], ascending
   uint32_t* by_tier;  // [units, k_max], those in fp16 first, then those in fp4x2, then those in fp4, then those in none;
                       // ascending within
-  int32_t* counts;    // [units, 8]: listed, then in fp16, in fp4x2, in fp4, in none, wanted but not stored, 0, 0
+  uint32_t* ranked;   // [units, k_max], those that are listed for their rank and not by force, ascending, all in one
+                      // tier: what exchange takes out of the state and adds again; null where nobody asks
+  int32_t* counts;    // [units, 8]: listed, then in fp16, in fp4x2, in fp4, in none, wanted but not stored, ranked, 0
 };
 
 // What a unit may see, as format/selection.h's block_pages says, is computed by each kernel from s_kv and s_q.
@@ -97,9 +99,12 @@ struct RankParams {
   Method method;        // resolved: policy, budget, force, storage
   bool lists_given;     // leave the lists alone: q_mean_log2 alone is wanted
   int row_stride;
-  float* q_mean;    // [units, max_pages, row_stride]: q . k_mean of every full page that is seen, times sm_scale * log2 e
+  float* q_mean;    // [units, max_pages, row_stride]: q . k_mean of every full page that is seen, times sm_scale * log2 e;
+                    // null without centring
   float* score;     // [units, max_pages]: what the policy says of a page, the maximum over the unit's heads
   float* q_norm;    // [units]: norm of the mean row, the maximum over heads (error estimates)
+  float* row_weight;  // [units, row_stride]: what a row weighs in the mean over its head, 1 / (the head's rows without
+                      // NaN and Inf); 0 for a row with them. For choose_by_mass; null where nobody asks
   int32_t* ticket;  // [units], zero before and after
   Lists lists;
 };
@@ -127,9 +132,9 @@ struct DecodeParams {
 };
 
 struct MassParams {
-  RankParams rank;        // method, lists to fill, score to fill
+  RankParams rank;         // of the launch_rank before: q_norm and row_weight are read, score and lists filled
   const float2* page_mass;
-  const float* sinks;     // [h_q] or null
+  const float* state_ml;   // as attend left it: m and l of all that a row sees, a learned sink included
 };
 
 cudaError_t launch_rank(const RankParams& params, cudaStream_t stream);
@@ -161,7 +166,7 @@ struct PrefillParams {
   const float* sinks;
   int max_blocks;       // query blocks of one sequence, at most
   // Tier of every full page for every query block, 2 bits a page, little end first; the pages of a word that a block
-  // does not see are 0 (none).
+  // does not see are 0 (none). All words are written.
   uint32_t* tiers;      // [b, h_q, max_blocks, tier_words], tier_words = ceil(max_pages / 16)
   int tier_words;
   bool tiers_given;     // an injected selection: rank_prefill leaves tiers alone
