@@ -126,10 +126,10 @@ __device__ inline uint32_t pages_wanted(const Choosing& how, const Candidates& c
   return static_cast<uint32_t>(budget_pages(how.budget, c.block, forced, how.one_k) - forced);
 }
 
-// One of the few pages of which one is the last taken.
-struct Rival {
-  uint32_t key, weight;
-  int page;
+// One of the few pages of which one is the last taken: who comes first has the larger `order`.
+struct alignas(16) Rival {
+  uint64_t order;  // key, then the lower page
+  uint32_t weight;
 };
 
 template <int kThreads>
@@ -330,7 +330,7 @@ __device__ Cut choose(const Choosing& how, const Candidates& c, float* score, ui
       low_left = min(low_left, k);
       high_left = max(high_left, k);
       const int at = atomicAdd(&s.rivals, 1);
-      if (at < s.kRivals) s.rival[at] = {k, weigh_page.of(score_of(k)), c.first + i};
+      if (at < s.kRivals) s.rival[at] = {uint64_t{k} << 32 | (kAll - i), weigh_page.of(score_of(k))};
     }
     need -= s.above;
     for (int i = t; i < 256; i += kThreads) s.histogram[i] = 0;
@@ -342,11 +342,10 @@ __device__ Cut choose(const Choosing& how, const Candidates& c, float* score, ui
       if (t < rivals) {
         const Rival mine = s.rival[t];
         uint32_t before = 0;
-        for (int i = 0; i < rivals; ++i) {
-          const Rival& other = s.rival[i];
-          if (other.key > mine.key || (other.key == mine.key && other.page < mine.page)) before += other.weight;
-        }
-        if (before < need && need <= before + mine.weight) s.cut = {mine.key, mine.page + 1};
+        for (int i = 0; i < rivals; ++i) before += s.rival[i].order > mine.order ? s.rival[i].weight : 0;
+        if (before < need && need <= before + mine.weight)
+          s.cut = {static_cast<uint32_t>(mine.order >> 32),
+                   c.first + static_cast<int>(kAll - static_cast<uint32_t>(mine.order)) + 1};
       }
       __syncthreads();
       return s.cut;
@@ -364,23 +363,23 @@ struct ListShared {
 };
 
 // Writes the lists and counts of unit u; keys are null where the method does not rank. Each warp goes through pages of
-// its own, first counting, then writing.
+// its own, first counting, then writing. tiers, in shared memory, has room for all pages.
 template <int kThreads>
 __device__ void write_lists(const Choosing& how, const Candidates& c, const Cut& cut, const uint32_t* keys,
-                            const Lists& lists, int64_t u, ListShared<kThreads>& s) {
+                            uint8_t* tiers, const Lists& lists, int64_t u, ListShared<kThreads>& s) {
   constexpr int kWarps = kThreads / 32;
   const int n = c.end - c.first, strips = (n + 31) / 32, per_warp = (strips + kWarps - 1) / kWarps;
   const int first = warp_id() * per_warp * 32, end = min(n, first + per_warp * 32);
-  const auto verdict = [&](int i) {
-    if (i >= end) return Verdict{how.rest, false, false};
-    const uint32_t key = keys ? keys[i] : c.forced(c.first + i) ? kForcedKey : 1;
-    return judge(how, c, cut, c.first + i, key);
-  };
   if (threadIdx.x == 0) s.wanted = 0;
   __syncthreads();
   uint32_t count = 0;
   for (int i0 = first; i0 < end; i0 += 32) {
-    const Verdict v = verdict(i0 + lane_id());
+    const int i = i0 + lane_id();
+    Verdict v = {Tier::none, false, false};
+    if (i < end) {
+      v = judge(how, c, cut, c.first + i, keys ? keys[i] : c.forced(c.first + i) ? kForcedKey : 1);
+      tiers[i] = v.listed ? static_cast<uint8_t>(v.tier) : 0;
+    }
     count += __popc(__ballot_sync(kAll, v.listed && v.tier == Tier::fp16));
     count += __popc(__ballot_sync(kAll, v.listed && v.tier == Tier::fp4x2)) << 16;
     if (v.wanted) atomicAdd(&s.wanted, 1);
@@ -389,18 +388,20 @@ __device__ void write_lists(const Choosing& how, const Candidates& c, const Cut&
   __syncthreads();
   const uint32_t of_warp = lane_id() < kWarps ? s.counts[lane_id()] : 0;
   uint32_t before = __reduce_add_sync(kAll, lane_id() < warp_id() ? of_warp : 0);
-  const uint32_t all = __reduce_add_sync(kAll, of_warp);
-  const int highs_in_all = static_cast<int>(all & 0xffff), pairs_in_all = static_cast<int>(all >> 16);
+  const uint32_t all = __reduce_add_sync(kAll, of_warp), highs_in_all = all & 0xffff;
   uint32_t* by_page = lists.by_page + u * lists.k_max;
   uint32_t* by_tier = lists.by_tier + u * lists.k_max;
   for (int i0 = first; i0 < end; i0 += 32) {
-    const Verdict v = verdict(i0 + lane_id());
-    const bool high = v.listed && v.tier == Tier::fp16;
-    const unsigned highs = __ballot_sync(kAll, high), pairs = __ballot_sync(kAll, v.listed && !high);
-    if (v.listed) {
-      const int highs_before = static_cast<int>(before & 0xffff) + __popc(highs & lanes_before());
-      const int pairs_before = static_cast<int>(before >> 16) + __popc(pairs & lanes_before());
-      const uint32_t entry = static_cast<uint32_t>(c.first + i0 + lane_id()) * 4 + static_cast<uint32_t>(v.tier);
+    const int i = i0 + lane_id();
+    const uint32_t tier = i < end ? tiers[i] : 0;
+    const unsigned listed = __ballot_sync(kAll, tier != 0);
+    if (listed == 0) continue;
+    const bool high = tier == static_cast<uint32_t>(Tier::fp16);
+    const unsigned highs = __ballot_sync(kAll, high), pairs = listed & ~highs;
+    if (tier != 0) {
+      const uint32_t highs_before = (before & 0xffff) + __popc(highs & lanes_before());
+      const uint32_t pairs_before = (before >> 16) + __popc(pairs & lanes_before());
+      const uint32_t entry = static_cast<uint32_t>(c.first + i) * 4 + tier;
       by_page[highs_before + pairs_before] = entry;
       by_tier[high ? highs_before : highs_in_all + pairs_before] = entry;
     }
@@ -408,7 +409,8 @@ __device__ void write_lists(const Choosing& how, const Candidates& c, const Cut&
   }
   if (threadIdx.x == 0) {
     int4* counts = reinterpret_cast<int4*>(lists.counts + u * 8);
-    counts[0] = {highs_in_all + pairs_in_all, highs_in_all, pairs_in_all, 0};
+    const int high = static_cast<int>(highs_in_all), pairs = static_cast<int>(all >> 16);
+    counts[0] = {high + pairs, high, pairs, 0};
     counts[1] = {0, s.wanted, 0, 0};
   }
 }

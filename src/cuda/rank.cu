@@ -21,8 +21,8 @@
 namespace thriftattn::cuda {
 namespace {
 
-constexpr int kScoreThreads = 256, kMassThreads = 256, kChooseThreads = 1024;
-constexpr int kScorePages = 64, kMassPages = kMassThreads / 8;   // that a CTA has at once
+constexpr int kScoreThreads = 256, kMassThreads = 256, kChooseThreads = 512;
+constexpr int kScorePages = 128, kMassPages = kMassThreads / 8;  // that a CTA has at once
 constexpr int kTileRows = 80;                                    // of 128 channels
 constexpr int kTileFloats = kTileRows * 128 + 3 * kMaxChannels;  // rows are read by fours
 
@@ -77,6 +77,9 @@ struct ScoreShared {
   ListShared<kScoreThreads> lists;
 };
 
+// Whether somebody asks for q_norm.
+__device__ bool measures(const RankArgs& a) { return a.how.budget.kind == Budget::Kind::tolerance; }
+
 // Brings the rows of `heads` heads of the group from h0 on into the tile, [heads, s_q], those with NaN or Inf as zeros,
 // and where s_q > 1 their means behind them, [heads].
 template <int kSteps>
@@ -90,9 +93,11 @@ __device__ void load_heads(const RankArgs& a, const UnitPlace& at, int h0, int h
     const bool finite = row.finite();
 #pragma unroll
     for (int i = 0; i < 2 * kSteps; ++i) tile.at(r, lane_id() + 32 * i) = finite ? row.x[i] : 0.0f;
-    if (lane_id() == 0) s.finite[r] = finite;
+    if (lane_id() == 0) s.finite[r] = s.valid[r] = finite;  // valid as it is where a head has one row
   }
   __syncthreads();
+  const bool weigh = a.row_weight && blockIdx.x == 0, measure = measures(a);
+  if (s_q == 1 && !weigh && !measure) return;
   const int means = s_q > 1 ? heads * s_q : 0;
   for (int h = warp_id(); h < heads; h += kWarps) {
     const bool finite = lane_id() < s_q && s.finite[h * s_q + lane_id()];
@@ -106,12 +111,12 @@ __device__ void load_heads(const RankArgs& a, const UnitPlace& at, int h0, int h
         tile.at(means + h, c) = count > 0 ? sum / static_cast<float>(count) : 0.0f;
       }
     __syncwarp();
-    const float norm = row_norm(tile, means + h);
+    const float norm = measure ? row_norm(tile, means + h) : 0.0f;
     if (lane_id() == 0) {
       s.valid[h] = count > 0;
       s.norm[h] = norm;
     }
-    if (a.row_weight && blockIdx.x == 0 && lane_id() < s_q)
+    if (weigh && lane_id() < s_q)
       a.row_weight[at.u * a.row_stride + (h0 + h) * s_q + lane_id()] = finite ? 1.0f / static_cast<float>(count) : 0.0f;
   }
   __syncthreads();
@@ -152,7 +157,7 @@ __device__ void score_pages(const RankArgs& a, const UnitPlace& at, const Tile<k
 // Products of all rows of the unit with the summaries of the CTA's pages, as many heads at a time as the tile holds.
 template <int kSteps>
 __device__ void rank_pages(const RankArgs& a, const UnitPlace& at, int ctas, ScoreShared& s) {
-  constexpr int kPages = 4 / kSteps;  // that a lane has at once
+  constexpr int kPages = 8 / kSteps;  // that a lane has at once
   const Tile<kSteps> tile{s.q};
   const int s_q = at.s_q, group = a.shape.group, t = static_cast<int>(threadIdx.x);
   const PageChunks pages{at.first + static_cast<int>(blockIdx.x) * kScorePages, at.end, kScorePages,
@@ -187,14 +192,14 @@ __device__ void rank_pages(const RankArgs& a, const UnitPlace& at, int ctas, Sco
     prepare();  // where nothing was multiplied
     for (int h = 0; h < heads; ++h) {
       any_valid |= s.valid[h];
-      if (s.valid[h]) q_norm = fmaxf(q_norm, s.norm[h]);
+      if (measures(a) && s.valid[h]) q_norm = fmaxf(q_norm, s.norm[h]);
     }
   }
   if (policy == Policy::recent)
     for (int p0 = pages.first; p0 < pages.end; p0 += pages.stride)
       if (t < kScorePages && p0 + t < at.end)
         score[p0 + t] = any_valid ? static_cast<float>(p0 + t - at.first) : -INFINITY;
-  if (blockIdx.x == 0 && t == 0) a.q_norm[at.u] = q_norm;
+  if (measures(a) && blockIdx.x == 0 && t == 0) a.q_norm[at.u] = q_norm;
 }
 
 template <int kSteps>
@@ -206,7 +211,8 @@ __global__ __launch_bounds__(kScoreThreads, 2) void score_kernel(const __grid_co
   const bool lists_here = a.write_lists && !a.how.ranks;  // by one more CTA
   if (lists_here && blockIdx.x == gridDim.x - 1) {
     if (at.s_q == 0) return write_empty(a.lists, at.u);
-    return write_lists(a.how, candidates_of(a, at), Cut::none(), nullptr, a.lists, at.u, s.lists);
+    return write_lists(a.how, candidates_of(a, at), Cut::none(), nullptr, reinterpret_cast<uint8_t*>(s.q), a.lists,
+                       at.u, s.lists);
   }
   if (at.s_q > 0) rank_pages<kSteps>(a, at, gridDim.x - lists_here, s);
 }
@@ -261,20 +267,29 @@ __global__ __launch_bounds__(kMassThreads) void mass_kernel(const __grid_constan
 // --- choosing
 
 // Launched after score_kernel or mass_kernel, which let it start once all before them is done: lengths can be read
-// before the wait, scores after it.
-__global__ __launch_bounds__(kChooseThreads, 1) void choose_kernel(const __grid_constant__ RankArgs a) {
+// before the wait, scores after it. It goes through its work twice, the first time over made-up scores while the true
+// ones are still being computed: nearly all of its instructions run once, and fetching them took half of its time.
+__global__ __launch_bounds__(kChooseThreads, 2) void choose_kernel(const __grid_constant__ RankArgs a) {
   __shared__ ChooseShared<kChooseThreads> s;
-  __shared__ ListShared<kChooseThreads> lists;
-  extern __shared__ uint32_t keys[];
+  __shared__ ListShared<kChooseThreads> of_lists;
+  extern __shared__ uint32_t keys[];  // then tiers
   let_next_kernel_start();
   const UnitPlace at = unit_place(a);
   const Candidates pages = candidates_of(a, at);
-  if (threadIdx.x == 0) s.need = pages_wanted(a.how, pages);
-  wait_for_previous_kernel();
-  if (at.s_q == 0) return write_empty(a.lists, at.u);
-  float* score = a.score + at.u * a.cache.max_pages + at.first;
-  const Cut cut = choose(a.how, pages, score, keys, a.q_norm[at.u], summaries_of(a.cache, at.slot, at.g), s);
-  write_lists(a.how, pages, cut, keys, a.lists, at.u, lists);
+  const int n = at.end - at.first;
+  float* score = reinterpret_cast<float*>(keys);
+  for (int i = static_cast<int>(threadIdx.x); i < n; i += kChooseThreads) score[i] = static_cast<float>(i * 37 % 1024);
+  for (int round = 0; round < 2; ++round) {
+    __syncthreads();
+    if (threadIdx.x == 0) s.need = pages_wanted(a.how, pages);
+    if (round == 1) {
+      wait_for_previous_kernel();
+      if (at.s_q == 0) return write_empty(a.lists, at.u);
+      score = a.score + at.u * a.cache.max_pages + at.first;
+    }
+    const Cut cut = choose(a.how, pages, score, keys, a.q_norm[at.u], summaries_of(a.cache, at.slot, at.g), s);
+    write_lists(a.how, pages, cut, keys, reinterpret_cast<uint8_t*>(keys + n), a.lists, at.u, of_lists);
+  }
 }
 
 // --- launching
@@ -310,7 +325,7 @@ cudaError_t launch_over_pages(void (*kernel)(Args), const RankParams& p, int pag
 
 cudaError_t launch_choose(const RankParams& p, const RankArgs& args, cudaStream_t stream) {
   const dim3 grid(1, static_cast<unsigned>(p.shape.h_kv), static_cast<unsigned>(p.batch.b));
-  return launch_early(choose_kernel, grid, kChooseThreads, static_cast<int>(most_seen(p)) * 4, stream, args);
+  return launch_early(choose_kernel, grid, kChooseThreads, static_cast<int>(most_seen(p)) * 5, stream, args);
 }
 
 }  // namespace
