@@ -275,34 +275,22 @@ __device__ void fill(const Attend& a, Control& c, uint8_t* ring, int stage, int 
 
 // --- rows of the caller
 
-// n channels (2, 4 or 8) of a row of T, in one access where the place allows it.
+// n channels (2, 4 or 8) of a row.
 template <class T, int n>
-__device__ void load(const T* from, float (&x)[n]) {
-  struct alignas(n * sizeof(T) > 16 ? 16 : n * sizeof(T)) Pack {
-    T x[n];
-  } pack;
-  if (reinterpret_cast<uintptr_t>(from) % alignof(Pack) == 0) {
-    pack = *reinterpret_cast<const Pack*>(from);
-  } else {
-#pragma unroll
-    for (int i = 0; i < n; ++i) pack.x[i] = from[i];
-  }
-#pragma unroll
-  for (int i = 0; i < n; ++i) x[i] = static_cast<float>(pack.x[i]);
-}
+struct alignas(n * sizeof(T) > 16 ? 16 : n * sizeof(T)) Channels {
+  T x[n];
+};
 
 template <class T, int n>
 __device__ void store(T* to, const float (&x)[n]) {
-  struct alignas(n * sizeof(T) > 16 ? 16 : n * sizeof(T)) Pack {
-    T x[n];
-  } pack;
+  Channels<T, n> c;
 #pragma unroll
-  for (int i = 0; i < n; ++i) pack.x[i] = static_cast<T>(x[i]);
-  if (reinterpret_cast<uintptr_t>(to) % alignof(Pack) == 0) {
-    *reinterpret_cast<Pack*>(to) = pack;
+  for (int i = 0; i < n; ++i) c.x[i] = static_cast<T>(x[i]);
+  if (reinterpret_cast<uintptr_t>(to) % alignof(Channels<T, n>) == 0) {
+    *reinterpret_cast<Channels<T, n>*>(to) = c;
   } else {
 #pragma unroll
-    for (int i = 0; i < n; ++i) to[i] = pack.x[i];
+    for (int i = 0; i < n; ++i) to[i] = c.x[i];
   }
 }
 
@@ -322,6 +310,11 @@ template <int D>
 struct Warp {
   static constexpr int kRowTiles = Tile<D>::kRowTiles, kRows = 2 * kRowTiles;  // kRows: of a lane; r = 2 mt + half
   static constexpr int kChannelBlocks = D / 32;
+  static constexpr int kTokens = 32, kTiles = kTokens / 8;  // half a page
+  static constexpr int kParts = kTiles * kRowTiles;         // of the p of half a page
+  static constexpr int kScoreSlots = kChannelBlocks * kTiles, kValueSlots = kTokens / 16 * (D / 16);
+  using Scores = float[kRowTiles][kTiles][4];
+  using Products = uint32_t[kTokens / 16][kRowTiles][4];  // p, as A fragments
 
   const Attend& a;
   const int lane;
@@ -330,7 +323,7 @@ struct Warp {
   const int position, s_kv;  // of its first row, tokens of the sequence
   int exponents = 0;  // of q, a byte for a row: it was multiplied by 2^-exponent; kNotFinite where it has NaN or Inf
   float reference[kRows], l[kRows];
-  float o[kRowTiles][4 * kChannelBlocks][4];
+  float o[kRowTiles][D / 8][4];
 
   __device__ Warp(const Attend& attend, int lane_, uint32_t q_, float* l_high_, int position_, int tokens)
       : a(attend), lane(lane_), q(q_), l_high(l_high_), position(position_), s_kv(tokens) {}
@@ -346,18 +339,33 @@ struct Warp {
   __device__ void load_q(int first, int64_t first_row, int head) {
     constexpr int kChannels = D / 32, kAtOnce = 8;
     const int channel = lane * kChannels;
-    with_type(a.q, [&](const auto* data) {
+    with_type(a.q, [&]<class T>(const T* data) {
+      using Some = Channels<T, kChannels>;
+      data += first_row * a.q.row_stride + head * a.q.head_stride + channel;
+      const bool aligned =
+          (reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(a.q.row_stride) * sizeof(T)) % alignof(Some) == 0;
 #pragma unroll 1
       for (int from = 0; from < 16 * kRowTiles; from += kAtOnce) {
-        float x[kAtOnce][kChannels] = {};
+        Some x[kAtOnce] = {};
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
           const int p = position + from + i;
-          if (p >= first && p < s_kv && channel < a.shape.d)
-            load(data + (first_row + (p - first)) * a.q.row_stride + head * a.q.head_stride + channel, x[i]);
+          if (p < first || p >= s_kv || channel >= a.shape.d) continue;
+          const T* at = data + static_cast<int64_t>(p - first) * a.q.row_stride;
+          if (aligned) {
+            x[i] = *reinterpret_cast<const Some*>(at);
+          } else {
+#pragma unroll
+            for (int c = 0; c < kChannels; ++c) x[i].x[c] = at[c];
+          }
         }
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) keep_q(from + i, channel, x[i]);
+        for (int i = 0; i < kAtOnce; ++i) {
+          float row[kChannels];
+#pragma unroll
+          for (int c = 0; c < kChannels; ++c) row[c] = static_cast<float>(x[i].x[c]);
+          keep_q(from + i, channel, row);
+        }
       }
     });
     __syncwarp();
@@ -394,20 +402,16 @@ struct Warp {
 #pragma unroll
     for (int mt = 0; mt < kRowTiles; ++mt)
 #pragma unroll
-      for (int n = 0; n < 4 * kChannelBlocks; ++n)
+      for (int n = 0; n < D / 8; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e) o[mt][n][e] = 0;
   }
 
-  // s = q K^T of a page, 8 tiles of 8 tokens.
-  __device__ void scores(uint32_t page, float (&s)[kRowTiles][8][4]) const {
+  // s = q K^T of 32 tokens, whose first K is at `at`. `beside(slot)` is called at kScoreSlots places between the
+  // products, for what another unit of the processor can do meanwhile.
+  template <class F>
+  __device__ void scores(uint32_t at, Scores& s, const F& beside) const {
 #pragma unroll
-    for (int mt = 0; mt < kRowTiles; ++mt)
-#pragma unroll
-      for (int n = 0; n < 8; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) s[mt][n][e] = 0;
-#pragma unroll 1  // unrolled, it would keep more fragments under way than there are registers
     for (int i = 0; i < kChannelBlocks; ++i) {
       uint32_t x[2][kRowTiles][4];
 #pragma unroll
@@ -418,29 +422,33 @@ struct Warp {
           x[j][mt][0] = f.x, x[j][mt][1] = f.y, x[j][mt][2] = f.z, x[j][mt][3] = f.w;
         }
 #pragma unroll
-      for (int n = 0; n < 8; ++n) {
-        const uint4 k = load_shared(page + n * Tile<D>::kPage.k_item + i * 512);
+      for (int n = 0; n < kTiles; ++n) {
+        const uint4 k = load_shared(at + n * Tile<D>::kPage.k_item + i * 512);
 #pragma unroll
-        for (int mt = 0; mt < kRowTiles; ++mt) mma(s[mt][n], x[0][mt], k.x, k.y);
+        for (int mt = 0; mt < kRowTiles; ++mt) {
+          if (i == 0) s[mt][n][0] = s[mt][n][1] = s[mt][n][2] = s[mt][n][3] = 0;
+          mma(s[mt][n], x[0][mt], k.x, k.y);
+        }
 #pragma unroll
         for (int mt = 0; mt < kRowTiles; ++mt) mma(s[mt][n], x[1][mt], k.z, k.w);
+        beside(i * kTiles + n);
       }
     }
   }
 
-  // Whether some row does not see some token of the page.
-  __device__ bool hides(int page) const {
-    return visible(a.shape, position, s_kv).end < (page + 1) * kPageTokens ||
-           visible(a.shape, position + 16 * kRowTiles - 1, s_kv).first > page * kPageTokens;
+  // Whether some row does not see some of 32 tokens.
+  __device__ bool hides(int token) const {
+    return visible(a.shape, position, s_kv).end < token + kTokens ||
+           visible(a.shape, position + 16 * kRowTiles - 1, s_kv).first > token;
   }
 
-  __device__ void hide(int page, float (&s)[kRowTiles][8][4]) const {
+  __device__ void hide(int token, Scores& s) const {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const Visible v = visible(a.shape, position + row(r), s_kv);
-      const int first = v.first - page * kPageTokens - lane % 4 * 2, end = v.end - page * kPageTokens - lane % 4 * 2;
+      const int first = v.first - token - lane % 4 * 2, end = v.end - token - lane % 4 * 2;
 #pragma unroll
-      for (int n = 0; n < 8; ++n)
+      for (int n = 0; n < kTiles; ++n)
 #pragma unroll
         for (int e = 0; e < 2; ++e)
           if (n * 8 + e < first || n * 8 + e >= end) s[r / 2][n][r % 2 * 2 + e] = -INFINITY;
@@ -448,12 +456,12 @@ struct Warp {
   }
 
   // Scores become cap * tanh(score / cap), still to be scaled.
-  __device__ void cap(float (&s)[kRowTiles][8][4]) const {
+  __device__ void cap(Scores& s) const {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const float to = 2 / a.shape.softcap * scale(r), from = a.shape.softcap * kLog2e / scale(r);
 #pragma unroll
-      for (int n = 0; n < 8; ++n)
+      for (int n = 0; n < kTiles; ++n)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& x = s[r / 2][n][r % 2 * 2 + e];
@@ -462,83 +470,106 @@ struct Warp {
     }
   }
 
-  __device__ void raise(int r, float to) {
+  // Moves row r's reference; `made`: its p that are not yet in o.
+  __device__ void raise(int r, float to, Products* made) {
     const float shrink = exp2_approx(reference[r] - to);
     reference[r] = to;
     l[r] *= shrink;
     if (a.row_mass_high) l_high[r] *= shrink;
 #pragma unroll
-    for (int n = 0; n < 4 * kChannelBlocks; ++n) {
+    for (int n = 0; n < D / 8; ++n) {
       o[r / 2][n][r % 2 * 2] *= shrink;
       o[r / 2][n][r % 2 * 2 + 1] *= shrink;
     }
+    if (!made) return;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      uint32_t& x = (*made)[i / 2][r / 2][i % 2 * 2 + r % 2];
+      const float2 p = __half22float2(reinterpret_cast<const __half2&>(x));
+      x = pack(p.x * shrink, p.y * shrink);
+    }
   }
 
-  // A page in the ring; at: the lane's part of the first fragment. `high`: it counts as above fp4.
-  __device__ void attend(uint32_t at, int page, bool high) {
-    float s[kRowTiles][8][4];
-    scores(at, s);
-    if (a.shape.softcap > 0) [[unlikely]]
-      cap(s);
-    if (hides(page)) [[unlikely]]
-      hide(page, s);
-
-    float unit[kRows], top[kRows];
+  // Scores of 32 tokens as the mask leaves them, and references under which their p fit FP16.
+  __device__ void settle(Scores& s, int token, Products* made) {
+    if (a.shape.softcap > 0) cap(s);
+    if (hides(token)) hide(token, s);
+    float top[kRows];
     bool passes = false;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      unit[r] = scale(r);
       top[r] = s[r / 2][0][r % 2 * 2];
 #pragma unroll
-      for (int n = 0; n < 8; ++n) top[r] = fmaxf(top[r], fmaxf(s[r / 2][n][r % 2 * 2], s[r / 2][n][r % 2 * 2 + 1]));
-      top[r] *= unit[r];
+      for (int n = 0; n < kTiles; ++n)
+        top[r] = fmaxf(top[r], fmaxf(s[r / 2][n][r % 2 * 2], s[r / 2][n][r % 2 * 2 + 1]));
+      top[r] *= scale(r);
       passes |= top[r] > reference[r] + kRoom;
     }
-    if (__any_sync(~0u, passes)) [[unlikely]] {
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 1));
-        top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 2));
-        if (top[r] > reference[r] + kRoom) raise(r, top[r] - kBelow);
-      }
-    }
-
-    // o += p V, 16 tokens at a time; p of the next 16 is made between the products.
-    constexpr int kParts = 2 * kRowTiles;  // of the p of 16 tokens: (tile of 16 rows, 8 tokens)
-    float sum[kRows] = {};
-    uint32_t p[2][kRowTiles][4];
-    const auto make_p = [&](int tokens, int part) {
-      const int mt = part / 2, half = part % 2;
-      float(&x)[4] = s[mt][tokens * 2 + half];
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        x[e] = exp2_approx(fmaf(x[e], unit[mt * 2 + e / 2], -reference[mt * 2 + e / 2]));
-        sum[mt * 2 + e / 2] += x[e];
-      }
-      p[tokens % 2][mt][half * 2] = pack(x[0], x[1]);
-      p[tokens % 2][mt][half * 2 + 1] = pack(x[2], x[3]);
-    };
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) make_p(0, part);
-    constexpr int kTiles = D / 16;
-#pragma unroll
-    for (int tokens = 0; tokens < 4; ++tokens)
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {  // 16 channels
-        const uint4 v = load_shared(at + Tile<D>::kPage.v + tokens * Tile<D>::kPage.v_item + tile * 512);
-#pragma unroll
-        for (int mt = 0; mt < kRowTiles; ++mt) mma(o[mt][tile * 2], p[tokens % 2][mt], v.x, v.y);
-#pragma unroll
-        for (int mt = 0; mt < kRowTiles; ++mt) mma(o[mt][tile * 2 + 1], p[tokens % 2][mt], v.z, v.w);
-        if (tokens < 3)
-#pragma unroll
-          for (int part = tile * kParts / kTiles; part < (tile + 1) * kParts / kTiles; ++part) make_p(tokens + 1, part);
-      }
+    if (!__any_sync(~0u, passes)) return;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      l[r] += sum[r];
-      if (high && a.row_mass_high) l_high[r] += sum[r];
+      top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 1));
+      top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 2));
+      if (top[r] > reference[r] + kRoom) raise(r, top[r] - kBelow, made);
     }
+  }
+
+  // p of 8 tokens and 16 rows: part i of kParts.
+  __device__ void make_p(int i, Scores& s, Products& p, float (&sum)[kRows]) const {
+    const int n = i / kRowTiles, mt = i % kRowTiles;
+    float(&x)[4] = s[mt][n];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      x[e] = exp2_approx(fmaf(x[e], scale(mt * 2 + e / 2), -reference[mt * 2 + e / 2]));
+      sum[mt * 2 + e / 2] += x[e];
+    }
+    p[n / 2][mt][n % 2 * 2] = pack(x[0], x[1]);
+    p[n / 2][mt][n % 2 * 2 + 1] = pack(x[2], x[3]);
+  }
+
+  // o += p V of 32 tokens, whose first V is at `at`; `beside` as in scores, at kValueSlots places.
+  template <class F>
+  __device__ void values(uint32_t at, const Products& p, const F& beside) {
+#pragma unroll
+    for (int i = 0; i < kTokens / 16; ++i)
+#pragma unroll
+      for (int n = 0; n < D / 16; ++n) {
+        const uint4 v = load_shared(at + i * Tile<D>::kPage.v_item + n * 512);
+#pragma unroll
+        for (int mt = 0; mt < kRowTiles; ++mt) mma(o[mt][n * 2], p[i][mt], v.x, v.y);
+#pragma unroll
+        for (int mt = 0; mt < kRowTiles; ++mt) mma(o[mt][n * 2 + 1], p[i][mt], v.z, v.w);
+        beside(i * (D / 16) + n);
+      }
+  }
+
+  // A page in the ring; at: the lane's part of the first fragment. `high`: it counts as above fp4. The exps of the
+  // first half run beside the scores of the second, those of the second beside the values of the first.
+  __device__ void attend(uint32_t at, int page, bool high) {
+    Scores s[2];
+    Products p[2];
+    float sum[kRows] = {};
+    const auto make = [&](int half, int slot, int slots) {
+#pragma unroll
+      for (int i = slot * kParts / slots; i < (slot + 1) * kParts / slots; ++i) make_p(i, s[half], p[half], sum);
+    };
+    const auto keep_sums = [&] {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        l[r] += sum[r];
+        if (high && a.row_mass_high) l_high[r] += sum[r];
+        sum[r] = 0;
+      }
+    };
+    scores(at, s[0], [](int) {});
+    settle(s[0], page * kPageTokens, nullptr);
+    scores(at + kTiles * Tile<D>::kPage.k_item, s[1], [&](int slot) { make(0, slot, kScoreSlots); });
+    keep_sums();
+    settle(s[1], page * kPageTokens + kTokens, &p[0]);
+    const uint32_t v = at + Tile<D>::kPage.v;
+    values(v, p[0], [&](int slot) { make(1, slot, kValueSlots); });
+    values(v + kTokens / 16 * Tile<D>::kPage.v_item, p[1], [](int) {});
+    keep_sums();
   }
 
   // Writes 8 rows at a time by way of the place of q, so that a row's channels go out together: tiles of 8 channels, 32
