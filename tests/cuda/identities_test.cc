@@ -260,8 +260,8 @@ TEST(GpuChunks, TokenWiseEqualsBulkAppend) {
       bulk.append(tokens.s - 1);
       bulk.end_step();
       bulk.append(1);
-      while (single.length() < tokens.s) {
-        single.end_step();
+      for (int64_t t = 0; t < tokens.s; ++t) {
+        if (t > 0) single.end_step();
         single.append(1);
       }
       for (const Phase phase : {Phase::decode, Phase::prefill}) {
