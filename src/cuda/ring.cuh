@@ -61,13 +61,8 @@ class Ring {
   // Waits for the next slot to read, or for the one after it.
   __device__ const uint8_t* wait(uint32_t ahead = 0) const {
     const uint32_t n = read_ + ahead, slot = n % kRingSlots;
-    uint32_t done;
-    do {
-      asm volatile("{.reg .pred p;\n mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;}"
-                   : "=r"(done)
-                   : "r"(barriers_ + 8 * slot), "r"(n / kRingSlots % 2)
-                   : "memory");
-    } while (!done);
+    while (!is_full(barriers_ + 8 * slot, n / kRingSlots % 2)) {
+    }
     return slots_ + slot * slot_bytes_;
   }
   // The warp has read `n` slots.
@@ -77,6 +72,22 @@ class Ring {
   }
 
  private:
+  __device__ static bool is_full(uint32_t barrier, uint32_t phase) {
+    uint32_t full;
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{.reg .pred p;\n mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;}"
+                 : "=r"(full)
+                 : "r"(barrier), "r"(phase)
+                 : "memory");
+#else
+    asm volatile("{.reg .pred p;\n mbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;}"
+                 : "=r"(full)
+                 : "r"(barrier), "r"(phase)
+                 : "memory");
+#endif
+    return full != 0;
+  }
+
 #if __CUDA_ARCH__ >= 900
   static constexpr int kArrivals = 1;
 #else
