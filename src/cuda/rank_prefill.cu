@@ -18,6 +18,7 @@ namespace thriftattn::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kHeads = 16;             // at once, at most
 constexpr int kScoreBytes = 40 << 10;  // of a CTA, where one head's scores need no more
 
 struct PrefillRankArgs {
@@ -35,6 +36,7 @@ struct PrefillRankArgs {
 struct PrefillRankShared {
   ChooseShared<kThreads> choose;
   int finite_rows[kWarps];
+  float scale[kHeads], norm[kHeads];  // of a head's mean row: of its products, and its length
   int counts[kWarps][2];
 };
 
@@ -123,7 +125,9 @@ __global__ __launch_bounds__(kThreads, 2) void rank_prefill_kernel(const __grid_
   constexpr int kStride = Tile<kSteps>::kStride;
   float* partial = memory;
   const Tile<kSteps> tile{partial + kWarps * kStride};
-  float* scores = tile.q + static_cast<int>(round_up(a.heads_at_once, 4)) * kStride;
+  const Planes<kSteps> planes{
+      reinterpret_cast<__half*>(tile.q + static_cast<int>(round_up(a.heads_at_once, 4)) * kStride)};
+  float* scores = reinterpret_cast<float*>(planes.q) + planes.bytes(a.heads_at_once) / 4;
   for (int h0 = 0; h0 < a.shape.group; h0 += a.heads_at_once) {
     const int heads = min(a.heads_at_once, a.shape.group - h0);
     unsigned valid = 0;  // heads with a finite row
@@ -133,21 +137,32 @@ __global__ __launch_bounds__(kThreads, 2) void rank_prefill_kernel(const __grid_
         const int64_t row = a.batch.first_row[i] + first - offset;
         if (average(a.q, row, end - first, head, a.shape.d, tile, h, partial, s) > 0) valid |= 1u << h;
       }
-      const auto emit = [&](int, int p, int row, float sum) {
-        if (row < heads && p < c.end && lane_id() % 2 == 0)
+      for (int h = warp_id(); h < heads; h += kWarps) {
+        RowInWarp<kSteps> mean;
+        mean.load(tile, h);
+        const float planes_scale = planes.write(h, mean), norm = mean.norm();
+        if (lane_id() == 0) {
+          s.scale[h] = planes_scale;
+          s.norm[h] = norm;
+        }
+      }
+      __syncthreads();
+      const auto prepare = [] {};
+      const auto emit = [&](int p, int row, float sum) {
+        if (row < heads && p < c.end)
           scores[row * a.max_seen + p - c.first] = valid >> row & 1 ? sum * scale : -INFINITY;
       };
-      const auto done = [](int, int) {};
+      const auto emit_mean = [&](int p, int row, float sum) {
+        if (row < heads) emit(p, row, sum * s.scale[row]);
+      };
+      const auto done = [](int) {};
       const PageChunks pages{c.first, c.end, n, n};
       if (a.how.policy == Policy::block_mean)
-        for_each_product<MeanProduct, 8 / kSteps>(
-            summaries, a.cache.canonical, scale, pages, tile, heads, [] {}, emit, done);
+        for_each_mean_product(summaries, a.cache.canonical, pages, planes, heads, prepare, emit_mean, done);
       if (a.how.policy == Policy::quest)
-        for_each_product<QuestProduct, 4 / kSteps>(
-            summaries, a.cache.canonical, scale, pages, tile, heads, [] {}, emit, done);
+        for_each_product<QuestProduct>(summaries, a.cache.canonical, scale, pages, tile, heads, prepare, emit, done);
       if (a.how.policy == Policy::second_moment)
-        for_each_product<MomentProduct, 4 / kSteps>(
-            summaries, a.cache.canonical, scale, pages, tile, heads, [] {}, emit, done);
+        for_each_product<MomentProduct>(summaries, a.cache.canonical, scale, pages, tile, heads, prepare, emit, done);
       if (a.how.policy == Policy::recent)
         for (int h = 0; h < heads; ++h)
           for (int p = static_cast<int>(threadIdx.x); p < n; p += kThreads)
@@ -159,7 +174,7 @@ __global__ __launch_bounds__(kThreads, 2) void rank_prefill_kernel(const __grid_
       uint32_t* keys = a.how.ranks ? reinterpret_cast<uint32_t*>(score) : nullptr;
       Cut cut = Cut::none();
       if (a.how.ranks) {
-        const float q_norm = valid >> h & 1 ? row_norm(tile, h) : 0.0f;
+        const float q_norm = valid >> h & 1 ? s.norm[h] : 0.0f;
         if (threadIdx.x == 0) s.choose.need = pages_wanted(a.how, c);
         cut = choose(a.how, c, score, keys, q_norm, summaries, s.choose);
       }
@@ -181,11 +196,12 @@ cudaError_t launch_rank_prefill(const PrefillParams& p, cudaStream_t stream) {
                           p.counts};
   args.max_seen = static_cast<int>(std::min<int64_t>(seen, p.cache.max_pages));
   const int head_bytes = std::max(1, args.max_seen) * static_cast<int>(sizeof(float));
-  args.heads_at_once = std::clamp(kScoreBytes / head_bytes, 1, std::min(p.shape.group, 16));
+  args.heads_at_once = std::clamp(kScoreBytes / head_bytes, 1, std::min(p.shape.group, kHeads));
   const bool wide = p.shape.d > 128;
   const int row_bytes = (wide ? 256 : 128) * static_cast<int>(sizeof(float));
-  const int shared =
-      (kWarps + static_cast<int>(round_up(args.heads_at_once, 4))) * row_bytes + args.heads_at_once * head_bytes;
+  const int plane_bytes = wide ? Planes<4>::bytes(args.heads_at_once) : Planes<2>::bytes(args.heads_at_once);
+  const int shared = (kWarps + static_cast<int>(round_up(args.heads_at_once, 4))) * row_bytes + plane_bytes +
+                     args.heads_at_once * head_bytes;
   const auto kernel = wide ? rank_prefill_kernel<4> : rank_prefill_kernel<2>;
   const dim3 grid(static_cast<unsigned>(p.max_blocks), static_cast<unsigned>(p.shape.h_kv),
                   static_cast<unsigned>(p.batch.b));
