@@ -7,9 +7,9 @@
 //   launch_choose_by_mass  mass_kernel    page masses and states that attend left -> score (shares of the softmax)
 //                          choose_kernel  likewise
 //
-// Where nothing is ranked, as before a ranking by mass, a CTA of score_kernel lists the forced pages. A unit's pages
-// are dealt to as many CTAs as keep the GPU busy; one CTA chooses for a unit. Each kernel starts early, so that
-// choose_kernel has its unit's place and budget by the time that the scores are there.
+// Where nothing is ranked, as before a ranking by mass, choose_kernel lists the forced pages. A unit's pages are dealt
+// to as many CTAs as keep the GPU busy; one CTA chooses for a unit. Each kernel starts early, so that choose_kernel has
+// its unit's place and budget by the time that the scores are there.
 //
 // Binds on DRAM with many sequences (a summary is 272 bytes at d = 128, 3 % of what attend reads), with one on the
 // latency of the steps that follow from one another: lengths, tables and q, summaries; then scores, range, bin, lists.
@@ -21,7 +21,7 @@
 namespace thriftattn::cuda {
 namespace {
 
-constexpr int kScoreThreads = 256, kMassThreads = 256, kChooseThreads = 512;
+constexpr int kScoreThreads = 256, kMassThreads = 256;
 constexpr int kScorePages = 128, kMassPages = kMassThreads / 8;  // that a CTA has at once
 constexpr int kRows = 72, kMeans = 16;  // rows of 128 channels, and heads, that a CTA has at once
 
@@ -31,7 +31,6 @@ struct RankArgs {
   Shape shape;
   Rows<const void*> q;
   Choosing how;  // how.ranks: here, or by the kernel that follows
-  bool write_lists;
   int row_stride;
   float *q_mean, *score, *q_norm, *row_weight;
   Lists lists;
@@ -63,17 +62,12 @@ __device__ Candidates candidates_of(const RankArgs& a, const UnitPlace& at) {
   return candidates(at.block, a.how.force, a.cache, __ldcg(a.cache.released + at.slot));
 }
 
-__device__ void write_empty(const Lists& lists, int64_t u) {
-  if (threadIdx.x < 8) lists.counts[u * 8 + threadIdx.x] = 0;
-}
-
 // --- by summaries
 
 struct ScoreShared {
   float scale[kRows];  // of products of a row
   float norm[kMeans];  // of a head's mean row
   bool valid[kMeans];  // whether a head has a row without NaN and Inf
-  ListShared<kScoreThreads> lists;
 };
 
 // The rows of some heads in dynamic shared memory: of each head s_q rows and, where s_q > 1, behind those of all heads
@@ -230,12 +224,7 @@ __global__ __launch_bounds__(kScoreThreads, 2) void score_kernel(const __grid_co
   wait_for_previous_kernel();
   let_next_kernel_start();
   const UnitPlace at = unit_place(a);
-  const bool lists_here = a.write_lists && !a.how.ranks;  // by one more CTA
-  if (lists_here && blockIdx.x == gridDim.x - 1) {
-    if (at.s_q == 0) return write_empty(a.lists, at.u);
-    return write_lists(a.how, candidates_of(a, at), Cut::none(), nullptr, memory, a.lists, at.u, s.lists);
-  }
-  if (at.s_q > 0) rank_pages(a, at, static_cast<int>(gridDim.x) - lists_here, ScoreRows<kSteps>(memory), s);
+  if (at.s_q > 0) rank_pages(a, at, static_cast<int>(gridDim.x), ScoreRows<kSteps>(memory), s);
 }
 
 // --- by mass
@@ -288,37 +277,35 @@ __global__ __launch_bounds__(kMassThreads) void mass_kernel(const __grid_constan
 // --- choosing
 
 // Launched after score_kernel or mass_kernel, which let it start once all before them is done: lengths can be read
-// before the wait, scores after it. It goes through its work twice, the first time over made-up scores while the true
-// ones are still being computed: nearly all of its instructions run once, and fetching them took half of its time.
-__global__ __launch_bounds__(kChooseThreads, 2) void choose_kernel(const __grid_constant__ RankArgs a) {
-  __shared__ ChooseShared<kChooseThreads> s;
-  __shared__ ListShared<kChooseThreads> of_lists;
-  extern __shared__ uint32_t keys[];  // then tiers
+// before the wait, scores after it. kPer is how many pages a thread has, at most.
+template <int kThreads, int kPer>
+__global__ __launch_bounds__(kThreads, 1024 / kThreads) void choose_kernel(const __grid_constant__ RankArgs a) {
+  __shared__ ChooseShared<kThreads, kPer> s;
   let_next_kernel_start();
   const UnitPlace at = unit_place(a);
-  const Candidates pages = candidates_of(a, at);
-  const int n = at.end - at.first;
-  float* score = reinterpret_cast<float*>(keys);
-  for (int i = static_cast<int>(threadIdx.x); i < n; i += kChooseThreads) score[i] = static_cast<float>(i * 37 % 1024);
-  for (int round = 0; round < 2; ++round) {
-    __syncthreads();
-    if (threadIdx.x == 0) s.need = pages_wanted(a.how, pages);
-    if (round == 1) {
-      wait_for_previous_kernel();
-      if (at.s_q == 0) return write_empty(a.lists, at.u);
-      score = a.score + at.u * a.cache.max_pages + at.first;
-    }
-    const Cut cut = choose(a.how, pages, score, keys, a.q_norm[at.u], summaries_of(a.cache, at.slot, at.g), s);
-    write_lists(a.how, pages, cut, keys, reinterpret_cast<uint8_t*>(keys + n), a.lists, at.u, of_lists);
+  const Candidates candidates = candidates_of(a, at);
+  PageKeys<kThreads, kPer> pages(candidates);
+  Cut cut = Cut::none();
+  if (a.how.ranks) {
+    if (threadIdx.x == 0) s.need = pages_wanted(a.how, candidates);
+    wait_for_previous_kernel();
+    float* score = a.score + at.u * a.cache.max_pages + at.first;
+    if (at.s_q > 0)
+      cut = choose(a.how, candidates, score, a.q_norm[at.u], summaries_of(a.cache, at.slot, at.g), pages, s);
   }
+  if (at.s_q > 0) {
+    write_lists(a.how, candidates, cut, pages, a.lists, at.u, s);
+  } else if (threadIdx.x < 8) {
+    a.lists.counts[at.u * 8 + threadIdx.x] = 0;
+  }
+  if (!a.how.ranks) wait_for_previous_kernel();  // who waits for this kernel waits for that one too
 }
 
 // --- launching
 
 RankArgs rank_args(const RankParams& p) {
-  return {p.cache,        p.batch,      p.shape,  p.q,     choosing(p.method, p.shape, false),
-          !p.lists_given, p.row_stride, p.q_mean, p.score, p.q_norm,
-          p.row_weight,   p.lists};
+  return {p.cache, p.batch,  p.shape,      p.q,    choosing(p.method, p.shape, false), p.row_stride, p.q_mean,
+          p.score, p.q_norm, p.row_weight, p.lists};
 }
 
 // Full pages that a unit may see, at most.
@@ -327,11 +314,11 @@ int64_t most_seen(const RankParams& p) {
   return std::min<int64_t>(in_window, p.cache.max_pages);
 }
 
-// Launches a kernel with as many CTAs for each unit as its pages keep busy, `more` besides, and together no more than
+// Launches a kernel with as many CTAs for each unit as its pages keep busy, and together no more than
 // `at_once` for each multiprocessor.
 template <class Args>
-cudaError_t launch_over_pages(void (*kernel)(Args), const RankParams& p, int pages_at_once, int at_once, int more,
-                              int threads, int shared_bytes, cudaStream_t stream, const Args& args) {
+cudaError_t launch_over_pages(void (*kernel)(Args), const RankParams& p, int pages_at_once, int at_once, int threads,
+                              int shared_bytes, cudaStream_t stream, const Args& args) {
   int device = 0, multiprocessors = 0;
   if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
   if (const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
@@ -339,14 +326,16 @@ cudaError_t launch_over_pages(void (*kernel)(Args), const RankParams& p, int pag
     return error;
   const int64_t units = static_cast<int64_t>(p.batch.b) * p.shape.h_kv;
   const int64_t busy = std::max<int64_t>(1, (most_seen(p) + pages_at_once - 1) / pages_at_once);
-  const int64_t ctas = std::clamp<int64_t>(at_once * multiprocessors / units, 1, busy) + more;
+  const int64_t ctas = std::clamp<int64_t>(at_once * multiprocessors / units, 1, busy);
   const dim3 grid(static_cast<unsigned>(ctas), static_cast<unsigned>(p.shape.h_kv), static_cast<unsigned>(p.batch.b));
   return launch_early(kernel, grid, threads, shared_bytes, stream, args);
 }
 
 cudaError_t launch_choose(const RankParams& p, const RankArgs& args, cudaStream_t stream) {
   const dim3 grid(1, static_cast<unsigned>(p.shape.h_kv), static_cast<unsigned>(p.batch.b));
-  return launch_early(choose_kernel, grid, kChooseThreads, static_cast<int>(most_seen(p)) * 5, stream, args);
+  const int64_t pages = most_seen(p) + (p.shape.window > 0 ? 31 : 0);  // the first may begin before the window
+  return pages <= 2048 ? launch_early(choose_kernel<512, 4>, grid, 512, 0, stream, args)
+                       : launch_early(choose_kernel<1024, 16>, grid, 1024, 0, stream, args);
 }
 
 }  // namespace
@@ -358,10 +347,8 @@ cudaError_t launch_rank(const RankParams& params, cudaStream_t stream) {
   const bool wide = params.shape.d > 128;
   const auto kernel = wide ? score_kernel<4> : score_kernel<2>;
   const int shared = wide ? ScoreRows<4>::bytes() : ScoreRows<2>::bytes();
-  const int lists = args.write_lists && !args.how.ranks ? 1 : 0;
-  if (const cudaError_t error =
-          launch_over_pages(kernel, params, kScorePages, 2, lists, kScoreThreads, shared, stream, args);
-      error != cudaSuccess || !args.how.ranks)
+  if (const cudaError_t error = launch_over_pages(kernel, params, kScorePages, 2, kScoreThreads, shared, stream, args);
+      error != cudaSuccess || params.lists_given)
     return error;
   return launch_choose(params, args, stream);
 }
@@ -370,7 +357,7 @@ cudaError_t launch_choose_by_mass(const MassParams& params, cudaStream_t stream)
   if (params.rank.batch.b == 0) return cudaSuccess;
   const MassArgs args = {rank_args(params.rank), params.state_ml, params.page_mass, params.mass_parts};
   if (const cudaError_t error =
-          launch_over_pages(mass_kernel, params.rank, kMassPages, 8, 0, kMassThreads, 0, stream, args);
+          launch_over_pages(mass_kernel, params.rank, kMassPages, 8, kMassThreads, 0, stream, args);
       error != cudaSuccess)
     return error;
   return launch_choose(params.rank, args.rank, stream);
