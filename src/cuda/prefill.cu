@@ -85,6 +85,7 @@ struct alignas(128) Control {
   Work work;
   // The next entries: `next` of `count`, then the pages from `window_page`.
   int next, count, window_page;
+  int refills;  // done
   Entry window[3 * kWindow];
   float l_high[32 * kMaxWarps][4];
 };
@@ -131,6 +132,16 @@ __device__ float reciprocal(float x) {
 __device__ uint32_t pack(float low, float high) {
   const __half2 h = __floats2half2_rn(low, high);
   return reinterpret_cast<const uint32_t&>(h);
+}
+
+__device__ int load_acquire(const int& x) {
+  int y;
+  asm volatile("ld.acquire.cta.shared.s32 %0, [%1];" : "=r"(y) : "r"(shared_address(&x)) : "memory");
+  return y;
+}
+
+__device__ void store_release(int& x, int y) {
+  asm volatile("st.release.cta.shared.s32 [%0], %1;" ::"r"(shared_address(&x)), "r"(y) : "memory");
 }
 
 __device__ void init_barrier(uint64_t& barrier, int arrivals) {
@@ -632,7 +643,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(const __grid_
     Work work;
     if (!find_work(a, chunks, work)) work.units = 0;
     c.work = work;
-    c.next = c.count = 0;
+    c.next = c.count = c.refills = 0;
     c.window_page = work.first_page / kWindow * kWindow;
   }
   if (a.cache.layout.dk != D || a.cache.layout.dv != D)
@@ -659,26 +670,28 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(const __grid_
     rows.load_q(work.first, first_row, head);
     rows.start(head);
   }
-  // Before a warp leaves a page, it may be its turn to refill the place of the page `lag` before, which other warps
-  // still read if they are that slow. The next to refill waits for all to leave that page or a later one: refills come
-  // one after the other.
+  // Warps take turns to refill: before it leaves page j, warp j % warps waits until all have left page j - lag, which
+  // as a rule they have, and fills its place. One refill comes after the other: they share the list of what is next.
   const int lag = max(1, a.stages - 2);
-  int stage = 0, turn = warp;
-  uint32_t phase = 0;
-  for (bool filled = false;;) {
+  int stage = 0, turn = warp, refill = warp - lag;
+  for (uint32_t phase = 0;;) {
     wait(c.full[stage], phase);
     const int2 entry = c.entry[stage];
     if (entry.x == kEnd) break;
     if (entry.y >> u & 1) rows.attend(first_fragment + stage * Tile<D>::kPage.bytes, entry.x, entry.y < 0);
-    filled |= stage == lag;
     if (turn-- == 0) {
-      turn = warps - 1;
-      const bool before = stage < lag;
-      const int place = before ? stage - lag + a.stages : stage - lag;
-      if (filled) {
+      if (refill >= 0) {
+        const bool before = stage < lag;
+        const int place = before ? stage - lag + a.stages : stage - lag;
         wait(c.empty[place], phase ^ before);
+        while (load_acquire(c.refills) != refill) {
+        }
         fill<D>(a, c, ring, place, lane);
+        __syncwarp();
+        if (lane == 0) store_release(c.refills, refill + 1);
       }
+      refill += warps;
+      turn = warps - 1;
     }
     __syncwarp();
     if (lane == 0) arrive(c.empty[stage]);
