@@ -73,8 +73,7 @@ class Feed {
   __device__ bool make_batch() {
     const int warps = static_cast<int>(blockDim.x) / 32, lane = threadIdx.x % 32;
     while (at_ >= end_) {
-      if (segment_.pass == Pass::again || segment_.next() >= share_.end) return false;
-      next_segment(args_, share_, segment_);
+      if (!next_segment(args_, share_, segment_)) return false;
       enter();
     }
     batch_ = min(32, (end_ - at_ + warps - 1) / warps);

@@ -94,13 +94,11 @@ __global__ void __launch_bounds__(32 * max_warps(D, N), 1) decode_kernel(const _
     // The next segment; after all of them the units whose exchange cancelled, whole.
     int number = segment.number + 1;
     if (segment.pass != Pass::again) {
-      if (segment.next() < share.end) {
-        if (feed.segment().number == number)
-          copy_segment(segment, feed.segment());
-        else
-          next_segment(args, share, segment);
+      if (feed.segment().number == number) {
+        copy_segment(segment, feed.segment());
         continue;
       }
+      if (next_segment(args, share, segment)) continue;
       if (!cancelled) return;
       end_number = number;
       number = first_segment.number;

@@ -61,14 +61,14 @@ class Merge {
       for (int r = 0; r < Rows::kRows; ++r)
         sums()[warp * columns + rows.row(r)] = {rows.m[r], rows.l[r], rows.l_high[r]};
     __syncthreads();
+    add_sums(blockDim.x / 32);
+    __syncthreads();
     float factor[Rows::kRows];
 #pragma unroll
-    for (int r = 0; r < Rows::kRows; ++r)
-      factor[r] = exp2_fast(rows.m[r] - largest_m(blockDim.x / 32, rows.row(r))) * kCodeScale;
+    for (int r = 0; r < Rows::kRows; ++r) factor[r] = exp2_fast(rows.m[r] - totals()[rows.row(r)].m) * kCodeScale;
     float* own = o(warp);
     rows.each_output(
         [&](int r, int channel, float value) { own[rows.row(r) * layout_.row + channel] = value * factor[r]; });
-    add_sums(blockDim.x / 32);
     __syncthreads();
 
     const bool cut = segment.cut_begin || segment.cut_end;
@@ -92,7 +92,7 @@ class Merge {
       }
       if (partial == nullptr) break;
       if (threadIdx.x < columns) reinterpret_cast<RowSum*>(partial + columns * dv)[threadIdx.x] = totals()[threadIdx.x];
-      const int first = segment.cut_begin ? share.cta_of(segment.begin) : blockIdx.x;
+      const int first = segment.cut_begin ? share.cta_of(items_begin(segment.unit, segment.begin)) : blockIdx.x;
       const int last = segment.cut_end ? share.cta_of(segment.next() - 1) : blockIdx.x;
       if (!draw_ticket(args_.p.tickets + segment.number, last - first + 1)) return false;
       gather_partials(first, last - first + 1);
@@ -111,26 +111,30 @@ class Merge {
   __device__ float* weights() const { return shared_ + layout_.weights; }
   __device__ float* o(int warp) const { return shared_ + layout_.o + warp * args_.columns * layout_.row; }
 
-  __device__ float largest_m(int n, int row) const {
-    float m = kNothing;
-#pragma unroll 4
-    for (int i = 0; i < n; ++i) m = fmaxf(m, sums()[i * args_.columns + row].m);
-    return m;
-  }
-
-  // totals of n sums, by the first threads of the CTA.
+  // totals of n sums, a warp for each row.
   __device__ void add_sums(int n) const {
-    const int row = threadIdx.x;
-    if (row >= args_.columns) return;
-    RowSum sum{largest_m(n, row), 0, 0};
-#pragma unroll 4
-    for (int i = 0; i < n; ++i) {
-      const RowSum x = sums()[i * args_.columns + row];
-      const float factor = exp2_fast(x.m - sum.m);
-      sum.l += factor * x.l;
-      sum.l_high += factor * x.l_high;
+    const int lane = threadIdx.x % 32, columns = args_.columns;
+#pragma unroll 1
+    for (int row = threadIdx.x / 32; row < columns; row += blockDim.x / 32) {
+      RowSum sum{kNothing, 0, 0};
+#pragma unroll 1
+      for (int i = lane; i < n; i += 32) sum.m = fmaxf(sum.m, sums()[i * columns + row].m);
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) sum.m = fmaxf(sum.m, __shfl_xor_sync(~0u, sum.m, step));
+#pragma unroll 1
+      for (int i = lane; i < n; i += 32) {
+        const RowSum x = sums()[i * columns + row];
+        const float factor = exp2_fast(x.m - sum.m);
+        sum.l += factor * x.l;
+        sum.l_high += factor * x.l_high;
+      }
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+        sum.l += __shfl_xor_sync(~0u, sum.l, step);
+        sum.l_high += __shfl_xor_sync(~0u, sum.l_high, step);
+      }
+      if (lane == 0) totals()[row] = sum;
     }
-    totals()[row] = sum;
   }
 
   __device__ float* partial_of(int cta, bool at_begin) const {
@@ -164,17 +168,25 @@ class Merge {
     __syncthreads();
     add_sums(ctas);
     __syncthreads();
-#pragma unroll 4
-    for (int c = 4 * (threadIdx.x % 32); c < columns * dv; c += 128) {
-      const int row = c / dv;
-      float4 sum{0, 0, 0, 0};
+    // All loads of a partial at once: a lane has 4 channels at [128 c + 4 lane] of [columns][dv].
+    constexpr int kLoads = Rows::kMaxOutputs / 128;
+    float4 sum[kLoads] = {};
 #pragma unroll 2
-      for (int i = warp; i < ctas; i += warps) {
-        const float4 x = __ldcg(reinterpret_cast<const float4*>(partial(i) + c));
-        const float factor = exp2_fast(sums()[i * columns + row].m - totals()[row].m);
-        sum.x += factor * x.x, sum.y += factor * x.y, sum.z += factor * x.z, sum.w += factor * x.w;
+    for (int i = warp; i < ctas; i += warps) {
+      const float* from = partial(i);
+#pragma unroll
+      for (int c = 0; c < kLoads; ++c) {
+        const int at = 128 * c + 4 * (threadIdx.x % 32);
+        if (at >= columns * dv) break;
+        const float4 x = __ldcg(reinterpret_cast<const float4*>(from + at));
+        const float factor = exp2_fast(sums()[i * columns + at / dv].m - totals()[at / dv].m);
+        sum[c].x += factor * x.x, sum[c].y += factor * x.y, sum[c].z += factor * x.z, sum[c].w += factor * x.w;
       }
-      *reinterpret_cast<float4*>(o(warp) + row * layout_.row + c % dv) = sum;
+    }
+#pragma unroll
+    for (int c = 0; c < kLoads; ++c) {
+      const int at = 128 * c + 4 * (threadIdx.x % 32);
+      if (at < columns * dv) *reinterpret_cast<float4*>(o(warp) + at / dv * layout_.row + at % dv) = sum[c];
     }
     __syncthreads();
   }

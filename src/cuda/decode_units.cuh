@@ -7,7 +7,7 @@
 //   attend     tail, pages in fp16 | pages in fp4x2 | pages in fp4
 //   exchange   pages in fp16 | pages in fp4x2 | all of these and those in none once more in fp4, to be taken out
 //
-// Items weigh what they bring in bytes, 8 : 18 : 9 whatever d is, and a unit weighs a little in itself for its merge.
+// Items weigh what they bring in bytes, 8 : 18 : 9 whatever d is; a unit weighs something in itself, before its items.
 // The weights of all units, one after another, are cut into equal parts, one for each CTA, which takes the items that
 // begin in its part: a unit may be cut anywhere and a CTA may hold many units. Every CTA adds up the same weights.
 #pragma once
@@ -28,7 +28,8 @@ struct DecodeArgs {
   int mxfp4;
 };
 
-inline constexpr int kHighWeight = 8, kPlanesWeight = 18, kFp4Weight = 9, kUnitWeight = 24;
+inline constexpr int kHighWeight = 8, kPlanesWeight = 18, kFp4Weight = 9;
+inline constexpr int kUnitWeight = 240;  // q, merge and results take a CTA as long as two items for every warp
 inline constexpr int kPageItems = kPageTokens / kItemTokens, kHighPageItems = kPageTokens / kHighItemTokens;
 
 struct Items {
@@ -223,8 +224,13 @@ struct Segment {
   __device__ int64_t next() const { return begin + unit.items.weight(); }
 };
 
+// Where the items of a unit begin that begins at `begin`; one without items is all weight of its own.
+__device__ inline int64_t items_begin(const Unit& unit, int64_t begin) {
+  return unit.items.count() > 0 ? begin + kUnitWeight : begin;
+}
+
 __device__ inline Segment segment_of(const Unit& unit, Pass pass, int number, int64_t begin, const Share& share) {
-  const bool cut_begin = begin<share.begin, cut_end = begin + unit.items.weight()> share.end;
+  const bool cut_begin = items_begin(unit, begin)<share.begin, cut_end = begin + unit.items.weight()> share.end;
   const int first = cut_begin ? unit.items.before(share.begin - begin) : 0;
   const int end = cut_end ? unit.items.before(share.end - begin) : unit.items.count();
   return {unit, number, begin, first, end, cut_begin, cut_end, pass};
@@ -235,13 +241,18 @@ __device__ inline Segment whole_unit(const Unit& unit, Pass pass, int number) {
   return {unit, number, 0, 0, unit.items.count(), false, false, pass};
 }
 
-// By one warp: on to the segment after it, in shared memory.
-__device__ inline void next_segment(const DecodeArgs& args, const Share& share, Segment& segment) {
-  const Segment next = segment_of(unit_at(args, segment.pass, segment.number + 1), segment.pass, segment.number + 1,
-                                  segment.next(), share);
+// By one warp: on to the segment after it, in shared memory; false, and no change, where the share has none.
+__device__ inline bool next_segment(const DecodeArgs& args, const Share& share, Segment& segment) {
+  const int number = segment.number + 1;
+  const int64_t begin = segment.next();
+  if (segment.pass == Pass::again || begin >= share.end) return false;
+  const Unit unit = unit_at(args, segment.pass, number);
+  if (items_begin(unit, begin) >= share.end) return false;
+  const Segment next = segment_of(unit, segment.pass, number, begin, share);
   __syncwarp();
   if (threadIdx.x % 32 == 0) segment = next;
   __syncwarp();
+  return true;
 }
 
 // By one warp, from and to shared memory.
@@ -277,9 +288,9 @@ __device__ inline Scan block_scan(int64_t x, int64_t* sums) {
   return scan;
 }
 
-// The CTA's share and its first segment, by the whole CTA, into shared memory; false where there is less to do than
-// CTAs and this one has no part. Units are weighed as many at a time as there are threads, all of them first, then, if
-// there are more, again as far as the CTA's part begins.
+// The CTA's share and its first segment, by the whole CTA, into shared memory; false where it has no part: there is
+// less to do than CTAs, or all that falls to it is a unit's own weight. Units are weighed as many at a time as there
+// are threads, all of them first, then, if there are more, again as far as the CTA's part begins.
 __device__ inline bool find_share(const DecodeArgs& args, int64_t* sums, Share& share, Segment& segment) {
   const int units = args.p.batch.b * args.p.shape.h_kv * args.tiles;
   const int threads = static_cast<int>(blockDim.x);
@@ -311,16 +322,16 @@ __device__ inline bool find_share(const DecodeArgs& args, int64_t* sums, Share& 
       }
     }
     const int64_t begin = before + scan.before;
+    bool found = false;
     if (begin <= mine.begin && mine.begin < begin + weight) {
       share = mine;
       segment = segment_of(unit, args.pass, number, begin, mine);
+      found = items_begin(unit, begin) < mine.end;
     }
     before += scan.total;
-    if (before > mine.begin) break;
+    if (before > mine.begin) return __syncthreads_or(found);
     first += threads;
   }
-  __syncthreads();
-  return true;
 }
 
 }  // namespace thriftattn::cuda
