@@ -21,7 +21,7 @@
 namespace thriftattn::cuda {
 namespace {
 
-constexpr int kScoreThreads = 256, kMassThreads = 256;
+constexpr int kScoreThreads = 256, kMassThreads = 256, kChooseThreads = 1024;
 constexpr int kScorePages = 128, kMassPages = kMassThreads / 8;  // that a CTA has at once
 constexpr int kRows = 72, kMeans = 16;  // rows of 128 channels, and heads, that a CTA has at once
 
@@ -94,7 +94,7 @@ __device__ bool measures(const RankArgs& a) { return a.how.budget.kind == Budget
 template <int kSteps>
 __device__ void load_heads(const RankArgs& a, const UnitPlace& at, int h0, int heads, const ScoreRows<kSteps>& to,
                            ScoreShared& s) {
-  constexpr int kAtOnce = 4;
+  constexpr int kAtOnce = 8 / kSteps;  // rows
   const int s_q = at.s_q;
   for (int h = warp_id(); h < heads; h += kScoreThreads / 32) {
     RowInWarp<kSteps> mean;
@@ -277,24 +277,24 @@ __global__ __launch_bounds__(kMassThreads) void mass_kernel(const __grid_constan
 // --- choosing
 
 // Launched after score_kernel or mass_kernel, which let it start once all before them is done: lengths can be read
-// before the wait, scores after it. kPer is how many pages a thread has, at most.
-template <int kThreads, int kPer>
-__global__ __launch_bounds__(kThreads, 1024 / kThreads) void choose_kernel(const __grid_constant__ RankArgs a) {
-  __shared__ ChooseShared<kThreads, kPer> s;
+// before the wait, scores after it.
+__global__ __launch_bounds__(kChooseThreads, 1) void choose_kernel(const __grid_constant__ RankArgs a) {
+  __shared__ ChooseShared<kChooseThreads> s;
+  __shared__ ListShared<kChooseThreads> lists;
+  extern __shared__ uint32_t keys[];  // of the pages seen, then their tiers
   let_next_kernel_start();
   const UnitPlace at = unit_place(a);
-  const Candidates candidates = candidates_of(a, at);
-  PageKeys<kThreads, kPer> pages(candidates);
+  const Candidates pages = candidates_of(a, at);
   Cut cut = Cut::none();
   if (a.how.ranks) {
-    if (threadIdx.x == 0) s.need = pages_wanted(a.how, candidates);
+    if (threadIdx.x == 0) s.need = pages_wanted(a.how, pages);
     wait_for_previous_kernel();
     float* score = a.score + at.u * a.cache.max_pages + at.first;
-    if (at.s_q > 0)
-      cut = choose(a.how, candidates, score, a.q_norm[at.u], summaries_of(a.cache, at.slot, at.g), pages, s);
+    if (at.s_q > 0) cut = choose(a.how, pages, score, keys, a.q_norm[at.u], summaries_of(a.cache, at.slot, at.g), s);
   }
   if (at.s_q > 0) {
-    write_lists(a.how, candidates, cut, pages, a.lists, at.u, s);
+    uint8_t* tiers = reinterpret_cast<uint8_t*>(keys + (at.end - at.first));
+    write_lists(a.how, pages, cut, a.how.ranks ? keys : nullptr, tiers, a.lists, at.u, lists);
   } else if (threadIdx.x < 8) {
     a.lists.counts[at.u * 8 + threadIdx.x] = 0;
   }
@@ -333,9 +333,7 @@ cudaError_t launch_over_pages(void (*kernel)(Args), const RankParams& p, int pag
 
 cudaError_t launch_choose(const RankParams& p, const RankArgs& args, cudaStream_t stream) {
   const dim3 grid(1, static_cast<unsigned>(p.shape.h_kv), static_cast<unsigned>(p.batch.b));
-  const int64_t pages = most_seen(p) + (p.shape.window > 0 ? 31 : 0);  // the first may begin before the window
-  return pages <= 2048 ? launch_early(choose_kernel<512, 4>, grid, 512, 0, stream, args)
-                       : launch_early(choose_kernel<1024, 16>, grid, 1024, 0, stream, args);
+  return launch_early(choose_kernel, grid, kChooseThreads, static_cast<int>(most_seen(p)) * 5, stream, args);
 }
 
 }  // namespace

@@ -17,6 +17,7 @@
 namespace thriftattn::cuda {
 namespace {
 
+constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kHeads = 16;             // at once, at most
 constexpr int kScoreBytes = 40 << 10;  // of a CTA, where one head's scores need no more
 
@@ -32,10 +33,8 @@ struct PrefillRankArgs {
   int32_t* counts;
 };
 
-template <int kThreads, int kPer>
 struct PrefillRankShared {
-  static constexpr int kWarps = kThreads / 32;
-  ChooseShared<kThreads, kPer> choose;
+  ChooseShared<kThreads> choose;
   int finite_rows[kWarps];
   float scale[kHeads], norm[kHeads];  // of a head's mean row: of its products, and its length
   int counts[kWarps][2];
@@ -43,10 +42,10 @@ struct PrefillRankShared {
 
 // The mean row of one query head over the rows [first, first + count) of q, into row `to` of the tile; returns how many
 // rows without NaN and Inf it is of. `partial` is [kWarps, stride].
-template <int kSteps, int kThreads, int kPer>
+template <int kSteps>
 __device__ int average(const Rows<const void*>& q, int64_t first, int count, int head, int d, const Tile<kSteps>& tile,
-                       int to, float* partial, PrefillRankShared<kThreads, kPer>& s) {
-  constexpr int kAtOnce = 4, kStride = Tile<kSteps>::kStride, kWarps = kThreads / 32;
+                       int to, float* partial, PrefillRankShared& s) {
+  constexpr int kAtOnce = 4, kStride = Tile<kSteps>::kStride;
   float sum[2 * kSteps] = {};
   int finite = 0;
   for (int r0 = warp_id(); r0 < count; r0 += kWarps * kAtOnce) {
@@ -77,26 +76,22 @@ __device__ int average(const Rows<const void*>& q, int64_t first, int count, int
 }
 
 // Writes the tiers of all pages and the counts of one block and head.
-template <int kThreads, int kPer>
-__device__ void write_tiers(const PrefillRankArgs& a, const Candidates& c, const Cut& cut,
-                            const PageKeys<kThreads, kPer>& pages, int64_t at, PrefillRankShared<kThreads, kPer>& s) {
+__device__ void write_tiers(const PrefillRankArgs& a, const Candidates& c, const Cut& cut, const uint32_t* keys,
+                            int64_t at, PrefillRankShared& s) {
   uint32_t* words = a.tiers + at * a.tier_words;
-  const int first_word = pages.base / 16, end_word = first_word + (pages.end - pages.base + 31) / 32 * 2;
   int promoted = 0, wanted = 0;
-#pragma unroll
-  for (int i = 0; i < kPer; ++i) {
-    if (!pages.any(i)) continue;
-    const Verdict v = judge(a.how, c, cut, pages.page(i), pages.key[i]);
+  for (int w = 2 * warp_id(); w < a.tier_words; w += 2 * kWarps) {
+    const int page = w * 16 + lane_id();
+    Verdict v = {Tier::none, false, false};
+    if (page >= c.first && page < c.end)
+      v = judge(a.how, c, cut, page, keys ? keys[page - c.first] : c.forced(page) ? kForcedKey : 1);
     promoted += __popc(__ballot_sync(kAll, v.listed));
     wanted += __popc(__ballot_sync(kAll, v.wanted));
     const uint32_t code = static_cast<uint32_t>(v.tier) << lane_id() % 16 * 2;
     const uint32_t low = __reduce_or_sync(kAll, lane_id() < 16 ? code : 0);
     const uint32_t high = __reduce_or_sync(kAll, lane_id() < 16 ? 0 : code);
-    const int word = pages.page(i) / 32 * 2 + lane_id();
-    if (lane_id() < 2 && word < min(end_word, a.tier_words)) words[word] = lane_id() ? high : low;
+    if (lane_id() < 2 && w + lane_id() < a.tier_words) words[w + lane_id()] = lane_id() ? high : low;
   }
-  for (int w = static_cast<int>(threadIdx.x); w < a.tier_words; w += kThreads)
-    if (w < first_word || w >= end_word) words[w] = 0;
   if (lane_id() == 0) {
     s.counts[warp_id()][0] = promoted;
     s.counts[warp_id()][1] = wanted;
@@ -104,16 +99,14 @@ __device__ void write_tiers(const PrefillRankArgs& a, const Candidates& c, const
   __syncthreads();
   if (threadIdx.x < 2) {
     int sum = 0;
-    for (const auto& of_warp : s.counts) sum += of_warp[threadIdx.x];
+    for (int w = 0; w < kWarps; ++w) sum += s.counts[w][threadIdx.x];
     a.counts[at * 2 + threadIdx.x] = sum;
   }
 }
 
-template <int kSteps, int kThreads, int kPer>
-__global__ __launch_bounds__(kThreads,
-                             512 / kThreads) void rank_prefill_kernel(const __grid_constant__ PrefillRankArgs a) {
-  constexpr int kWarps = kThreads / 32;
-  __shared__ PrefillRankShared<kThreads, kPer> s;
+template <int kSteps>
+__global__ __launch_bounds__(kThreads, 2) void rank_prefill_kernel(const __grid_constant__ PrefillRankArgs a) {
+  __shared__ PrefillRankShared s;
   extern __shared__ float memory[];
   let_next_kernel_start();
   wait_for_previous_kernel();
@@ -177,15 +170,16 @@ __global__ __launch_bounds__(kThreads,
     }
     for (int h = 0; h < heads; ++h) {
       __syncthreads();  // the scores are there, and the head before is done with s
-      PageKeys<kThreads, kPer> pages(c);
+      float* score = scores + h * a.max_seen;
+      uint32_t* keys = a.how.ranks ? reinterpret_cast<uint32_t*>(score) : nullptr;
       Cut cut = Cut::none();
       if (a.how.ranks) {
-        if (threadIdx.x == 0) s.choose.need = pages_wanted(a.how, c);
         const float q_norm = valid >> h & 1 ? s.norm[h] : 0.0f;
-        cut = choose(a.how, c, scores + h * a.max_seen, q_norm, summaries, pages, s.choose);
+        if (threadIdx.x == 0) s.choose.need = pages_wanted(a.how, c);
+        cut = choose(a.how, c, score, keys, q_norm, summaries, s.choose);
       }
       const int head = g * a.shape.group + h0 + h;
-      write_tiers(a, c, cut, pages, (i * a.shape.h_q + head) * a.max_blocks + block, s);
+      write_tiers(a, c, cut, keys, (i * a.shape.h_q + head) * a.max_blocks + block, s);
     }
     __syncthreads();
   }
@@ -195,26 +189,23 @@ __global__ __launch_bounds__(kThreads,
 
 cudaError_t launch_rank_prefill(const PrefillParams& p, cudaStream_t stream) {
   if (p.tiers_given || p.batch.b == 0) return cudaSuccess;
-  const int64_t in_window = p.shape.window + kPageTokens;  // tokens that a block sees, or half of them
-  const int64_t seen = p.shape.window > 0 ? in_window / kPageTokens * (p.shape.causal ? 1 : 2) + 2 : p.cache.max_pages;
+  const int64_t seen = p.shape.window > 0 ? (p.shape.window + kPageTokens) / kPageTokens * (p.shape.causal ? 1 : 2) + 2
+                                          : p.cache.max_pages;
   PrefillRankArgs args = {p.cache,      p.batch,      p.shape, p.q, choosing(p.method, p.shape, p.shape.causal),
                           p.max_blocks, p.tier_words, 0,       0,   p.tiers,
                           p.counts};
   args.max_seen = static_cast<int>(std::min<int64_t>(seen, p.cache.max_pages));
   const int head_bytes = std::max(1, args.max_seen) * static_cast<int>(sizeof(float));
   args.heads_at_once = std::clamp(kScoreBytes / head_bytes, 1, std::min(p.shape.group, kHeads));
-  const bool wide = p.shape.d > 128, few = args.max_seen + 31 <= 8 * 256;  // pages; the first strip may begin before
-  const auto kernel = few    ? wide ? rank_prefill_kernel<4, 256, 8> : rank_prefill_kernel<2, 256, 8>
-                         : wide ? rank_prefill_kernel<4, 1024, 16>
-                             : rank_prefill_kernel<2, 1024, 16>;
-  const int threads = few ? 256 : 1024;
+  const bool wide = p.shape.d > 128;
   const int row_bytes = (wide ? 256 : 128) * static_cast<int>(sizeof(float));
   const int plane_bytes = wide ? Planes<4>::bytes(args.heads_at_once) : Planes<2>::bytes(args.heads_at_once);
-  const int shared = (threads / 32 + static_cast<int>(round_up(args.heads_at_once, 4))) * row_bytes + plane_bytes +
+  const int shared = (kWarps + static_cast<int>(round_up(args.heads_at_once, 4))) * row_bytes + plane_bytes +
                      args.heads_at_once * head_bytes;
+  const auto kernel = wide ? rank_prefill_kernel<4> : rank_prefill_kernel<2>;
   const dim3 grid(static_cast<unsigned>(p.max_blocks), static_cast<unsigned>(p.shape.h_kv),
                   static_cast<unsigned>(p.batch.b));
-  return launch_early(kernel, grid, threads, shared, stream, args);
+  return launch_early(kernel, grid, kThreads, shared, stream, args);
 }
 
 }  // namespace thriftattn::cuda

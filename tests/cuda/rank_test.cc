@@ -696,7 +696,8 @@ TEST(CudaRank, TakesExactlyTheBestAndBreaksTiesByPage) {
           std::vector<int32_t> got;
           for (int i = 0; i < counts.read()[0]; ++i)
             got.push_back(static_cast<int32_t>(pages[static_cast<size_t>(i)] / 4));
-          ASSERT_EQ(got, w.best(k)) << k << " of " << n << ", " << values << " values, NaN every " << nan_every;
+          ASSERT_EQ(got, w.best(k)) << k << " of " << n << ", listed " << counts.read()[0] << ", " << values
+                                    << " values, NaN every " << nan_every;
         }
       }
 }
