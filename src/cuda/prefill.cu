@@ -27,6 +27,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "cuda/mma.cuh"
 #include "cuda/prefill.cuh"
 
 namespace thriftattn::cuda {
@@ -59,7 +60,7 @@ struct Attend {
   int units, stages;       // units of a block of threads, pages of its ring
 };
 
-// One form of one page, for the units (bits) that read it.
+// One form of one page, for the units (bits) that read it. In Control::entry: its first token instead of the page.
 struct Entry {
   const uint8_t* page_at;
   int page;
@@ -77,17 +78,16 @@ struct Work {
   uint32_t tail_readers;             // a bit for every unit that sees the tail
 };
 
-// The front of shared memory; then the ring, then the fragments of q.
+// The front of shared memory; then the ring, the fragments of q, and l_high where somebody asks for it.
 struct alignas(128) Control {
   uint64_t full[kMaxStages];   // a page has come
   uint64_t empty[kMaxStages];  // all warps have left it
-  int2 entry[kMaxStages];      // its page, and the units that read it, as in Entry
+  int2 entry[kMaxStages];      // its first token, and the units that read it
   Work work;
-  // The next entries: `next` of `count`, then the pages from `window_page`.
-  int next, count, window_page;
+  // What comes next: from `token` of the page on, of entry `next` of `count`; then the pages from `window_page`.
+  int next, token, count, window_page;
   int refills;  // done
   Entry window[3 * kWindow];
-  float l_high[32 * kMaxWarps][4];
 };
 
 template <int D>
@@ -95,7 +95,9 @@ struct Tile {
   static constexpr int kRowTiles = D <= 128 ? 2 : 1;  // of 16 rows, of a warp
   static constexpr int kRows = 16 * kRowTiles;
   static constexpr int kUnitWarps = kPageTokens / kRows;
+  static constexpr int kTokens = D <= 128 ? 64 : 32;  // of a place of the ring: K of them, then V
   static constexpr ExpandedPage kPage = expanded_page(D, D);
+  static constexpr int kV = kTokens * 2 * D, kPlaceBytes = 2 * kV;
   static constexpr int kQBytes = kRows * D * 2;  // of a warp
 };
 
@@ -109,29 +111,8 @@ __device__ uint4 load_shared(uint32_t at) {
   return x;
 }
 
-__device__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-__device__ float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ float reciprocal(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ uint32_t pack(float low, float high) {
-  const __half2 h = __floats2half2_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(h);
+__device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  mma_16x8x16(c, a[0], a[1], a[2], a[3], b0, b1);
 }
 
 __device__ int load_acquire(const int& x) {
@@ -236,34 +217,41 @@ __device__ void copy_to_ring(uint32_t to, const uint8_t* from, int bytes, int al
 #endif
 }
 
-// Fills a free place of the ring with the next entry, or with the end. One warp.
+// Fills a free place of the ring with what comes next, or with the end. One warp.
 template <int D>
 __device__ void fill(const Attend& a, Control& c, uint8_t* ring, int stage, int lane) {
+  using T = Tile<D>;
   while (c.next == c.count && c.window_page < c.work.end_page) look_up(a, c, lane);
   const bool end = c.next == c.count;
   const Entry entry = end ? Entry{nullptr, kEnd, 0} : c.window[c.next];
+  const int token = c.token;
   __syncwarp();
   if (lane == 0) {
-    c.entry[stage] = {entry.page, static_cast<int>(entry.readers)};
-    if (!end) ++c.next;
+    c.entry[stage] = {end ? kEnd : entry.page * kPageTokens + token, static_cast<int>(entry.readers)};
+    if (!end) {
+      c.token = (token + T::kTokens) % kPageTokens;
+      c.next += c.token == 0;
+    }
   }
   __syncwarp();
   const int dk = a.cache.layout.dk, dv = a.cache.layout.dv;
-  const uint32_t to = shared_address(ring + stage * Tile<D>::kPage.bytes);
+  const uint32_t to = shared_address(ring + stage * T::kPlaceBytes);
   if (end) {
     copy_to_ring(to, nullptr, 0, 0, c.full[stage], lane);
   } else if (dk == D && dv == D) {
-    constexpr int kBytes = Tile<D>::kPage.bytes;
-    copy_to_ring(to, entry.page_at, lane == 0 ? kBytes : 0, kBytes, c.full[stage], lane);
+    copy_to_ring(to + lane * T::kV, entry.page_at + lane * T::kPage.v + token * 2 * D, lane < 2 ? T::kV : 0, 2 * T::kV,
+                 c.full[stage], lane);
   } else {  // each item to where it stands with D channels; the rest of the ring is zero
     const ExpandedPage from = expanded_page(dk, dv);
-    const bool is_k = lane < 8, is_v = lane >= 8 && lane < 12;
-    copy_to_ring(to + (is_k ? lane * Tile<D>::kPage.k_item : Tile<D>::kPage.v + (lane - 8) * Tile<D>::kPage.v_item),
-                 entry.page_at + (is_k ? lane * from.k_item : from.v + (lane - 8) * from.v_item),
+    constexpr int kItems = T::kTokens / 8;
+    const bool is_k = lane < kItems, is_v = !is_k && lane < kItems + T::kTokens / 16;
+    const int item = is_k ? lane : lane - kItems;
+    copy_to_ring(to + (is_k ? item * T::kPage.k_item : T::kV + item * T::kPage.v_item),
+                 entry.page_at + (is_k ? (token / 8 + item) * from.k_item : from.v + (token / 16 + item) * from.v_item),
                  is_k   ? from.k_item
                  : is_v ? from.v_item
                         : 0,
-                 from.bytes, c.full[stage], lane);
+                 T::kTokens * 2 * (dk + dv), c.full[stage], lane);
   }
 }
 
@@ -304,7 +292,7 @@ template <int D>
 struct Warp {
   static constexpr int kRowTiles = Tile<D>::kRowTiles, kRows = 2 * kRowTiles;  // kRows: of a lane; r = 2 mt + half
   static constexpr int kChannelBlocks = D / 32;
-  static constexpr int kTokens = 32, kTiles = kTokens / 8;  // half a page
+  static constexpr int kTokens = 32, kTiles = kTokens / 8;  // at once
   using Scores = float[kRowTiles][kTiles][4];
 
   const Attend& a;
@@ -383,7 +371,7 @@ struct Warp {
 #pragma unroll
     for (int i = 0; i < n; i += 2) {
       const int ch = channel + i, fragment = ch / 32 * 2 + ch % 16 / 8, half = ch % 32 / 16;
-      const uint32_t packed = finite ? pack(x[i] * factor, x[i + 1] * factor) : 0u;
+      const uint32_t packed = finite ? pack_half2(x[i] * factor, x[i + 1] * factor) : 0u;
       const uint32_t to = q - lane * 16 + (fragment * kRowTiles + row / 16) * 512 + (row % 8 * 4 + ch % 8 / 2) * 16 +
                           (half * 2 + row % 16 / 8) * 4;
       asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(packed) : "memory");
@@ -424,10 +412,10 @@ struct Warp {
 #pragma unroll
         for (int mt = 0; mt < kRowTiles; ++mt) {
           if (i == 0) s[mt][n][0] = s[mt][n][1] = s[mt][n][2] = s[mt][n][3] = 0;
-          mma(s[mt][n], x[0][mt], k.x, k.y);
+          multiply(s[mt][n], x[0][mt], k.x, k.y);
         }
 #pragma unroll
-        for (int mt = 0; mt < kRowTiles; ++mt) mma(s[mt][n], x[1][mt], k.z, k.w);
+        for (int mt = 0; mt < kRowTiles; ++mt) multiply(s[mt][n], x[1][mt], k.z, k.w);
       }
     }
   }
@@ -457,13 +445,14 @@ struct Warp {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& x = s[r / 2][n][r % 2 * 2 + i];
-          x = from - 2 * from * reciprocal(1 + exp2_approx(x * to));  // tanh y = 1 - 2 / (1 + e^2y): 2^-23 of the cap
+          x = from -
+              2 * from * reciprocal_fast(1 + exp2_fast(x * to));  // tanh y = 1 - 2 / (1 + e^2y): 2^-23 of the cap
         }
     }
   }
 
   __device__ void raise(int r, float to) {
-    const float shrink = exp2_approx(reference[r] - to);
+    const float shrink = exp2_fast(reference[r] - to);
     reference[r] = to;
     l[r] *= shrink;
     if (a.row_mass_high) l_high[r] *= shrink;
@@ -508,11 +497,11 @@ struct Warp {
       float(&x)[4] = s[mt][i * 2 + n];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        x[e] = exp2_approx(fmaf(x[e], scale(mt * 2 + e / 2), -reference[mt * 2 + e / 2]));
+        x[e] = exp2_fast(fmaf(x[e], scale(mt * 2 + e / 2), -reference[mt * 2 + e / 2]));
         sum[mt * 2 + e / 2] += x[e];
       }
-      p[i][mt][n * 2] = pack(x[0], x[1]);
-      p[i][mt][n * 2 + 1] = pack(x[2], x[3]);
+      p[i][mt][n * 2] = pack_half2(x[0], x[1]);
+      p[i][mt][n * 2 + 1] = pack_half2(x[2], x[3]);
     };
 #pragma unroll
     for (int part = 0; part < kParts; ++part) make_p(0, part);
@@ -522,25 +511,25 @@ struct Warp {
       for (int n = 0; n < D / 16; ++n) {
         const uint4 v = load_shared(at + i * Tile<D>::kPage.v_item + n * 512);
 #pragma unroll
-        for (int mt = 0; mt < kRowTiles; ++mt) mma(o[mt][n * 2], p[i][mt], v.x, v.y);
+        for (int mt = 0; mt < kRowTiles; ++mt) multiply(o[mt][n * 2], p[i][mt], v.x, v.y);
 #pragma unroll
-        for (int mt = 0; mt < kRowTiles; ++mt) mma(o[mt][n * 2 + 1], p[i][mt], v.z, v.w);
+        for (int mt = 0; mt < kRowTiles; ++mt) multiply(o[mt][n * 2 + 1], p[i][mt], v.z, v.w);
         if (i + 1 < kTokens / 16)
 #pragma unroll
           for (int part = n * kParts / (D / 16); part < (n + 1) * kParts / (D / 16); ++part) make_p(i + 1, part);
       }
   }
 
-  // A page in the ring; at: the lane's part of the first fragment. `high`: it counts as above fp4. By halves, so that
-  // there are registers for fragments under way.
-  __device__ void attend(uint32_t at, int page, bool high) {
+  // What is in a place of the ring, from `token` on; at: the lane's part of the first fragment. `high`: it counts as
+  // above fp4. 32 tokens at a time, so that there are registers for fragments under way.
+  __device__ void attend(uint32_t at, int token, bool high) {
 #pragma unroll 1
-    for (int half = 0; half < kPageTokens / kTokens; ++half) {
+    for (int i = 0; i < Tile<D>::kTokens; i += kTokens) {
       Scores s;
-      scores(at + half * kTiles * Tile<D>::kPage.k_item, s);
-      settle(s, page * kPageTokens + half * kTokens);
+      scores(at + i / 8 * Tile<D>::kPage.k_item, s);
+      settle(s, token + i);
       float sum[kRows] = {};
-      values(at + Tile<D>::kPage.v + half * (kTokens / 16) * Tile<D>::kPage.v_item, s, sum);
+      values(at + Tile<D>::kV + i / 16 * Tile<D>::kPage.v_item, s, sum);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         l[r] += sum[r];
@@ -643,11 +632,11 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(const __grid_
     Work work;
     if (!find_work(a, chunks, work)) work.units = 0;
     c.work = work;
-    c.next = c.count = c.refills = 0;
+    c.next = c.token = c.count = c.refills = 0;
     c.window_page = work.first_page / kWindow * kWindow;
   }
   if (a.cache.layout.dk != D || a.cache.layout.dv != D)
-    for (int i = threadIdx.x * 16; i < a.stages * Tile<D>::kPage.bytes; i += blockDim.x * 16)
+    for (int i = threadIdx.x * 16; i < a.stages * Tile<D>::kPlaceBytes; i += blockDim.x * 16)
       *reinterpret_cast<uint4*>(ring + i) = uint4{};
 #if __CUDA_ARCH__ >= 900
   asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
@@ -662,9 +651,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(const __grid_
             head = work.g * a.shape.group + unit % a.shape.group;
   const int block = work.first_block + unit / a.shape.group * kPageTokens;
   const int64_t first_row = a.batch.first_row[work.sequence];
-  const uint32_t q = shared_address(ring) + a.stages * Tile<D>::kPage.bytes + warp * Tile<D>::kQBytes;
-  Warp<D> rows(a, lane, q + lane * 16, c.l_high[threadIdx.x], block + warp % Tile<D>::kUnitWarps * Tile<D>::kRows,
-               work.s_kv);
+  uint8_t* q = ring + a.stages * Tile<D>::kPlaceBytes;
+  float* l_high = reinterpret_cast<float*>(q + warps * Tile<D>::kQBytes) + threadIdx.x * 4;
+  Warp<D> rows(a, lane, shared_address(q + warp * Tile<D>::kQBytes) + lane * 16, l_high,
+               block + warp % Tile<D>::kUnitWarps * Tile<D>::kRows, work.s_kv);
   const bool exists = u < work.units;
   if (exists) {
     rows.load_q(work.first, first_row, head);
@@ -678,7 +668,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(const __grid_
     wait(c.full[stage], phase);
     const int2 entry = c.entry[stage];
     if (entry.x == kEnd) break;
-    if (entry.y >> u & 1) rows.attend(first_fragment + stage * Tile<D>::kPage.bytes, entry.x, entry.y < 0);
+    if (entry.y >> u & 1) rows.attend(first_fragment + stage * Tile<D>::kPlaceBytes, entry.x, entry.y < 0);
     if (turn-- == 0) {
       if (refill >= 0) {
         const bool before = stage < lag;
@@ -727,18 +717,18 @@ cudaError_t launch(const PrefillParams& p, cudaStream_t stream) {
     a.to_cap = 2 * a.scale / p.shape.softcap;
     a.from_cap = p.shape.softcap / std::abs(p.shape.sm_scale);
   }
-  // As many rows as there are warps for, unless that leaves no room to load a page while another is read.
-  const auto pages_beside = [&](int units) {
-    return (shared - static_cast<int>(sizeof(Control)) - units * Tile<D>::kUnitWarps * Tile<D>::kQBytes) /
-           Tile<D>::kPage.bytes;
+  // As many rows as there are warps for, unless that leaves no room to load while what came before is read.
+  const auto bytes_of = [&](int units, int stages) {
+    const int warps = units * Tile<D>::kUnitWarps;
+    return static_cast<int>(sizeof(Control)) + stages * Tile<D>::kPlaceBytes +
+           warps * (Tile<D>::kQBytes + (p.row_mass_high ? 32 * 4 * static_cast<int>(sizeof(float)) : 0));
   };
   a.units = kMaxWarps / Tile<D>::kUnitWarps;
-  while (a.units > 1 && pages_beside(a.units) < 2) a.units /= 2;
-  a.stages = std::min(kMaxStages, pages_beside(a.units));
-  if (a.stages < 1) return cudaErrorInvalidConfiguration;
-  const int warps = a.units * Tile<D>::kUnitWarps;
-  const size_t bytes = a.stages * Tile<D>::kPage.bytes + warps * Tile<D>::kQBytes + sizeof(Control);
-  error = cudaFuncSetAttribute(attend_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  while (a.units > 1 && bytes_of(a.units, 2) > shared) a.units /= 2;
+  a.stages = kMaxStages;
+  while (a.stages > 2 && bytes_of(a.units, a.stages) > shared) --a.stages;
+  const int warps = a.units * Tile<D>::kUnitWarps, bytes = bytes_of(a.units, a.stages);
+  error = cudaFuncSetAttribute(attend_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
   const int64_t chunks = (static_cast<int64_t>(p.max_blocks) * p.shape.group + a.units - 1) / a.units;
   const int64_t blocks = chunks * p.batch.b * p.shape.h_kv;
