@@ -13,6 +13,7 @@
 #include <algorithm>
 
 #include "cuda/prefill.cuh"
+#include "cuda/unpack.cuh"
 
 namespace thriftattn::cuda {
 namespace {
@@ -29,16 +30,6 @@ struct Expand {
   int pages;  // of a block of threads
   ExpandedPages to;
 };
-
-// The two values of fragment register `a` (0..3) of a word of codes, times 2^-14.
-__device__ float2 unpack(uint32_t word, int a) {
-  const uint32_t x = (a == 0   ? word
-                      : a == 1 ? word << 3
-                      : a == 2 ? (word & 0x40384038) * 66
-                               : (word & 0x20072007) * 516) &
-                     0x8E008E00;
-  return __half22float2(reinterpret_cast<const __half2&>(x));
-}
 
 // Rounded once; what rounding up the scales brought beyond FP16's largest value becomes that, NaN stays NaN.
 __device__ uint32_t pack(float2 x) {
@@ -60,8 +51,8 @@ template <bool kIsK>
 __device__ void add_plane(const uint8_t* codes, const uint8_t* scales, int columns, Fp4Format format, int exponent,
                           int block, int lane, Values& x) {
   const uint4 w = __ldcs(reinterpret_cast<const uint4*>(codes + block * 512 + lane * 16));
-  const uint32_t word[4] = {w.x, w.y, w.z, w.w};
-  const float unit = pow2(14 - exponent);
+  const Fragment fragment[4] = {unpack_codes(w.x), unpack_codes(w.y), unpack_codes(w.z), unpack_codes(w.w)};
+  const float unit = kCodeScale * pow2(-exponent);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {  // k 0-7 of the fragments, k 8-15
     const uint32_t s = *reinterpret_cast<const uint32_t*>(scales + (lane / 4 * 2 + half) * (columns / 8) + block * 4);
@@ -74,7 +65,7 @@ __device__ void add_plane(const uint8_t* codes, const uint8_t* scales, int colum
       for (int j = 0; j < 2; ++j)
 #pragma unroll
         for (int a = 0; a < 2; ++a) {
-          const float2 value = unpack(word[i * 2 + j], half * 2 + a);
+          const float2 value = unpack_half2(fragment[i * 2 + j].a[half * 2 + a]);
           float2& to = kIsK ? x.at[i * 2 + a][j][half] : x.at[half * 2 + j][i][a];
           to = fma(value, scale[i * 2 + a], to);
         }
