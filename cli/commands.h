@@ -23,9 +23,10 @@ struct Command {
 
 // What every command needs to run a model.
 struct RunOptions {
-  std::string model;    // folder: config.json, safetensors, tokenizer.json
-  std::string compute;  // f32, bf16, or empty: bf16 where the processor has it
-  int threads = 0;      // 0 = the processors this process may use
+  std::string model;           // folder: config.json, safetensors, tokenizer.json
+  std::string compute;         // f32, bf16, or empty: bf16 where the processor has it
+  std::string device = "cpu";  // cpu, cuda (= cuda:0) or cuda:N
+  int threads = 0;             // 0 = the processors this process may use
   uint64_t seed = 0;
 };
 

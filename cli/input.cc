@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <charconv>
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
@@ -47,6 +48,17 @@ Result<Exam> parse_exam(const std::string& line) {
 }
 
 }  // namespace
+
+Result<std::optional<int>> gpu_of(const std::string& device) {
+  if (device == "cpu") return std::optional<int>();
+  int index = 0;
+  const char* end = device.data() + device.size();
+  const char* number = device.data() + std::string_view("cuda:").size();
+  const bool numbered =
+      device.starts_with("cuda:") && number < end && std::from_chars(number, end, index).ptr == end && index >= 0;
+  if (numbered || device == "cuda") return std::optional<int>(index);
+  return invalid_argument(fmt::format("device '{}' is not known: cpu, cuda and cuda:N are", device));
+}
 
 size_t valid_utf8(std::string_view bytes) {
   size_t i = 0;
