@@ -171,7 +171,8 @@ int run(int argc, char** argv) {
   generate_command->footer(
       "Example: thriftattn generate --model models/pocket-8m --prompt-file prompt.txt --max-tokens 64 --method thrift");
 
-  const Command commands[] = {add_doctor(&app), add_inspect(&app), add_bench(&app), add_completion(&app)};
+  const Command commands[] = {add_doctor(&app), add_inspect(&app), add_bench(&app), add_bench_model(&app),
+                              add_completion(&app)};
 
   try {
     app.parse(argc, argv);

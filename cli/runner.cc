@@ -6,7 +6,6 @@
 #include <utility>
 
 #include "input.h"
-#include "thriftattn/cuda.h"
 
 namespace thriftattn::cli {
 
@@ -86,10 +85,7 @@ Status Runner::resolve(const model::SessionOptions& options, bool prefill, bool 
   report->machine.target = target;
   report->machine.threads = pool->size();
   report->machine.compute = to_string(device_model ? device_model->compute() : model->compute());
-  if (device_model) {
-    THRIFTATTN_ASSIGN_OR_RETURN(machine, cuda::machine(device_model->device()));
-    report->machine.gpu = machine.gpu->name;
-  }
+  if (device_model) report->machine.gpu = device_model->gpu().name;
   return {};
 }
 

@@ -19,7 +19,7 @@ class LoadedModel : public DeviceModel {
 
   const ModelConfig& config() const override { return config_; }
   Compute compute() const override { return compute_; }
-  int device() const override { return machine_.gpu->index; }
+  const Gpu& gpu() const override { return *machine_.gpu; }
   int64_t weight_bytes() const override { return weights_.bytes; }
 
   Result<std::unique_ptr<DeviceBatch>> open(const Schedule& schedule, const SessionOptions& options,

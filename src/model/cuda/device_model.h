@@ -18,6 +18,7 @@
 #include "model/schedule.h"
 #include "model/sequence.h"
 #include "model/session.h"
+#include "thriftattn/attention.h"
 #include "thriftattn/status.h"
 
 namespace thriftattn::model {
@@ -53,7 +54,7 @@ class DeviceModel {
 
   virtual const ModelConfig& config() const = 0;
   virtual Compute compute() const = 0;
-  virtual int device() const = 0;
+  virtual const Gpu& gpu() const = 0;
   virtual int64_t weight_bytes() const = 0;
 
   // `size` empty sequences with a cache of their own. Refused: what a Session refuses, schedules that split a layer's
