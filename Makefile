@@ -1,14 +1,14 @@
 # The front door: every target installs the Debian packages it needs, when they are missing, and then does its work.
 #   make demo            what FP4 attention costs on a long text, and what ThriftAttention gives back
 #   make demo TEXT=FILE  the same on your text
-#   make test            build and run all tests
+#   make test            build and run all tests; CUDA=ON fails where nvcc is missing, CUDA=OFF leaves its backend out
 #   make build           the program at build/release/thriftattn
 #   make asan            the fast tests under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make tsan            the attention tests and the soak under ThreadSanitizer
 #   make soak            a cache in long random use against the oracle, SECONDS=600 of it unless told otherwise
 #   make fuzz            every parser of files under libFuzzer, RUNS=200000 inputs each unless told otherwise
 #   make bench-peers     decode beside PyTorch and ONNX Runtime, which it installs into build/; BENCH="--phase ..."
-#   make format-check    clang-format over the tracked C and C++ files; `make format` rewrites them
+#   make format-check    clang-format over the tracked C, C++ and CUDA files; `make format` rewrites them
 
 # Two texts, because the loss on one is known to about 0.002 nats only.
 TEXT ?= build/genesis.txt build/matthew.txt
@@ -17,6 +17,7 @@ CONTEXT ?= 16384
 JOBS ?= $(shell nproc)
 RUNS ?= 200000
 SECONDS ?= 600
+CUDA ?= AUTO
 BENCH ?= --phase decode --s-kv 16384 131072 --method fp16 fp4 thrift
 
 .PHONY: all build bench-peers demo test asan tsan soak fuzz format format-check clean
@@ -25,7 +26,7 @@ all: build
 
 build:
 	@scripts/setup.sh build
-	cmake --preset release -DTHRIFTATTN_TESTS=OFF
+	cmake --preset release -DTHRIFTATTN_TESTS=OFF -DTHRIFTATTN_CUDA=$(CUDA)
 	cmake --build --preset release -j $(JOBS)
 
 build/genesis.txt: RANGE = gen1:1-deu34:12
@@ -39,7 +40,7 @@ demo: build $(TEXT)
 
 test:
 	@scripts/setup.sh test
-	cmake --preset dev
+	cmake --preset dev -DTHRIFTATTN_CUDA=$(CUDA)
 	cmake --build --preset dev -j $(JOBS)
 	ctest --preset dev -j $(JOBS)
 
@@ -80,11 +81,11 @@ bench-peers: build build/peers/installed
 
 format-check:
 	@scripts/setup.sh check
-	git ls-files '*.h' '*.cc' '*.c' | xargs -r clang-format --dry-run -Werror
+	git ls-files '*.h' '*.cc' '*.c' '*.cuh' '*.cu' | xargs -r clang-format --dry-run -Werror
 
 format:
 	@scripts/setup.sh check
-	git ls-files '*.h' '*.cc' '*.c' | xargs -r clang-format -i
+	git ls-files '*.h' '*.cc' '*.c' '*.cuh' '*.cu' | xargs -r clang-format -i
 
 clean:
 	rm -rf build

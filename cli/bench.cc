@@ -19,6 +19,7 @@
 
 #include "bench_run.h"
 #include "commands.h"
+#include "cuda/bench_gpu.h"
 #include "input.h"
 #include "progress.h"
 #include "rates.h"
@@ -161,6 +162,13 @@ Status bench_attention(const BenchOptions& o) {
     methods.push_back(method);
   }
   if (o.h_q % o.h_kv != 0) return invalid_argument(fmt::format("h_q {} is not a multiple of h_kv {}", o.h_q, o.h_kv));
+  THRIFTATTN_ASSIGN_OR_RETURN(gpu, parse_device(o.device));
+  if (gpu) {
+    if (!o.target.empty())
+      return invalid_argument(
+          fmt::format("--target {}: instruction sets are the CPU's, not of --device {}", o.target, o.device));
+    return bench_attention_gpu(o, *gpu);
+  }
   ThreadPool pool(o.threads);
   Machine machine = Machine::here(pool.size());
   if (!o.target.empty()) {
@@ -232,6 +240,7 @@ Command add_bench(CLI::App* app) {
   command->add_option("--d", o->d, "channels of a head")->check(CLI::Range(1, 4096))->capture_default_str();
   const CLI::Option* method =
       command->add_option("--method", o->methods, "name[:key=value,...]; rank: thrift alone")->capture_default_str();
+  command->add_option("--device", o->device, "cpu, or cuda or cuda:N: a GPU")->capture_default_str();
   command->add_option("--threads", o->threads, "0 = all processors")->check(CLI::Range(0, 1024))->capture_default_str();
   command->add_option("--target", o->target, "instruction set, as doctor lists them; default the best");
   command

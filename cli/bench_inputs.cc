@@ -4,28 +4,9 @@
 #include <cmath>
 
 namespace thriftattn::cli {
-namespace {
-
-constexpr int64_t kOffsets = 1 << 14;  // that a row may begin at in the table
-
-uint64_t mix(uint64_t x) {  // splitmix64
-  x += 0x9e3779b97f4a7c15;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
-  return x ^ (x >> 31);
-}
-
-uint64_t key_of(uint64_t what, uint64_t seq, uint64_t token, uint64_t head) {
-  return mix(mix(mix(mix(what + 1) + seq) + token) + head);
-}
-
-}  // namespace
-
-// A row is the sum of two stretches of one table of numbers. A cache of 10^5 tokens takes 10^8 of them, and to make
-// each anew takes longer than what is to be timed.
-Inputs::Inputs(int h_q, int h_kv, int d) : h_q_(h_q), h_kv_(h_kv), d_(d), table_(kOffsets + d) {
+Inputs::Inputs(int h_q, int h_kv, int d) : h_q_(h_q), h_kv_(h_kv), d_(d), table_(InputRule::kOffsets + d) {
   for (size_t i = 0; i < table_.size(); ++i) {
-    const uint64_t state = mix(i);
+    const uint64_t state = InputRule::mix(i);
     int sum = 0;  // of four uniform 16-bit numbers
     for (int k = 0; k < 4; ++k) sum += static_cast<int16_t>(state >> (16 * k));
     table_[i] = static_cast<float>(sum) / (37837.0f * std::sqrt(2.0f));
@@ -33,20 +14,18 @@ Inputs::Inputs(int h_q, int h_kv, int d) : h_q_(h_q), h_kv_(h_kv), d_(d), table_
 }
 
 void Inputs::noise(Input what, int64_t seq, int64_t token, int64_t head, float* out) const {
-  const uint64_t at = key_of(static_cast<uint64_t>(what), seq, token, head);
-  const float* a = &table_[at % kOffsets];
-  const float* b = &table_[(at >> 32) % kOffsets];
-  for (int c = 0; c < d_; ++c) out[c] = a[c] + b[c];
+  const uint64_t key = InputRule::key_of(static_cast<uint64_t>(what), seq, token, head);
+  for (int c = 0; c < d_; ++c) out[c] = InputRule::noise(table_.data(), key, c);
 }
 
 void Inputs::row(Input what, int64_t seq, int64_t token, int64_t head, float* out) const {
   noise(what, seq, token, head, out);
   if (what == Input::key) {
-    out[5 % d_] += 6;
-    if (token == 0) out[0] += 12;
+    for (int c = 0; c < d_; ++c) out[c] += InputRule::of_key(token, c, d_);
   }
   if (what == Input::query) {
-    const int64_t target = static_cast<int64_t>(key_of(7, seq, token, head) % static_cast<uint64_t>(token + 1));
+    const int64_t target =
+        static_cast<int64_t>(InputRule::key_of(7, seq, token, head) % static_cast<uint64_t>(token + 1));
     std::vector<float> key(d_);
     noise(Input::key, seq, target, head / (h_q_ / h_kv_), key.data());  // not to the outlier, which all keys share
     for (int c = 0; c < d_; ++c) out[c] += key[c];

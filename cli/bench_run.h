@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "bench_inputs.h"
+#include "bench_problem.h"
 #include "commands.h"
 #include "progress.h"
 #include "rates.h"
@@ -31,24 +31,12 @@ struct Bench {
   Status evict();
 };
 
-struct Timing {
-  int64_t s_q = 0, s_kv = 0;
-  std::string method, target;
-  std::vector<double> by_round;            // median of each round, milliseconds
-  double median = 0, least = 0, most = 0;  // of all rounds, milliseconds
-  double fresh = 0;                        // phase append: median on memory that the system has just given
-  double bytes = 0, flops = 0;             // of the problem, whatever the kernel does
-  double rel_err = 0;
-  int layers = 1;     // copies of the cache that were rotated over
-  bool cold = false;  // together beyond four times the last-level cache
-};
-
 class BenchRow {
  public:
   // Plans; an unsupported problem is an error here, before anything is filled.
   static Result<BenchRow> create(Bench* bench, const Method& method, int64_t s_kv);
 
-  double cache_bytes() const { return layer_bytes_ * config_.layers; }  // what filling will take, about
+  double cache_bytes() const { return layer_bytes_ * layers(); }  // what filling will take, about
 
   // Fills the caches and, the first time, checks the result; nothing where they are filled.
   Status prepare();
@@ -60,21 +48,19 @@ class BenchRow {
   Timing timing() const;
 
  private:
-  BenchRow(Bench* bench, Method method) : bench_(bench), method_(std::move(method)) {}
+  BenchRow(Bench* bench, BenchProblem problem) : bench_(bench), problem_(std::move(problem)) {}
   Status fill(std::vector<double>* times);
   Status check();
   Status check_appended();
-  void count(const Selection& selection, const MemoryUse& use);
   AttendArgs args();
-  bool is(const char* phase) const { return bench_->options.phase == phase; }
-  int64_t query_blocks() const;
+  bool is(const char* phase) const { return problem_.is(phase); }
+  int layers() const { return problem_.problem.cache.layers; }
+  Timing& row() { return problem_.row; }
 
   Bench* bench_;
-  Method method_;
-  CacheConfig config_;
+  BenchProblem problem_;
   std::optional<Plan> plan_;
   double layer_bytes_ = 0;  // stored by one layer of all sequences, about
-  Timing row_;
   std::vector<double> times_, fresh_times_;
   bool checked_ = false;
   bool evict_ = false;  // a rotation reads less than what makes it cold, however much is stored

@@ -79,6 +79,7 @@ struct BenchOptions {
   int h_q = 32, h_kv = 8, d = 128;
   std::vector<std::string> methods = {"fp16", "fp4", "thrift"};  // rank: thrift, where none is named
   int threads = 0;
+  std::string device = "cpu";   // or "cuda", "cuda:N"
   std::string target;           // instruction set; empty = the best
   std::string compute = "f32";  // of a prefill's products: f32 or bf16
   std::string json;             // as in eval

@@ -49,17 +49,6 @@ Result<Exam> parse_exam(const std::string& line) {
 
 }  // namespace
 
-Result<std::optional<int>> gpu_of(const std::string& device) {
-  if (device == "cpu") return std::optional<int>();
-  int index = 0;
-  const char* end = device.data() + device.size();
-  const char* number = device.data() + std::string_view("cuda:").size();
-  const bool numbered =
-      device.starts_with("cuda:") && number < end && std::from_chars(number, end, index).ptr == end && index >= 0;
-  if (numbered || device == "cuda") return std::optional<int>(index);
-  return invalid_argument(fmt::format("device '{}' is not known: cpu, cuda and cuda:N are", device));
-}
-
 size_t valid_utf8(std::string_view bytes) {
   size_t i = 0;
   while (i < bytes.size()) {
@@ -84,6 +73,18 @@ Result<Method> one_method(const std::string& spec) {
   if (!spec.starts_with('@')) return parse_method(spec);
   return invalid_argument(
       fmt::format("--method {}: a schedule is for the layers of a model, which eval and generate have", spec));
+}
+
+Result<std::optional<int>> parse_device(const std::string& device) {
+  if (device == "cpu") return std::optional<int>();
+  if (device == "cuda") return std::optional(0);
+  int index = 0;
+  const char* end = device.data() + device.size();
+  if (device.starts_with("cuda:")) {
+    const auto [parsed, error] = std::from_chars(device.data() + 5, end, index);
+    if (error == std::errc() && parsed == end && index >= 0) return std::optional(index);
+  }
+  return invalid_argument(fmt::format("--device {} is not known: cpu, cuda and cuda:N are", device));
 }
 
 Result<std::string> read_text(const std::string& path) {

@@ -17,8 +17,8 @@ Result<std::string> read_text(const std::string& path);
 // A method for a command that runs no model, so that a schedule, @FILE, has no layers to speak of and is refused.
 Result<Method> one_method(const std::string& spec);
 
-// The GPU that "cuda" (= "cuda:0") or "cuda:N" names; none for "cpu".
-Result<std::optional<int>> gpu_of(const std::string& device);
+// The GPU that --device names, by index; none for "cpu".
+Result<std::optional<int>> parse_device(const std::string& device);
 
 // The length in bytes of the longest prefix of `bytes` that is whole, valid UTF-8.
 size_t valid_utf8(std::string_view bytes);

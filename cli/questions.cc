@@ -110,7 +110,7 @@ Figures figures_of(const model::Schedule& schedule, const Score& score) {
 }  // namespace
 
 Status eval_questions(const EvalOptions& options) {
-  THRIFTATTN_ASSIGN_OR_RETURN(gpu, gpu_of(options.run.device));
+  THRIFTATTN_ASSIGN_OR_RETURN(gpu, parse_device(options.run.device));
   if (gpu) {
     return unsupported(fmt::format(
         "device '{}' is not supported with --questions: every question continues a fork of its context, and a cache on "

@@ -10,7 +10,7 @@
 namespace thriftattn::cli {
 
 Result<Runner> Runner::load(const RunOptions& options) {
-  THRIFTATTN_ASSIGN_OR_RETURN(gpu, gpu_of(options.device));
+  THRIFTATTN_ASSIGN_OR_RETURN(gpu, parse_device(options.device));
   const bool bf16 = options.compute.empty() ? gpu || model::has_native_bf16() : options.compute == "bf16";
   const model::Compute compute = bf16 ? model::Compute::bf16 : model::Compute::f32;
   auto pool = std::make_unique<ThreadPool>(options.threads);

@@ -24,6 +24,12 @@ struct Backend {
 // What `method`, with policy and arithmetic resolved, reads and heads of this storage do not keep.
 Status check_stored(const Method& method, const CacheConfig& cache, Storage storage);
 
+// Whether the pages of two caches are alike, whatever their number of layers, windows and limits.
+bool pages_alike(const CacheConfig& a, const CacheConfig& b);
+
+// Whether scratch memory made for one plan serves the other: all sizes that it follows from.
+bool sizes_alike(const Plan& a, const Plan& b);
+
 // Brings rows into a page in this machine's memory. False where a value is NaN, Inf or beyond the 16-bit form's range;
 // the records then hold anything.
 bool append_rows(const PageAppend& append);

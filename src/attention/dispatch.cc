@@ -72,23 +72,6 @@ Result<Workspace> Workspace::create(const Plan& plan) {
 
 namespace {
 
-// Whether the pages of two caches are alike, whatever their number of layers, windows and limits.
-bool pages_alike(const CacheConfig& a, const CacheConfig& b) {
-  return a.h_kv == b.h_kv && a.d == b.d && a.d_v == b.d_v && a.high_dtype == b.high_dtype && a.storage == b.storage &&
-         a.storage_by_head == b.storage_by_head && a.format == b.format && a.scales == b.scales &&
-         a.centring == b.centring && a.page_scale == b.page_scale && a.mean == b.mean && a.min_max == b.min_max &&
-         a.variance == b.variance;
-}
-
-// Whether scratch memory made for one plan serves the other: all sizes that it follows from.
-bool sizes_alike(const Plan& a, const Plan& b) {
-  const Problem &p = a.problem, &q = b.problem;
-  return a.backend == b.backend && a.kernel == b.kernel && a.target == b.target && a.rows_per_tile == b.rows_per_tile &&
-         a.splits == b.splits && a.threads == b.threads && p.phase == q.phase && p.b == q.b && p.max_s_q == q.max_s_q &&
-         p.max_s_kv == q.max_s_kv && p.h_q == q.h_q && p.h_kv == q.h_kv && p.d == q.d && p.d_v == q.d_v &&
-         p.stats == q.stats && p.method == q.method;
-}
-
 Status check_heads(const Problem& p, const AttendArgs& a) {
   int previous = -1;
   for (const int g : a.kv_heads) {

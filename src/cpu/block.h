@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 
 #include "cpu/kernels.h"
 
@@ -22,12 +21,6 @@ struct TierCursor {
 
 inline const uint16_t* mean_of(const BlockTask& t, const PageRef& page) {
   return reinterpret_cast<const uint16_t*>(page.summary + t.layout->mean);
-}
-
-inline PageSummary summary_of(const PageRef& page) {
-  PageSummary facts;
-  std::memcpy(&facts, page.summary, sizeof(facts));
-  return facts;
 }
 
 // Tokens [first, end) of page `p` that row r sees, counted in the page.

@@ -65,9 +65,9 @@ void plan(const Machine& machine, Plan& plan) {
     floats = machine.threads * (tiles + 2 * kPageTokens * kPageTokens + row_floats(heads_per_task(p) * kPageTokens) +
                                 heads_per_task(p) * pages * 9);
   } else {
-    plan.kernel = !(scores_first(p) && ranks(p)) ? "decode_one_pass"
-                  : exchanges(p)                 ? "decode_exchange"
-                                                 : "decode_score_first";
+    plan.kernel = !(scores_first(p) && ranks(p.method)) ? "decode_one_pass"
+                  : exchanges(p)                        ? "decode_exchange"
+                                                        : "decode_score_first";
     plan.rows_per_tile = static_cast<int>(group * p.max_s_q);
     // Four tasks per thread level out their lengths; a range shorter than 8 pages is not worth its merge. The constant
     // p scale depends on the running maximum, so it must see the pages in one order.

@@ -83,7 +83,7 @@ class Run {
   void decode() {
     const int64_t units = std::ssize(call_.sequences) * std::ssize(call_.kv_heads);
     const int64_t walks = std::ssize(call_.sequences) * head_groups(std::ssize(call_.kv_heads));
-    const bool by_mass = scores_first(problem_) && !call_.given && ranks(problem_);
+    const bool by_mass = scores_first(problem_) && !call_.given && ranks(problem_.method);
     const bool exchange = by_mass && exchanges(problem_) && !call_.select_only;
     start_stats(units);
     pool_.parallel_for(units, [&](int64_t u, int w) { load_unit(u, by_mass, w); });
@@ -318,7 +318,7 @@ class Run {
     BlockTask t = block_task(s, pages, facts.first_visible, last_page, offset + first, heads, rows, rows, r);
     want_pages(r, t);
     const int64_t blocks = query_blocks(Phase::prefill, s.s_q, s.s_kv);
-    if (!call_.given && ranks(problem_) && scores_first(problem_)) {
+    if (!call_.given && ranks(problem_.method) && scores_first(problem_)) {
       for (int h = 0; h < heads; ++h) {
         best_tiers(pages, facts, scratch_.choices[w][h]);
         t.promoted[h] = scratch_.choices[w][h].result();
@@ -329,7 +329,7 @@ class Run {
       Choice& c = scratch_.choices[w][h];
       if (call_.given) {
         given_selection(s.first_block + (g * group_ + first_head + h) * blocks + block, c);
-      } else if (!ranks(problem_)) {
+      } else if (!ranks(problem_.method)) {
         choose_forced(problem_.method, facts, pages, c);
       } else {
         const int head = g * group_ + first_head + h;
@@ -389,7 +389,7 @@ class Run {
     }
     if (call_.given) {
       given_selection(at.s.first_block + at.g, c);
-    } else if (!ranks(problem_)) {
+    } else if (!ranks(problem_.method)) {
       choose_forced(problem_.method, unit.block, at.pages, c);
     } else if (by_mass) {  // the tiers to score in; the choice comes after
       if (problem_.method.policy == Policy::oracle) {
@@ -570,8 +570,8 @@ class Run {
       while (next < static_cast<size_t>(c.count) && c.promoted[next].page < p) ++next;
       const bool promoted = next < static_cast<size_t>(c.count) && c.promoted[next].page == p;
       if (p < block.visible && !promoted && problem_.method.rest == Tier::fp4)
-        stats.error_estimate += error_contribution(pages[p], static_cast<float>(mass[p] / static_cast<double>(count)),
-                                                   problem_.sm_scale, q_norm);
+        stats.error_estimate += error_contribution(
+            summary_of(pages[p]), static_cast<float>(mass[p] / static_cast<double>(count)), problem_.sm_scale, q_norm);
     }
   }
 

@@ -30,13 +30,6 @@ inline bool exchanges(const Problem& p) {
   return on_integers(p) && p.method.policy == Policy::fp4_mass && p.method.rest == Tier::fp4;
 }
 
-// False where the forced pages are all that is promoted, so that nothing needs a rank.
-inline bool ranks(const Problem& p) {
-  const Budget& b = p.method.budget;
-  return p.method.policy != Policy::none && b.kind != Budget::Kind::all &&
-         !(b.kind == Budget::Kind::fraction && b.value == 0);
-}
-
 // Whether a target multiplies on matrix tiles, whether in BF16 at all, and the bytes of Tiles::matrix that it needs.
 inline bool is_matrix(const std::string& target) { return target == kAmx || target == kAmxEmulated; }
 inline bool in_bf16(const std::string& target) { return is_matrix(target) || target == kBf16Pairs; }

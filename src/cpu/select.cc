@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 namespace thriftattn::cpu {
 namespace {
@@ -39,25 +38,13 @@ int64_t mark_forced(const Method& method, const BlockPages& block, const PageRef
     c.tier[p] = method.rest;
     if (!is_forced(method.force, block, p)) continue;
     ++forced;
-    c.tier[p] = forced_tier(method, pages[p]);
+    c.tier[p] = forced_tier(method.rest, pages[p].high != nullptr, pages[p].residual != nullptr);
     c.wanted_not_stored += c.tier[p] != Tier::fp16 && c.tier[p] == method.rest;
   }
   return forced;
 }
 
 }  // namespace
-
-Tier forced_tier(const Method& method, const PageRef& page) {
-  if (page.high) return Tier::fp16;
-  if (page.residual) return Tier::fp4x2;
-  return method.rest;
-}
-
-float error_contribution(const PageRef& page, float share, float sm_scale, float q_norm) {
-  PageSummary facts;
-  std::memcpy(&facts, page.summary, sizeof(facts));
-  return share * (std::abs(sm_scale) * q_norm * facts.eps_k * facts.v_norm + facts.eps_v);
-}
 
 void choose_forced(const Method& method, const BlockPages& block, const PageRef* pages, Choice& c) {
   mark_forced(method, block, pages, c);
@@ -73,7 +60,7 @@ void choose(const Problem& problem, const BlockPages& block, const PageRef* page
   if (by_mass || by_error) estimate_shares(problem, block, c);
   if (by_error)
     for (int64_t p = first; p < end_page; ++p)
-      c.contribution[p] = error_contribution(pages[p], c.share[p], problem.sm_scale, q_norm);
+      c.contribution[p] = error_contribution(summary_of(pages[p]), c.share[p], problem.sm_scale, q_norm);
 
   // Candidates in rank order, as far as the budget may need them.
   int64_t candidates = 0;

@@ -32,18 +32,11 @@ struct Choice {
   std::span<const Promoted> result() const { return {promoted.data(), static_cast<size_t>(count)}; }
 };
 
-// The tier in which a forced page is read: 16 bit where that form is stored, else the storage's high tier, else the
-// rest.
-Tier forced_tier(const Method& method, const PageRef& page);
-
 // Marks the forced pages alone, as `promoted`.
 void choose_forced(const Method& method, const BlockPages& block, const PageRef* pages, Choice& choice);
 
 // Chooses by choice.score[block.first_visible, block.visible). q_norm is |q_mean|, for the error estimate. Ties go to
 // the lower page.
 void choose(const Problem& problem, const BlockPages& block, const PageRef* pages, float q_norm, Choice& choice);
-
-// One page's part of the error estimate (docs/design.md, section 2): share * (|sm_scale| |q| eps_k |v| + eps_v).
-float error_contribution(const PageRef& page, float share, float sm_scale, float q_norm);
 
 }  // namespace thriftattn::cpu

@@ -23,8 +23,9 @@ namespace thriftattn::cuda {
 // One layer of a cache. A sequence is a slot in [0, max_sequences); its page j has the id block_table[slot, j].
 //
 // 16-bit records: where all pages keep that form (high_only, dual) a record belongs to the page's id. Otherwise every
-// sequence has a ring of ring_pages of them: its first `sink` pages, then the others in turn. A page still has one if
-// it is a sink page, or not older than `recent` full pages before the step under way began; the tail always has.
+// sequence has a ring of ring_pages of them: its first `sink` pages, then the others in turn. Pages [sink, released) of
+// a sequence have lost theirs: end_step raises `released` to `recent` full pages before the end, so those that a step
+// fills keep theirs while it lasts; a truncate lowers it again, but brings nothing back.
 struct LayerCache {
   DeviceLayout layout;
   PageLayout canonical;  // of the summary records
@@ -33,11 +34,11 @@ struct LayerCache {
   uint8_t* high;         // [pages or max_sequences * ring_pages, h_kv, layout.high_bytes]
   uint8_t* summary;      // [pages, h_kv, canonical.summary_bytes], or null
   const int32_t* block_table;  // [max_sequences, max_pages]; entries beyond what is reserved are -1
-  const int32_t* settled;      // [max_sequences], tokens before the step under way
-  const int32_t* s_kv;         // [max_sequences], tokens with those of the step; equal to settled between steps
+  const int32_t* s_kv;         // [max_sequences], tokens with those of the step under way
+  const int32_t* released;     // [max_sequences], pages; at least sink
   int max_pages, h_kv;
   bool all_high;
-  int sink, recent, ring_pages;
+  int sink, ring_pages;
   Fp4Format format;
   bool centring;
 
@@ -46,9 +47,7 @@ struct LayerCache {
     return all_high ? page_id
                     : static_cast<int64_t>(slot) * ring_pages + (j < sink ? j : sink + (j - sink) % (ring_pages - sink));
   }
-  THRIFTATTN_HD bool has_high(int j, int settled_tokens) const {
-    return all_high || j < sink || j >= settled_tokens / kPageTokens - recent;
-  }
+  THRIFTATTN_HD bool has_high(int j, int released_pages) const { return all_high || j < sink || j >= released_pages; }
 };
 
 // The sequences of a step, i in [0, b).
@@ -86,7 +85,9 @@ struct Lists {
   uint32_t* by_page;  // [units, k_max], ascending
   uint32_t* by_tier;  // [units, k_max], those in fp16 first, then those in fp4x2, then those in fp4, then those in none;
                       // ascending within
-  int32_t* counts;    // [units, 8]: listed, then in fp16, in fp4x2, in fp4, in none, wanted but not stored, 0, 0
+  uint32_t* ranked;   // [units, k_max], those that are listed for their rank and not by force, ascending, all in one
+                      // tier: what exchange takes out of the state and adds again; null where nobody asks
+  int32_t* counts;    // [units, 8]: listed, then in fp16, in fp4x2, in fp4, in none, wanted but not stored, ranked, 0
 };
 
 // What a unit may see, as format/selection.h's block_pages says, is computed by each kernel from s_kv and s_q.
@@ -98,14 +99,17 @@ struct RankParams {
   Method method;        // resolved: policy, budget, force, storage
   bool lists_given;     // leave the lists alone: q_mean_log2 alone is wanted
   int row_stride;
-  float* q_mean;    // [units, max_pages, row_stride]: q . k_mean of every full page that is seen, times sm_scale * log2 e
+  float* q_mean;    // [units, max_pages, row_stride]: q . k_mean of every full page that is seen, times sm_scale * log2 e;
+                    // null without centring
   float* score;     // [units, max_pages]: what the policy says of a page, the maximum over the unit's heads
   float* q_norm;    // [units]: norm of the mean row, the maximum over heads (error estimates)
+  float* row_weight;  // [units, row_stride]: what a row weighs in the mean over its head, 1 / (the head's rows without
+                      // NaN and Inf); 0 for a row with them. For choose_by_mass; null where nobody asks
   int32_t* ticket;  // [units], zero before and after
   Lists lists;
 };
 
-// {m, l}: a page's softmax sum is l * 2^m; m = -inf where nothing is seen.
+// {m, l}: a softmax sum is l * 2^m, and l = 0 where nothing is seen, whatever m is then.
 struct DecodeParams {
   LayerCache cache;
   Batch batch;
@@ -117,20 +121,26 @@ struct DecodeParams {
   Lists lists;
   int row_stride;
   const float* q_mean;    // as in RankParams; null without centring
-  float2* page_mass;      // [units, max_pages, row_stride], or null where not wanted
+  // Softmax sums of parts of pages, or null where not wanted. mass_parts = 2: [units, max_pages, 2, row_stride], the
+  // halves of pages read in fp4 or fp4x2. mass_parts = 8: [units, max_pages, 8, row_stride], eighths of every page that
+  // is read; a half leaves its sum in the first of its four and l = 0 in the others. Of pages that are not read, and of
+  // eighths without tokens, nothing is written.
+  float2* page_mass;
+  int mass_parts;
   float* row_mass_high;   // [units, row_stride]: share of a row's mass read above fp4, or null
   // fp4_mass: attend leaves its rows' states here instead of writing out; exchange reads them, takes the listed pages
-  // that are not forced out of them, adds them in their tier, and writes out.
+  // that are not forced (attend has read those in their tier) out of them, adds them in their tier, and writes out.
+  Force force;
   float* state_ml;        // [units, row_stride, 4]: m, l, l_high, unused
   float* state_o;         // [units, row_stride, dv]
   void* partials;         // decode.cu's own, decode_partial_bytes() of it
-  int32_t* tickets;       // [units + 1], zero before and after
+  int32_t* tickets;       // [units * config.tiles], zero before and after
 };
 
 struct MassParams {
-  RankParams rank;        // method, lists to fill, score to fill
+  RankParams rank;         // of the launch_rank before: q_norm and row_weight are read, score and lists filled
   const float2* page_mass;
-  const float* sinks;     // [h_q] or null
+  const float* state_ml;   // as attend left it: m and l of all that a row sees, a learned sink included
 };
 
 cudaError_t launch_rank(const RankParams& params, cudaStream_t stream);
@@ -138,11 +148,13 @@ cudaError_t launch_choose_by_mass(const MassParams& params, cudaStream_t stream)
 
 // How attend and exchange run on a GPU; decode_config is pure.
 struct DecodeConfig {
-  int d_bucket;  // 128 or 256: channels that the instance has registers for
+  int d_bucket;  // 128: d = d_v = 128 alone; 256: every other size
   int columns;   // 4, 8 or 16 rows at once
+  int tiles;     // of `columns` rows, that one unit's rows fill
   int warps, slots;
   int shared_bytes;
   int blocks;
+  bool programmatic;  // launches may overlap the end of the kernel before them (sm_90)
 };
 DecodeConfig decode_config(const Problem& problem, const Gpu& gpu);
 int64_t decode_partial_bytes(const Problem& problem, const DecodeConfig& config);
@@ -162,11 +174,12 @@ struct PrefillParams {
   const float* sinks;
   int max_blocks;       // query blocks of one sequence, at most
   // Tier of every full page for every query block, 2 bits a page, little end first; the pages of a word that a block
-  // does not see are 0 (none).
+  // does not see are 0 (none). All words are written.
   uint32_t* tiers;      // [b, h_q, max_blocks, tier_words], tier_words = ceil(max_pages / 16)
   int tier_words;
   bool tiers_given;     // an injected selection: rank_prefill leaves tiers alone
   int32_t* counts;      // [b, h_q, max_blocks, 2]: promoted, wanted but not stored
+  float* row_mass_high; // [rows, h_q]: share of a row's mass read above fp4, or null
   float* scratch;       // prefill.cu's own, prefill_scratch_bytes() of it
 };
 
@@ -177,12 +190,16 @@ cudaError_t launch_prefill(const PrefillParams& params, cudaStream_t stream);
 
 // --- the cache
 
+inline constexpr int32_t kNoPages = 1, kNotFinite = 2;  // bits of the faults
+
 struct StepParams {
   Batch batch;
-  const int32_t* block_table;
-  int max_pages;
-  int32_t *settled, *s_kv;  // [max_sequences]
-  int32_t* faults;          // bit 0: no pages, bit 1: not finite
+  const int32_t* block_table;  // [max_sequences, max_pages]
+  int max_pages, max_tokens, recent;
+  int32_t* settled;   // [max_sequences], tokens before the step under way
+  int32_t* s_kv;      // [max_sequences], tokens with those of the step; equal to settled between steps
+  int32_t* released;  // [max_sequences]
+  int32_t* faults;    // [1]
 };
 cudaError_t launch_begin_step(const StepParams& params, cudaStream_t stream);
 cudaError_t launch_end_step(const StepParams& params, cudaStream_t stream);
@@ -190,12 +207,29 @@ cudaError_t launch_end_step(const StepParams& params, cudaStream_t stream);
 struct AppendParams {
   LayerCache cache;
   Batch batch;
+  const int32_t* settled;  // [max_sequences]; tokens [settled, s_kv) of a sequence are the step's
   Rows<const void*> k, v;  // [rows, h_kv, d], [rows, h_kv, d_v]
-  int max_append;
+  int max_s_q;             // of the batch
   Scales scales;
   bool page_scale;
   int32_t* faults;
 };
 cudaError_t launch_append(const AppendParams& params, cudaStream_t stream);
+
+// Writes `count` values of the host to the device. They travel as parameters of kernels, which the launch copies: so the
+// host's memory is free at once, and nothing waits, as a copy from memory that is not pinned may.
+cudaError_t launch_write(int32_t* to, const int32_t* values, int64_t count, cudaStream_t stream);
+
+// Makes `tokens` the length of a sequence, and zero what follows them in their 16-bit items, in all layers.
+struct CutParams {
+  DeviceLayout layout;
+  uint8_t* high;        // of layer 0
+  int64_t layer_bytes;  // from one layer to the next
+  int64_t record;       // of the cut page's head 0
+  int layers, h_kv;
+  int slot, tokens, released_pages;
+  int32_t *settled, *s_kv, *released;  // [max_sequences]
+};
+cudaError_t launch_cut(const CutParams& params, cudaStream_t stream);
 
 }  // namespace thriftattn::cuda

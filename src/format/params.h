@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <span>
 
 #include "format/page_layout.h"
@@ -16,6 +17,12 @@ struct PageRef {
   const uint16_t* high;
   const uint8_t* summary;
 };
+
+inline PageSummary summary_of(const PageRef& page) {
+  PageSummary facts;
+  std::memcpy(&facts, page.summary, sizeof(facts));
+  return facts;
+}
 
 struct SequenceCall {
   int64_t s_q = 0, s_kv = 0;
@@ -41,10 +48,10 @@ struct AttentionCall {
 
 // Query blocks of one sequence and head: positions s_kv - s_q .. s_kv - 1 cut at multiples of 64 in prefill, one block
 // in a decode step.
-inline int64_t floor_page(int64_t position) {
+THRIFTATTN_HD inline int64_t floor_page(int64_t position) {
   return position >= 0 ? position / kPageTokens : -((-position + kPageTokens - 1) / kPageTokens);
 }
-inline int64_t query_blocks(Phase phase, int64_t s_q, int64_t s_kv) {
+THRIFTATTN_HD inline int64_t query_blocks(Phase phase, int64_t s_q, int64_t s_kv) {
   if (s_q == 0) return 0;
   return phase == Phase::decode ? 1 : floor_page(s_kv - 1) - floor_page(s_kv - s_q) + 1;
 }

@@ -30,11 +30,11 @@ inline bool on_integers(const oracle::Input& input) {
 }
 
 // Where the kernel's selection and the oracle's differ, only near-ties may be the reason.
-inline void expect_same_selection(const Selection& got, const oracle::Input& input, const std::string& what) {
+inline void expect_same_selection(const Selection& got, const oracle::Input& input, const std::string& what,
+                                  double tie) {
   const Selection want = oracle::select(input);
   if (got.first == want.first && got.pages == want.pages) return;
   const std::vector<oracle::Estimate> estimates = oracle::estimates(input);
-  const double tie = on_integers(input) ? kIntegerTie : kTie;
   ASSERT_EQ(got.first.size(), want.first.size()) << what;
   for (size_t b = 0; b + 1 < want.first.size(); ++b) {
     const auto pages = [b](const Selection& s) {
@@ -67,6 +67,10 @@ inline void expect_same_selection(const Selection& got, const oracle::Input& inp
     }
     if (::testing::Test::HasNonfatalFailure()) FAIL() << what << ", block " << b << ": " << list;
   }
+}
+
+inline void expect_same_selection(const Selection& got, const oracle::Input& input, const std::string& what) {
+  expect_same_selection(got, input, what, on_integers(input) ? kIntegerTie : kTie);
 }
 
 // In mma4 a p next to a rounding border may fall on either side of it, because FP32 and double disagree on p: one code

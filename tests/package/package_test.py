@@ -41,7 +41,8 @@ class Package(unittest.TestCase):
         outer_is_shared = cache_value(BUILD, "BUILD_SHARED_LIBS") == "ON"
         other = BUILD / "package" / ("archive" if outer_is_shared else "shared")
         run("cmake", "-S", SOURCE, "-B", other, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", "-DTHRIFTATTN_MODEL=OFF",
-            "-DTHRIFTATTN_TESTS=OFF", f"-DBUILD_SHARED_LIBS={'OFF' if outer_is_shared else 'ON'}")
+            "-DTHRIFTATTN_TESTS=OFF", f"-DBUILD_SHARED_LIBS={'OFF' if outer_is_shared else 'ON'}",
+            f"-DTHRIFTATTN_CUDA={cache_value(BUILD, 'THRIFTATTN_CUDA')}", "-DTHRIFTATTN_CUDA_ARCHITECTURES=90a")
         run("cmake", "--build", other)
         builds = {"shared": BUILD, "archive": other} if outer_is_shared else {"archive": BUILD, "shared": other}
         cls.prefixes = {}

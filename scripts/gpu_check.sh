@@ -1,0 +1,76 @@
+#!/bin/bash
+# All that needs a GPU, in one go: builds, runs the tests of the CUDA backend, runs them under compute-sanitizer on small
+# sizes, then times attention beside PyTorch. Results go to build/gpu/*.json.
+#   scripts/gpu_check.sh             for GPU 0
+#   DEVICE=1 scripts/gpu_check.sh    for another
+#   STEPS="build test" ...           some of: build test sanitize bench
+#   ARCHITECTURES=90a ...            instead of the GPU's own
+#   ROUNDS=3 ...                     of the benchmark
+# Libraries that are not where CMake looks come by its own variables (CMAKE_PREFIX_PATH, PKG_CONFIG_PATH); the peers
+# need a python3 with torch, and are left out without it.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+DEVICE=${DEVICE:-0}
+STEPS=${STEPS:-build test sanitize bench}
+ROUNDS=${ROUNDS:-3}
+BUILD=${BUILD:-build/gpu}
+PYTHON=${PYTHON:-python3}
+
+# Kernels may wait for what a fault never brings: nothing here takes longer than this.
+LIMIT=${LIMIT:-1800}
+
+wants() { [[ " $STEPS " == *" $1 "* ]]; }
+say() { printf '\n== %s\n' "$*" >&2; }
+smi() { nvidia-smi -i "$DEVICE" --query-gpu="$1" --format=csv,noheader,nounits; }
+
+capability=$(smi compute_cap | tr -d .)
+case $capability in
+  90 | 10? | 12?) native=${capability}a ;;
+  *) native=$capability ;;
+esac
+ARCHITECTURES=${ARCHITECTURES:-$native}
+export CUDA_VISIBLE_DEVICES=$DEVICE
+mkdir -p "$BUILD"
+say "$(smi name), compute capability $capability, driver $(smi driver_version), $(smi clocks.sm) MHz, $(smi power.draw) W"
+
+if wants build; then
+  say "building for sm_$ARCHITECTURES"
+  generator=()
+  command -v ninja > /dev/null && generator=(-G Ninja)
+  cmake -S . -B "$BUILD" "${generator[@]}" -DCMAKE_BUILD_TYPE=Release -DTHRIFTATTN_CUDA=ON \
+    -DTHRIFTATTN_CUDA_ARCHITECTURES="$ARCHITECTURES"
+  cmake --build "$BUILD" -j "$(nproc)" --target thriftattn_cli test_cuda
+fi
+
+if wants test; then
+  say "tests"
+  timeout "$LIMIT" "$BUILD/tests/cuda/test_cuda" --gtest_brief=1
+fi
+
+if wants sanitize; then
+  # Every kernel on a few pages: one decode, one verify step and one chunk of each setting.
+  small='GpuLengths.*:Steps/GpuRun.ReadsAGivenSelectionAsTheCpuDoes/decode_d128'
+  small+=':Steps/GpuRun.ChoosesAsTheOracleDoes/verify3_d128:Steps/GpuRun.ChoosesAsTheOracleDoes/chunk_d128'
+  for tool in memcheck racecheck; do
+    say "compute-sanitizer $tool"
+    timeout "$LIMIT" compute-sanitizer --tool "$tool" --error-exitcode 1 --print-limit 20 \
+      "$BUILD/tests/cuda/test_cuda" --gtest_brief=1 --gtest_filter="${SANITIZE_FILTER:-$small}"
+  done
+fi
+
+if wants bench; then
+  peers=(cudnn flash)
+  "$PYTHON" -c 'import torch' 2> /dev/null || { say "no torch here: no peers"; peers=(none); }
+  run() { # name, arguments
+    say "bench: $1"
+    timeout "$LIMIT" "$PYTHON" bench/peers_gpu.py --program "$BUILD/thriftattn" --peers "${peers[@]}" \
+      --rounds "$ROUNDS" --json "$BUILD/$1.json" "${@:2}"
+  }
+  methods=(fp16 fp4 thrift thrift:storage=dual thrift:policy=block_mean thrift:policy=block_mean,storage=dual)
+  run decode_b1 --s-kv 8192 32768 131072 524288 --method "${methods[@]}"
+  run decode_b8 --batch 8 --s-kv 32768 --method "${methods[@]}"
+  run decode_b16 --batch 16 --s-kv 131072 --method "${methods[@]}"
+  run prefill --phase prefill --s-kv 8192 32768 --method fp16 fp4 thrift
+  "$BUILD/thriftattn" bench attention --device cuda --phase append --s-kv 131072 --s-q 512 --json "$BUILD/append.json"
+fi

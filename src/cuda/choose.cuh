@@ -1,0 +1,381 @@
+// Choosing the pages of one query block by one CTA, from scores that stand in memory (global or shared): what
+// src/cpu/select.cc does on a CPU.
+//
+//   scores -> [shares -> contributions] -> smallest and largest key -> histograms of 8 bits at a time -> Cut -> tiers
+//
+// A score becomes a key, an unsigned integer of the same order. The bits in which the candidates' keys differ are
+// looked at from the top, 8 at a time: a histogram in shared memory, every warp finds the digit of the last page taken,
+// and those of other digits drop out. Keys of real scores spread over the first digit, so two or three digits decide.
+// The result is a Cut, which says of any page by itself whether it is taken: whoever writes the result goes through the
+// pages in their order, without a sort. Budgets of mass and of error weigh a page by its share in units of 2^-31; all
+// sums that a cut hangs on are sums of integers, so the same scores give the same pages, whatever the order of threads.
+//
+// Cost: one reading of the scores for each digit and two more, one barrier each; about 2 us for 2048 pages.
+#pragma once
+
+#include <algorithm>
+#include <climits>
+#include <cmath>
+
+#include "cuda/params.h"
+#include "format/selection.h"
+
+namespace thriftattn::cuda {
+
+inline constexpr int kThreads = 256, kWarps = kThreads / 32;  // of a CTA that chooses
+inline constexpr unsigned kAll = 0xffffffffu;                 // lanes of a warp
+
+// What a method says of choosing, without its name.
+struct Choosing {
+  Policy policy;
+  Budget budget;
+  Force force;
+  Tier rest, high;  // `high`: of pages that are promoted for their rank; none where it is not stored
+  bool ranks;       // false: the forced pages are all
+  bool one_k;       // one k for all rows of a problem (budget=paper)
+  float sm_scale, softcap;
+};
+
+inline Choosing choosing(const Method& m, const Shape& shape, bool one_k) {
+  return {m.policy, m.budget, m.force, m.rest, high_tier(m.storage), ranks(m), one_k, shape.sm_scale, shape.softcap};
+}
+
+// Taken are the pages whose key is larger than `key`, and of those with this key the ones before page_limit.
+struct Cut {
+  uint32_t key = UINT32_MAX;  // larger than any score's: nothing is taken
+  int page_limit = 0;
+
+  static constexpr Cut all() { return {0, 0}; }
+};
+
+// Keys order as scores do: -0 is 0, and NaN, which compares with nothing, is -infinity.
+THRIFTATTN_HD inline uint32_t key_of(float score) {
+  const uint32_t bits = bits_of(score != score ? -INFINITY : score + 0.0f);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+THRIFTATTN_HD inline float score_of(uint32_t key) { return float_of(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
+
+// The candidates of one query block: the full pages [first, end) that it sees.
+struct Candidates {
+  BlockPages block;
+  int first, end;
+  int sink_end, near_first, near_end;  // the forced ones, as ForcedPages says
+  int recent_first;                    // 16-bit forms: all, or those of pages before `sink` and from here on
+  int sink;
+  bool all_high, residual;
+
+  THRIFTATTN_HD bool forced(int page) const { return page < sink_end || (page >= near_first && page < near_end); }
+  THRIFTATTN_HD bool has_high(int page) const { return all_high || page < sink || page >= recent_first; }
+};
+
+THRIFTATTN_HD inline Candidates candidates(const BlockPages& block, const Force& force, const LayerCache& cache,
+                                           int settled_tokens) {
+  const ForcedPages forced = forced_pages(force, block);
+  return {block,
+          static_cast<int>(block.first_visible),
+          static_cast<int>(block.visible),
+          static_cast<int>(forced.sink_end),
+          static_cast<int>(forced.first),
+          static_cast<int>(forced.end),
+          settled_tokens / kPageTokens - cache.recent,
+          cache.sink,
+          cache.all_high,
+          cache.residual != nullptr};
+}
+
+// What becomes of one page.
+struct Verdict {
+  Tier tier;
+  bool listed;  // promoted: read in another tier than the rest
+  bool forced;
+  bool wanted;  // and not stored
+};
+THRIFTATTN_HD inline Verdict judge(const Choosing& how, const Candidates& c, const Cut& cut, int page, uint32_t key) {
+  const bool forced = c.forced(page);
+  const bool taken = !forced && (key > cut.key || (key == cut.key && page < cut.page_limit));
+  Tier tier = how.rest;
+  if (forced) tier = forced_tier(how.rest, c.has_high(page), c.residual);
+  if (taken && how.high != Tier::none) tier = how.high;
+  const bool wanted = forced ? tier == how.rest && tier != Tier::fp16 : taken && how.high == Tier::none;
+  return {tier, tier != how.rest, forced, wanted};
+}
+
+#ifdef __CUDACC__
+
+// The summary records of one sequence and KV head.
+struct Summaries {
+  const uint8_t* pool;   // of page id 0
+  int64_t page_stride;   // bytes
+  const int32_t* table;  // [max_pages]
+
+  __device__ const uint8_t* of(int page) const { return pool + table[page] * page_stride; }
+};
+__device__ inline Summaries summaries_of(const LayerCache& cache, int slot, int kv_head) {
+  return {cache.summary + kv_head * cache.canonical.summary_bytes, cache.h_kv * cache.canonical.summary_bytes,
+          cache.block_table + static_cast<int64_t>(slot) * cache.max_pages};
+}
+
+struct ChooseShared {
+  uint32_t histogram[4][256];
+  uint32_t low[kWarps], high[kWarps], total[kWarps];
+  double sums[3][kWarps];
+  float top[kWarps];
+  uint32_t need;
+  int limit;
+  int counts[kWarps][4];
+};
+
+__device__ inline int lane_id() { return static_cast<int>(threadIdx.x) % 32; }
+__device__ inline int warp_id() { return static_cast<int>(threadIdx.x) / 32; }
+__device__ inline unsigned lanes_before() { return (1u << lane_id()) - 1; }
+
+// The sum over all threads, in an order that is always the same. `slots` may be used once between two barriers.
+__device__ inline double sum_of_cta(double x, double (&slots)[kWarps]) {
+  for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(kAll, x, i);
+  if (lane_id() == 0) slots[warp_id()] = x;
+  __syncthreads();
+  double sum = 0;
+  for (int w = 0; w < kWarps; ++w) sum += slots[w];
+  return sum;
+}
+
+// What a page's being taken counts: one page, or its share of the mass or of the error, in units of 2^-31.
+struct Weighing {
+  enum Form { one, linear, softmax } form = one;
+  float factor = 0, top = 0, softcap = 0;
+
+  __device__ float capped(float score) const { return softcap > 0 ? softcap * tanhf(score / softcap) : score; }
+  __device__ uint32_t of(float score) const {
+    if (form == one) return 1;
+    return __float2uint_rn(factor * (form == linear ? score : expf(capped(score) - top)));
+  }
+};
+
+// For budgets of mass and tolerance: how pages weigh, and in `need` how much is wanted of the candidates. Under
+// tolerance the scores are replaced by the pages' contributions to the error, by which they are then ranked.
+__device__ inline Weighing weigh(const Choosing& how, const Candidates& c, float* score, float q_norm,
+                                 const Summaries& summaries, ChooseShared& s, double& need) {
+  constexpr double kUnits = 0x1p31;
+  const bool by_mass = how.budget.kind == Budget::Kind::mass;
+  Weighing share;
+  share.form = how.policy == Policy::fp4_mass ? Weighing::linear : Weighing::softmax;
+  share.softcap = how.softcap;
+  share.factor = 1;
+  if (share.form == Weighing::softmax) {
+    float top = -INFINITY;
+    for (int p = c.first + static_cast<int>(threadIdx.x); p < c.end; p += kThreads)
+      top = fmaxf(top, share.capped(score[p - c.first]));
+    for (int i = 16; i > 0; i /= 2) top = fmaxf(top, __shfl_xor_sync(kAll, top, i));
+    if (lane_id() == 0) s.top[warp_id()] = top;
+    __syncthreads();
+    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, s.top[w]);
+    share.top = top;
+  }
+  const auto unscaled = [&share](float x) {
+    return share.form == Weighing::linear ? x : expf(share.capped(x) - share.top);
+  };
+  double all = 0, of_forced = 0;
+  for (int p = c.first + static_cast<int>(threadIdx.x); p < c.end; p += kThreads) {
+    const float x = unscaled(score[p - c.first]);
+    all += x;
+    if (c.forced(p)) of_forced += x;
+  }
+  all = sum_of_cta(all, s.sums[0]);
+  of_forced = sum_of_cta(of_forced, s.sums[1]);
+  const double each = all > 0 ? 1 / all : 0;
+  if (by_mass) {
+    share.factor = static_cast<float>(each * kUnits);
+    need = ceil((how.budget.value - of_forced * each) * kUnits);
+    return share;
+  }
+  double left = 0;
+  for (int p = c.first + static_cast<int>(threadIdx.x); p < c.end; p += kThreads) {
+    float& x = score[p - c.first];
+    const auto& facts = *reinterpret_cast<const PageSummary*>(summaries.of(p));
+    x = error_contribution(facts, unscaled(x) * static_cast<float>(each), how.sm_scale, q_norm);
+    if (!c.forced(p)) left += x;
+  }
+  left = sum_of_cta(left, s.sums[2]);
+  // Enough is taken once what is left is below the budget's value.
+  need = left < how.budget.value ? 0 : left > 0 ? floor((left - how.budget.value) / left * kUnits) + 1 : 2 * kUnits;
+  Weighing contribution;
+  contribution.form = Weighing::linear;
+  contribution.factor = left > 0 ? static_cast<float>(kUnits / left) : 0.0f;
+  return contribution;
+}
+
+// The bin of a histogram in which the sum from the top reaches `need`; the same in all lanes of a warp.
+struct Bin {
+  uint32_t index, above, in;
+};
+__device__ inline Bin find_bin(const uint32_t (&histogram)[256], uint32_t need) {
+  const int lane = lane_id();
+  uint32_t bins[8], sum = 0;  // of this lane, from the top: 255 - 8 lane and below
+#pragma unroll
+  for (int i = 0; i < 8; ++i) sum += bins[i] = histogram[255 - 8 * lane - i];
+  uint32_t to_here = sum;
+  for (int i = 1; i < 32; i *= 2) {
+    const uint32_t x = __shfl_up_sync(kAll, to_here, i);
+    if (lane >= i) to_here += x;
+  }
+  Bin found = {0, 0, 0};
+  uint32_t above = to_here - sum;
+  const bool here = above < need && need <= to_here;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (above < need && need <= above + bins[i]) found = {255u - 8 * lane - i, above, bins[i]};
+    above += bins[i];
+  }
+  const int source = __ffs(__ballot_sync(kAll, here)) - 1;
+  return {__shfl_sync(kAll, found.index, source), __shfl_sync(kAll, found.above, source),
+          __shfl_sync(kAll, found.in, source)};
+}
+
+// The cut that takes the fewest candidates, best first, whose weights sum to s.need. Thread 0 may have written s.need
+// just before; the histogram must be unused since a barrier.
+__device__ inline Cut find_cut(const Candidates& c, const float* score, const Weighing& weigh, ChooseShared& s) {
+  const int t = static_cast<int>(threadIdx.x);
+  for (auto& histogram : s.histogram) histogram[t] = 0;
+  uint32_t low = UINT32_MAX, high = 0, total = 0;
+  for (int p = c.first + t; p < c.end; p += kThreads) {
+    if (c.forced(p)) continue;
+    const float x = score[p - c.first];
+    const uint32_t key = key_of(x);
+    low = min(low, key);
+    high = max(high, key);
+    total += weigh.of(x);
+  }
+  low = __reduce_min_sync(kAll, low);
+  high = __reduce_max_sync(kAll, high);
+  total = __reduce_add_sync(kAll, total);
+  if (lane_id() == 0) {
+    s.low[warp_id()] = low;
+    s.high[warp_id()] = high;
+    s.total[warp_id()] = total;
+  }
+  __syncthreads();
+  total = 0;
+  for (int w = 0; w < kWarps; ++w) {
+    low = min(low, s.low[w]);
+    high = max(high, s.high[w]);
+    total += s.total[w];
+  }
+  const uint32_t need = s.need;
+  const bool counts = weigh.form == Weighing::one;
+  if (need == 0) return {};
+  if (total < need || (counts && total == need)) return Cut::all();
+
+  int bits = low == high ? 0 : 32 - __clz(static_cast<int>(low ^ high));  // not yet decided
+  uint32_t decided = bits == 0 ? kAll : ~(kAll >> (32 - bits));
+  uint32_t key = high & decided, above = 0, in = total;
+  for (auto* histogram = s.histogram; bits > 0; ++histogram) {
+    const int shift = max(bits - 8, 0);
+    const uint32_t digits = (1u << (bits - shift)) - 1;
+    for (int p = c.first + t; p < c.end; p += kThreads) {
+      const float x = score[p - c.first];
+      const uint32_t k = key_of(x);
+      if ((k & decided) == key && !c.forced(p)) atomicAdd(&(*histogram)[(k >> shift) & digits], weigh.of(x));
+    }
+    __syncthreads();
+    const Bin bin = find_bin(*histogram, need - above);
+    key |= bin.index << shift;
+    above += bin.above;
+    in = bin.in;
+    if (counts && above + in == need) return {key, INT_MAX};  // all that begin with these digits
+    bits = shift;
+    decided = ~((1u << bits) - 1);
+  }
+  const uint32_t each = weigh.of(score_of(key));
+  const int ties = static_cast<int>((need - above + each - 1) / each);
+  if (static_cast<uint32_t>(ties) >= in / each) return {key, INT_MAX};
+  if (warp_id() == 0) {  // the first `ties` pages with this very key
+    int seen = 0;
+    for (int first = c.first; seen < ties; first += 32) {
+      const int p = first + lane_id();
+      const bool tie = p < c.end && key_of(score[p - c.first]) == key && !c.forced(p);
+      const unsigned all = __ballot_sync(kAll, tie);
+      if (tie && seen + __popc(all & lanes_before()) == ties - 1) s.limit = p + 1;
+      seen += __popc(all);
+    }
+  }
+  __syncthreads();
+  return {key, s.limit};
+}
+
+// Chooses by score[page - c.first], which it may overwrite. Begins and, unless the method does not rank, ends within
+// the reach of a barrier: the caller puts one before the next use of `s`.
+__device__ inline Cut choose(const Choosing& how, const Candidates& c, float* score, float q_norm,
+                             const Summaries& summaries, ChooseShared& s) {
+  if (!how.ranks) return {};
+  Weighing weighing;
+  if (how.budget.kind == Budget::Kind::mass || how.budget.kind == Budget::Kind::tolerance) {
+    double need = 0;
+    weighing = weigh(how, c, score, q_norm, summaries, s, need);
+    if (threadIdx.x == 0) s.need = need > 0 ? static_cast<uint32_t>(fmin(need, 0x1.8p31)) : 0;
+  } else if (threadIdx.x == 0) {
+    const ForcedPages pages = forced_pages(how.force, c.block);
+    const int64_t forced = pages.count(c.block);
+    s.need =
+        static_cast<uint32_t>(min(c.block.n() - forced, budget_pages(how.budget, c.block, forced, how.one_k) - forced));
+  }
+  return find_cut(c, score, weighing, s);
+}
+
+// Writes the lists and counts of unit u. Each warp goes through pages of its own, first counting, then writing.
+__device__ inline void write_lists(const Choosing& how, const Candidates& c, const Cut& cut, const float* score,
+                                   const Lists& lists, int64_t u, ChooseShared& s) {
+  enum { fp16, fp4x2, by_rank, wanted, kinds };
+  const int n = c.end - c.first, strips = (n + 31) / 32, per_warp = (strips + kWarps - 1) / kWarps;
+  const int first = c.first + warp_id() * per_warp * 32, end = min(c.end, first + per_warp * 32);
+  const auto verdict = [&](int page) {
+    return page < end ? judge(how, c, cut, page, how.ranks ? key_of(score[page - c.first]) : 0)
+                      : Verdict{how.rest, false, false, false};
+  };
+  int count[kinds] = {};
+  for (int p0 = first; p0 < end; p0 += 32) {
+    const Verdict v = verdict(p0 + lane_id());
+    count[fp16] += __popc(__ballot_sync(kAll, v.listed && v.tier == Tier::fp16));
+    count[fp4x2] += __popc(__ballot_sync(kAll, v.listed && v.tier == Tier::fp4x2));
+    count[by_rank] += __popc(__ballot_sync(kAll, v.listed && !v.forced));
+    count[wanted] += __popc(__ballot_sync(kAll, v.wanted));
+  }
+  if (lane_id() == 0)
+    for (int i = 0; i < kinds; ++i) s.counts[warp_id()][i] = count[i];
+  __syncthreads();
+  int before[kinds] = {}, all[kinds] = {};
+  for (int w = 0; w < kWarps; ++w)
+    for (int i = 0; i < kinds; ++i) {
+      if (w < warp_id()) before[i] += s.counts[w][i];
+      all[i] += s.counts[w][i];
+    }
+  uint32_t* by_page = lists.by_page + u * lists.k_max;
+  uint32_t* by_tier = lists.by_tier + u * lists.k_max;
+  uint32_t* ranked = lists.ranked ? lists.ranked + u * lists.k_max : nullptr;
+  for (int p0 = first; p0 < end; p0 += 32) {
+    const int p = p0 + lane_id();
+    const Verdict v = verdict(p);
+    const bool high = v.listed && v.tier == Tier::fp16, planes = v.listed && v.tier == Tier::fp4x2;
+    const unsigned highs = __ballot_sync(kAll, high), pairs = __ballot_sync(kAll, planes);
+    const unsigned chosen = __ballot_sync(kAll, v.listed && !v.forced);
+    const int highs_before = before[fp16] + __popc(highs & lanes_before());
+    const int pairs_before = before[fp4x2] + __popc(pairs & lanes_before());
+    const uint32_t entry = static_cast<uint32_t>(p) * 4 + static_cast<uint32_t>(v.tier);
+    if (v.listed) {
+      by_page[highs_before + pairs_before] = entry;
+      by_tier[high ? highs_before : all[fp16] + pairs_before] = entry;
+      if (ranked && !v.forced) ranked[before[by_rank] + __popc(chosen & lanes_before())] = entry;
+    }
+    before[fp16] += __popc(highs);
+    before[fp4x2] += __popc(pairs);
+    before[by_rank] += __popc(chosen);
+  }
+  if (threadIdx.x == 0) {
+    int4* counts = reinterpret_cast<int4*>(lists.counts + u * 8);
+    counts[0] = {all[fp16] + all[fp4x2], all[fp16], all[fp4x2], 0};
+    counts[1] = {0, all[wanted], all[by_rank], 0};
+  }
+}
+
+#endif  // __CUDACC__
+
+}  // namespace thriftattn::cuda

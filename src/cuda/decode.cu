@@ -1,0 +1,63 @@
+// How a decode step runs on a GPU, and its launches: decode_kernel.cuh has the kernel.
+#include <algorithm>
+
+#include "cuda/decode_kernel.cuh"
+
+namespace thriftattn::cuda {
+namespace {
+
+cudaError_t launch(const DecodeParams& params, const DecodeConfig& config, Pass pass, cudaStream_t stream) {
+  const void* kernel =
+      config.d_bucket == 128 ? decode_kernel_d128(config.columns) : decode_kernel_d256(config.columns);
+  if (const cudaError_t error =
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, config.shared_bytes);
+      error != cudaSuccess)
+    return error;
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = dim3(static_cast<unsigned>(config.blocks));
+  launch.blockDim = dim3(static_cast<unsigned>(32 * config.warps));
+  launch.dynamicSmemBytes = static_cast<size_t>(config.shared_bytes);
+  launch.stream = stream;
+  launch.attrs = &overlap;
+  launch.numAttrs = config.programmatic ? 1 : 0;
+  DecodeArgs args{params, config.columns, config.tiles, pass};
+  void* pointers[] = {&args};
+  return cudaLaunchKernelExC(&launch, kernel, pointers);
+}
+
+}  // namespace
+
+DecodeConfig decode_config(const Problem& problem, const Gpu& gpu) {
+  const int64_t rows = problem.h_q / problem.h_kv * problem.max_s_q;
+  const DeviceLayout layout = device_layout(problem.d, problem.d_v);
+  DecodeConfig config{};
+  config.d_bucket = problem.d == 128 && problem.d_v == 128 ? 128 : 256;
+  config.columns = rows <= 4 ? 4 : rows <= 8 || config.d_bucket == 256 ? 8 : 16;
+  config.tiles = static_cast<int>((rows + config.columns - 1) / config.columns);
+  config.slots = kRingSlots;
+  config.blocks = gpu.multiprocessors;
+  config.programmatic = gpu.compute_capability >= 90;
+  config.warps = max_warps(config.d_bucket);
+  const auto bytes = [&] { return shared_layout(layout, config.columns, config.warps, config.blocks).bytes; };
+  while (config.warps > 1 && bytes() > gpu.shared_bytes) --config.warps;
+  config.shared_bytes = bytes();
+  return config;
+}
+
+int64_t decode_partial_bytes(const Problem& problem, const DecodeConfig& config) {
+  const int dv = device_layout(problem.d, problem.d_v).dv;
+  return int64_t{2} * config.blocks * partial_floats(config.columns, dv) * static_cast<int64_t>(sizeof(float));
+}
+
+cudaError_t launch_attend(const DecodeParams& params, const DecodeConfig& config, cudaStream_t stream) {
+  return launch(params, config, Pass::attend, stream);
+}
+
+cudaError_t launch_exchange(const DecodeParams& params, const DecodeConfig& config, cudaStream_t stream) {
+  return launch(params, config, Pass::exchange, stream);
+}
+
+}  // namespace thriftattn::cuda

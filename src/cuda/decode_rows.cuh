@@ -1,0 +1,456 @@
+// The arithmetic of one warp: N rows of a unit against one item after another.
+//
+//   K codes -> FP16 fragments -mma-> sums x scales -> scores -> p -transpose-> V codes -> FP16 fragments -mma-> o
+//
+// K and V are the A operand, 16 tokens or 16 channels at a time, q and p the B operand. 16 codes share a scale, so a
+// product of 16 x 16 codes must meet its scale before it is added to others: it is multiplied in FP32.
+//
+//   N = 4    B is block diagonal: its columns 0-3 are the rows over the first scale group of a fragment, columns 4-7
+//            the same rows over the second, zero elsewhere. Both groups share one product of full depth; a lane's
+//            accumulators belong to one group (t / 2), and the halves are added at the end.
+//   N >= 8   a product of depth 8 for each scale group.
+//
+// Scores are in units of log2. A row's reference m is an integer above -inf and p = 2^(x - v_exponent - m): the page's
+// exponent of V rides on p, so that V's codes need no further factor; sums of p take it out again. Scores are rounded to
+// multiples of 2^-16, so that x - v_exponent - m is exact and p's rounding to 16 bit is the same whatever m is: what an
+// exchange takes out is what went in. m moves when a score passes it by kSlack.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/decode_feed.cuh"
+#include "cuda/mma.cuh"
+#include "cuda/unpack.cuh"
+
+namespace thriftattn::cuda {
+
+inline constexpr float kNothing = -1e30f;  // m of a row that has seen nothing; never -inf, so that differences are numbers
+inline constexpr float kMasked = -3e38f;   // a score that is not seen: below every m by more than a float can say
+inline constexpr float kSlack = 6.0f;
+inline constexpr float kLog2E = 1.4426950408889634f;
+
+__device__ inline float load_element(const void* data, DType dtype, int64_t i) {
+  if (dtype == DType::f32) return static_cast<const float*>(data)[i];
+  const uint16_t bits = static_cast<const uint16_t*>(data)[i];
+  return dtype == DType::f16 ? __half2float(__ushort_as_half(bits)) : float_of(static_cast<uint32_t>(bits) << 16);
+}
+
+// D: channels that there are registers for. kExact: K and V have D channels, so that every loop is unrolled.
+template <int D, int N, bool kExact>
+class DecodeRows {
+ public:
+  static constexpr bool kDiagonal = N == 4;
+  static constexpr int kTiles = kDiagonal ? 1 : N / 8;   // of 8 columns of B
+  static constexpr int kGroups = kDiagonal ? 1 : 2;      // scale groups that a lane multiplies by
+  static constexpr int kRows = 2 * kTiles;               // rows of a lane: row(r), r in [0, kRows)
+  using Tile = float[kTiles][4];
+  using Columns = uint32_t[kTiles][2];
+
+  __device__ explicit DecodeRows(const DecodeArgs& args)
+      : args_(args), slot_(slot_layout(args.p.cache.layout, N)), g_(threadIdx.x % 32 / 4), t_(threadIdx.x % 4) {}
+
+  // The tile's row of this lane's r-th column pair element.
+  __device__ int row(int r) const { return kDiagonal ? 2 * (t_ & 1) + r : r / 2 * 8 + 2 * t_ + r % 2; }
+
+  // q of a unit's rows, in 16 bit; the softmax starts anew.
+  __device__ void start(const Unit& u) {
+    const DecodeParams& p = args_.p;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) m[r] = kNothing, l[r] = 0, l_high[r] = 0;
+#pragma unroll
+    for (int i = 0; i < D / 16; ++i)
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) o[i][tile][e] = 0;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const int row = kDiagonal ? g_ % 4 : tile * 8 + g_;
+      const bool exists = row < u.rows;
+      const int unit_row = u.first_row + row;
+      const int head = u.head * p.shape.group + (exists ? unit_row / u.s_q : 0);
+      const int64_t token = p.batch.first_row[u.sequence] + (exists ? unit_row % u.s_q : 0);
+      const int64_t base = token * p.q.row_stride + head * p.q.head_stride;
+#pragma unroll
+      for (int w = 0; w < D / 16; ++w)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int channel = w / 2 * 32 + half * 16 + w % 2 * 8 + 2 * t_;
+          const bool wanted = exists && (!kDiagonal || half == g_ / 4) && channel < p.shape.d;
+          q_[w][tile][half] = wanted ? pack_half2(query(p.q, base + channel), query(p.q, base + channel + 1)) : 0;
+        }
+    }
+  }
+
+  // Scores and p of an item of 32 tokens whose `planes` planes lie in the ring's next slots. p: B operands of the
+  // product with V, of tokens 8j + {0..7, 16..23} for j = 0, 1. Returns the factor that V of a second plane takes: p
+  // carries the exponent of the first.
+  __device__ float read_keys(const Ring& ring, const Unit& unit, Pass pass, uint32_t word, int planes,
+                             Columns (&columns)[2]) {
+    const DeviceLayout& layout = args_.p.cache.layout;
+    const bool mxfp4 = args_.p.cache.format == Fp4Format::mxfp4;
+    const uint8_t* first = ring.wait();
+    const char4 exponents = *reinterpret_cast<const char4*>(first + slot_.summary);  // k, k, v, v
+    float scores[2][kTiles][4] = {};  // of tokens 8 ml + g and 16 + 8 ml + g
+#pragma unroll 1
+    for (int plane = 0; plane < planes; ++plane) {
+      const uint8_t* slot = ring.wait(plane);
+      float sums[2][kTiles][4] = {};
+      multiply(slot, slot + layout.k_scales, layout.dk, mxfp4, 1.0f,
+               [this](int i, int j) -> const Columns& { return q_[2 * i + j]; },
+               [&sums](int, int half) -> Tile& { return sums[half]; });
+      const float scale = score_scale() * kCodeScale * pow2(-(plane == 0 ? exponents.x : exponents.y));
+      each(scores, [&](int ml, int tile, int e) { scores[ml][tile][e] += scale * sums[ml][tile][e]; });
+    }
+
+    constexpr int kCells = kDiagonal ? 2 : 4 * kTiles;  // a cell is a token and two rows of this lane
+    float x[kCells][2];
+    const auto token = [this](int cell) {
+      return kDiagonal ? t_ / 2 * 16 + cell * 8 + g_ : cell / kTiles % 2 * 16 + cell / kTiles / 2 * 8 + g_;
+    };
+    if constexpr (kDiagonal) {
+#pragma unroll
+      for (int ml = 0; ml < 2; ++ml) {
+        const float(&s)[4] = scores[ml][0];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) x[ml][e] = add_halves(s[e], s[2 + e]);
+      }
+    } else {
+      each(scores, [&](int ml, int tile, int e) { x[(ml * 2 + e / 2) * kTiles + tile][e % 2] = scores[ml][tile][e]; });
+    }
+    float mean[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+      mean[r] = args_.p.q_mean != nullptr && row(r) < unit.rows ? reinterpret_cast<const float*>(first + slot_.q_mean)[row(r)] : 0;
+#pragma unroll
+    for (int cell = 0; cell < kCells; ++cell)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) x[cell][e] += mean[cell % kTiles * 2 + e];
+
+    uint32_t p[kCells];
+    absorb<kCells>(unit, pass, word, exponents.z, planes > 1, token, x, p);
+
+    if constexpr (kDiagonal) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const uint32_t y = transpose_8x8(p[j]);
+        columns[j][0][0] = g_ < 4 ? y : 0;
+        columns[j][0][1] = g_ < 4 ? 0 : y;
+      }
+    } else {
+#pragma unroll
+      for (int cell = 0; cell < kCells; ++cell)
+        columns[cell / kTiles / 2][cell % kTiles][cell / kTiles % 2] = transpose_8x8(p[cell]);
+    }
+    return pow2(max(-127, min(127, exponents.z - exponents.w)));
+  }
+
+  // o += factor * p V for the plane in the ring's next slot.
+  __device__ void read_values(const Ring& ring, float factor, const Columns (&columns)[2]) {
+    const DeviceLayout& layout = args_.p.cache.layout;
+    const uint8_t* slot = ring.wait();
+    multiply(slot + layout.v_codes, slot + layout.v_scales, layout.dv, args_.p.cache.format == Fp4Format::mxfp4, factor,
+             [&columns](int, int j) -> const Columns& { return columns[j]; },
+             [this](int i, int half) -> Tile& { return o[2 * i + half]; });
+  }
+
+  // An item of 8 tokens in 16 bit.
+  __device__ void read_high(const Ring& ring, const Unit& unit, Pass pass, uint32_t word) {
+    const DeviceLayout& layout = args_.p.cache.layout;
+    const uint8_t* slot = ring.wait();
+    const int exponent = reinterpret_cast<const int8_t*>(slot + slot_.summary)[2];
+    float sums[kTiles][4] = {};
+    const int lane = threadIdx.x % 32;
+    for_blocks(layout.dk, [&](int i) {
+      const uint4 w = *reinterpret_cast<const uint4*>(slot + i * 512 + lane * 16);
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        mma_16x8x16(sums[tile], w.x, 0, w.y, 0, q_[2 * i][tile][0], q_[2 * i][tile][1]);
+        mma_16x8x16(sums[tile], w.z, 0, w.w, 0, q_[2 * i + 1][tile][0], q_[2 * i + 1][tile][1]);
+      }
+    });
+    float x[kTiles][2];
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float s = sums[tile][e];
+        if constexpr (kDiagonal) s += __shfl_xor_sync(~0u, s, 2);
+        x[tile][e] = kDiagonal && t_ >= 2 ? kMasked : s * score_scale();
+      }
+    uint32_t p[kTiles];
+    absorb<kTiles>(unit, pass, word, exponent, true, [this](int) { return g_; }, x, p);
+    uint32_t columns[kTiles];
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      columns[tile] = transpose_8x8(p[tile]);
+      if (kDiagonal && g_ >= 4) columns[tile] = 0;
+    }
+    const float scale = pow2(exponent) / kCodeScale;  // o is in units of codes
+    for_blocks(layout.dv, [&](int i) {
+      const uint4 w = *reinterpret_cast<const uint4*>(slot + layout.high_v + i * 512 + lane * 16);
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          float sum[4] = {};
+          mma_16x8x8(sum, half == 0 ? w.x : w.z, half == 0 ? w.y : w.w, columns[tile]);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) o[2 * i + half][tile][e] += scale * sum[e];
+        }
+    });
+  }
+
+  // l and l_high of the whole warp, in every lane.
+  __device__ void add_lanes() {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      l[r] = sum_tokens(l[r]);
+      l_high[r] = sum_tokens(l_high[r]);
+    }
+  }
+
+  // put(r, channel, value) for every sum of o that falls to this lane; value is in units of codes.
+  template <class Put>
+  __device__ void each_output(int dv, const Put& put) const {
+    for_blocks(dv, [&](int i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          const float(&s)[4] = o[2 * i + half][tile];
+          const int channel = 32 * i + 16 * half + g_;
+          if constexpr (kDiagonal) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) put(e, channel + t_ / 2 * 8, add_halves(s[e], s[2 + e]));
+          } else {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) put(2 * tile + e % 2, channel + e / 2 * 8, s[e]);
+          }
+        }
+    });
+  }
+
+  // One lane of those that share the rows row(0..kRows).
+  __device__ bool speaks_for_rows() const { return g_ == 0 && (!kDiagonal || t_ < 2); }
+
+  float m[kRows], l[kRows], l_high[kRows];  // l, l_high: of this lane's tokens; l_high: its part above fp4
+  float o[D / 16][kTiles][4];               // in units of codes: 2^-14 of what it means
+
+ private:
+  __device__ static float query(const Rows<const void*>& q, int64_t i) {
+    const float x = load_element(q.data, q.dtype, i);
+    if (!(fabsf(x) <= 3.4e38f)) return float_of(0x7fc00000u);  // Inf too makes its row NaN
+    return fminf(fmaxf(x, -65504.0f), 65504.0f);
+  }
+
+  template <class Array, class Do>
+  __device__ static void each(Array& array, const Do& action) {
+#pragma unroll
+    for (int ml = 0; ml < 2; ++ml)
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) action(ml, tile, e);
+  }
+
+  // action(i) for every 32 channels.
+  template <class Do>
+  __device__ static void for_blocks(int channels, const Do& action) {
+#pragma unroll
+    for (int i = 0; i < D / 32; ++i)
+      if (kExact || 32 * i < channels) action(i);
+  }
+
+  // With B block diagonal, lanes t and t ^ 2 hold the sums of both scale groups for rows g (`low`) and g + 8 (`high`) of
+  // A. Each keeps one of the two: t < 2 the row g, the others g + 8.
+  __device__ float add_halves(float low, float high) const {
+    const bool lower = t_ < 2;
+    return (lower ? low : high) + __shfl_xor_sync(~0u, lower ? high : low, 2);
+  }
+
+  // Over the lanes that hold other tokens of the same rows.
+  __device__ static float sum_tokens(float x) {
+#pragma unroll
+    for (int step = kDiagonal ? 2 : 4; step < 32; step *= 2) x += __shfl_xor_sync(~0u, x, step);
+    return x;
+  }
+  __device__ static float max_tokens(float x) {
+#pragma unroll
+    for (int step = kDiagonal ? 2 : 4; step < 32; step *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
+    return x;
+  }
+
+  // acc(i, half) += factor * scale * (codes x b) over one plane's K or V, `channels` of it. Block i of 32 channels is 4
+  // fragments: `half` 0 and 1 (the rows of A), j = 0 and 1 along the contraction with b(i, j).
+  template <class B, class Acc>
+  __device__ void multiply(const uint8_t* codes, const uint8_t* scales, int channels, bool mxfp4, float factor,
+                           const B& b, const Acc& acc) {
+    constexpr int kChunk = !kExact || kTiles > 1 ? 1 : kDiagonal ? D / 32 : 2;  // blocks whose scales are made at once
+    const int lane = threadIdx.x % 32, stride = (kExact ? D : channels) / 8;
+    const uint8_t* own = scales + (kDiagonal ? 2 * g_ + t_ / 2 : 2 * g_) * stride;
+#pragma unroll
+    for (int first = 0; first < D / 32; first += kChunk) {
+      if (!kExact && 32 * first >= channels) break;
+      float scale[kChunk][kGroups][4];
+      uint32_t words[kGroups][kChunk];
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) load_words(own + group * stride + first * 4, words[group]);
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i)
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group) unpack_scales(mxfp4, words[group][i], scale[i][group]);
+      if (factor != 1.0f)
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i)
+#pragma unroll
+          for (int group = 0; group < kGroups; ++group)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) scale[i][group][e] *= factor;
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        const uint4 w = *reinterpret_cast<const uint4*>(codes + (first + i) * 512 + lane * 16);
+        multiply_pair(w.x, w.y, b(first + i, 0), b(first + i, 1), scale[i], 0, acc(first + i, 0));
+        multiply_pair(w.z, w.w, b(first + i, 0), b(first + i, 1), scale[i], 2, acc(first + i, 1));
+      }
+    }
+  }
+
+  template <int n>
+  __device__ static void load_words(const uint8_t* from, uint32_t (&words)[n]) {
+    if constexpr (n == 4) {
+      const uint4 w = *reinterpret_cast<const uint4*>(from);
+      words[0] = w.x, words[1] = w.y, words[2] = w.z, words[3] = w.w;
+    } else {
+#pragma unroll
+      for (int i = 0; i < n; ++i) words[i] = reinterpret_cast<const uint32_t*>(from)[i];
+    }
+  }
+
+  // sums += the scales of rows g and g + 8 (at scale[group][at], [at + 1]) times the product of two fragments.
+  __device__ static void multiply_pair(uint32_t w0, uint32_t w1, const Columns& b0, const Columns& b1,
+                                       const float (&scale)[kGroups][4], int at, Tile& sums) {
+    const Fragment a0 = unpack_codes(w0), a1 = unpack_codes(w1);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) {
+        float s[4] = {};
+        if constexpr (kDiagonal) {
+          mma_16x8x16(s, a0.a[0], a0.a[1], a0.a[2], a0.a[3], b0[0][0], b0[0][1]);
+          mma_16x8x16(s, a1.a[0], a1.a[1], a1.a[2], a1.a[3], b1[0][0], b1[0][1]);
+        } else {
+          mma_16x8x8(s, a0.a[2 * group], a0.a[2 * group + 1], b0[tile][group]);
+          mma_16x8x8(s, a1.a[2 * group], a1.a[2 * group + 1], b1[tile][group]);
+        }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sums[tile][e] += scale[group][at + e / 2] * s[e];
+      }
+  }
+
+  // Scores of one item to p, rounded, two rows a word; l and l_high take them unrounded. token(cell) counts from the
+  // item's first; rows of cell c are row(c % kTiles * 2) and the next.
+  template <int kCells, class Token>
+  __device__ void absorb(const Unit& unit, Pass pass, uint32_t word, int v_exponent, bool above_fp4, const Token& token,
+                         float (&x)[kCells][2], uint32_t (&p)[kCells]) {
+    if (args_.p.shape.softcap > 0) {
+      const float cap = args_.p.shape.softcap * kLog2E;
+#pragma unroll
+      for (int i = 0; i < kCells; ++i)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)  // tanh y = 1 - 2 / (1 + e^2y)
+          x[i][e] = cap - 2 * cap * reciprocal_fast(1 + exp2_fast(fminf(x[i][e] * (2 * kLog2E / cap), 126.0f)));
+    }
+#pragma unroll
+    for (int i = 0; i < kCells; ++i)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        constexpr float kGrid = 192.0f;  // numbers near it are multiples of 2^-16
+        x[i][e] = __fsub_rn(__fadd_rn(x[i][e], kGrid), kGrid);
+      }
+    const int first = Item::token(word), tokens = kCells == kTiles ? kHighItemTokens : kItemTokens;
+    if (first < unit.first_common || first + tokens > unit.end_common) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const Seen seen = seen_by(args_.p.shape, unit.s_q, unit.s_kv, (unit.first_row + row(r)) % unit.s_q);
+#pragma unroll
+        for (int i = 0; i < kCells; ++i)
+          if (i % kTiles == r / 2 && (first + token(i) < seen.first || first + token(i) >= seen.end))
+            x[i][r % 2] = kMasked;
+      }
+    }
+
+    const float exponent = static_cast<float>(v_exponent);
+    bool above = false;
+#pragma unroll
+    for (int i = 0; i < kCells; ++i)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) above |= x[i][e] > m[i % kTiles * 2 + e] + (kSlack + exponent);
+    if (__any_sync(~0u, above)) raise<kCells>(exponent, x);
+
+    const bool out = Item::taken_out(word);
+    float sum[kRows] = {};
+#pragma unroll
+    for (int i = 0; i < kCells; ++i) {
+      float pair[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int r = i % kTiles * 2 + e;
+        pair[e] = exp2_fast(x[i][e] - (m[r] + exponent));
+        sum[r] += pair[e];
+      }
+      p[i] = pack_half2(pair[0], pair[1]) ^ (out ? 0x80008000u : 0);
+    }
+    if (args_.p.page_mass != nullptr && pass == Pass::attend) put_mass(unit, first, tokens, exponent, sum);
+    const float weight = out ? -pow2(v_exponent) : pow2(v_exponent);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      l[r] += weight * sum[r];
+      if (above_fp4) l_high[r] += weight * sum[r];
+    }
+  }
+
+  template <int kCells>
+  __device__ void raise(float exponent, const float (&x)[kCells][2]) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      float largest = kMasked;
+#pragma unroll
+      for (int i = r / 2; i < kCells; i += kTiles) largest = fmaxf(largest, x[i][r % 2]);
+      const float next = fmaxf(m[r], ceilf(max_tokens(largest) - exponent));
+      const float factor = exp2_fast(m[r] - next);
+      m[r] = next;
+      l[r] *= factor;
+      l_high[r] *= factor;
+#pragma unroll
+      for (int i = 0; i < D / 16; ++i)
+#pragma unroll
+        for (int e = r % 2; e < 4; e += 2) o[i][r / 2][e] *= factor;
+    }
+  }
+
+  __device__ void put_mass(const Unit& unit, int first, int tokens, float exponent, const float (&sum)[kRows]) {
+    const DecodeParams& p = args_.p;
+    const bool is_high = tokens == kHighItemTokens;
+    if (is_high && p.mass_parts == 2) return;
+    const int page = first / kPageTokens, spread = is_high ? 1 : p.mass_parts / kPageItems;
+    const int part = first % kPageTokens / tokens * spread;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const float mass = sum_tokens(sum[r]);
+      if (!speaks_for_rows() || row(r) >= unit.rows) continue;
+      float2* to = p.page_mass + unit.first_row + row(r) +
+                   ((int64_t{unit.index} * p.cache.max_pages + page) * p.mass_parts + part) * p.row_stride;
+      for (int i = 0; i < spread; ++i) to[int64_t{i} * p.row_stride] = {m[r] + exponent, i == 0 ? mass : 0.0f};
+    }
+  }
+
+  __device__ float score_scale() const { return args_.p.shape.sm_scale * kLog2E; }
+
+  const DecodeArgs& args_;
+  const SlotLayout slot_;
+  uint32_t q_[D / 16][kTiles][2];
+  int g_, t_;
+};
+
+}  // namespace thriftattn::cuda

@@ -1,0 +1,278 @@
+// What one CTA of a decode step reads: units, their items, and the CTA's share of all of them.
+//
+// A unit (sequence, KV head) is read once for each tile of its rows; "unit" below means one of those readings. It is a
+// list of items, each as much as one copy brings: 8 tokens in 16 bit, 32 tokens in FP4, or 32 tokens in both planes. In
+// order:
+//
+//   attend     tail, pages in fp16 | pages in fp4x2 | pages in fp4
+//   exchange   pages in fp16 | pages in fp4x2 | all of these and those in none once more in fp4, to be taken out
+//
+// Items weigh what they bring in bytes, 8 : 18 : 9 whatever d is, and a unit weighs a little in itself for its merge.
+// The weights of all units, one after another, are cut into equal parts, one for each CTA, which takes the items that
+// begin in its part: a unit may be cut anywhere and a CTA may hold many units. Every CTA adds up the same weights.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/params.h"
+
+namespace thriftattn::cuda {
+
+enum class Pass : int { attend, exchange, again };  // again: attend's items once more, where an exchange cancelled
+
+struct DecodeArgs {
+  DecodeParams p;
+  int columns, tiles;
+  Pass pass;
+};
+
+inline constexpr int kHighWeight = 8, kPlanesWeight = 18, kFp4Weight = 9, kUnitWeight = 24;
+inline constexpr int kPageItems = kPageTokens / kItemTokens, kHighPageItems = kPageTokens / kHighItemTokens;
+
+struct Items {
+  int high = 0, planes = 0, fp4 = 0;  // in 16 bit, in fp4x2, in fp4
+
+  __device__ int weight() const { return kUnitWeight + high * kHighWeight + planes * kPlanesWeight + fp4 * kFp4Weight; }
+  // Where the last item begins.
+  __device__ int last() const {
+    if (fp4 > 0) return weight() - kFp4Weight;
+    if (planes > 0) return weight() - kPlanesWeight;
+    return high > 0 ? weight() - kHighWeight : 0;
+  }
+  // How many items begin before `w`.
+  __device__ int before(int64_t at) const {
+    if (at >= weight()) return high + planes + fp4;
+    int w = max(0, static_cast<int>(at) - kUnitWeight);
+    const auto take = [&w](int count, int each) {
+      const int n = min(count, (w + each - 1) / each);
+      w = max(0, w - count * each);
+      return n;
+    };
+    const int of_high = take(high, kHighWeight), of_planes = take(planes, kPlanesWeight);
+    return of_high + of_planes + take(fp4, kFp4Weight);
+  }
+};
+
+struct Unit {
+  int index;           // sequence * h_kv + head
+  int sequence, head;  // head: KV head
+  int slot;
+  int first_row, rows;  // of the tile, among the unit's rows; rows may be 0
+  int s_q, s_kv;
+  int first_page, full;   // full pages that some row sees: [first_page, full)
+  int fp16, fp4x2, fp4;   // listed pages by tier
+  int listed, tail_items;
+  Items items;
+
+  // Tokens that every row sees: [first_common, end_common). An item within needs no mask.
+  int first_common, end_common;
+};
+
+// The tokens that row r of s_q sees: [first, end).
+struct Seen {
+  int first, end;
+};
+__device__ inline Seen seen_by(const Shape& shape, int s_q, int s_kv, int r) {
+  const int64_t position = s_kv - s_q + r;
+  const int64_t first = shape.window > 0 ? position - shape.window + 1 : 0;
+  const int64_t end = shape.causal ? position + 1 : shape.window > 0 ? position + shape.window : s_kv;
+  return {static_cast<int>(max(first, int64_t{0})), static_cast<int>(min(max(end, int64_t{0}), int64_t{s_kv}))};
+}
+
+__device__ inline Unit unit_at(const DecodeArgs& args, Pass pass, int number) {
+  const DecodeParams& p = args.p;
+  Unit u;
+  u.index = number / args.tiles;
+  u.sequence = u.index / p.shape.h_kv;
+  u.head = u.index % p.shape.h_kv;
+  u.slot = p.batch.slot[u.sequence];
+  u.s_q = p.batch.s_q[u.sequence];
+  u.s_kv = p.cache.s_kv[u.slot];
+  int4 counts{0, 0, 0, 0};
+  int in_none = 0;
+  if (p.lists.k_max > 0) {
+    counts = *reinterpret_cast<const int4*>(p.lists.counts + int64_t{8} * u.index);
+    in_none = p.lists.counts[int64_t{8} * u.index + 4];
+  }
+  u.listed = counts.x;
+  u.fp16 = counts.y;
+  u.fp4x2 = counts.z;
+  u.fp4 = counts.w;
+
+  u.first_row = number % args.tiles * args.columns;
+  u.rows = max(0, min(args.columns, p.shape.group * u.s_q - u.first_row));
+  u.full = u.s_kv / kPageTokens;
+  const Seen oldest = seen_by(p.shape, u.s_q, u.s_kv, 0), newest = seen_by(p.shape, u.s_q, u.s_kv, u.s_q - 1);
+  u.first_page = min(oldest.first / kPageTokens, u.full);
+  u.first_common = newest.first;
+  u.end_common = oldest.end;
+
+  const bool reads_tail = pass != Pass::exchange;
+  u.tail_items = reads_tail ? (u.s_kv % kPageTokens + kHighItemTokens - 1) / kHighItemTokens : 0;
+  if (u.rows == 0) return u;
+  const int rest = reads_tail ? u.full - u.first_page - u.listed : 0;
+  const bool high_rest = p.shape.rest == Tier::fp16;
+  u.items.high = u.tail_items + kHighPageItems * (u.fp16 + (high_rest ? rest : 0));
+  u.items.planes = kPageItems * u.fp4x2;
+  u.items.fp4 = kPageItems * (pass == Pass::exchange      ? u.fp16 + u.fp4x2 + in_none
+                              : p.shape.rest == Tier::fp4 ? u.fp4 + rest
+                                                          : u.fp4);
+  return u;
+}
+
+// By one warp: the unit into shared memory.
+__device__ inline void enter_unit(const DecodeArgs& args, Pass pass, int number, Unit& unit) {
+  const Unit entered = unit_at(args, pass, number);
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) unit = entered;
+  __syncwarp();
+}
+
+// One item: its first token, the tier to read it in (none: nothing to do) and whether it is to be taken out.
+struct Item {
+  uint32_t word = 0;  // first token | tier | taken out ? 4 : 0
+  uint32_t record = 0, summary = kNone;
+  static constexpr uint32_t kNone = 0xffffffffu;
+
+  __device__ static Tier tier(uint32_t word) { return static_cast<Tier>(word & 3); }
+  __device__ static bool taken_out(uint32_t word) { return word & 4; }
+  __device__ static int token(uint32_t word) { return static_cast<int>(word & ~7u); }
+};
+
+// The `n`-th full page that is seen and not listed.
+__device__ inline int unlisted_page(const Lists& lists, const Unit& u, int n) {
+  const uint32_t* by_page = lists.by_page + int64_t{u.index} * lists.k_max;
+  int low = 0, high = u.listed;  // listed pages before it
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (static_cast<int>(by_page[middle] >> 2) - u.first_page - middle > n)
+      high = middle;
+    else
+      low = middle + 1;
+  }
+  return u.first_page + n + low;
+}
+
+__device__ inline bool is_forced(const Force& force, const Unit& u, int page) {
+  if (page < force.sink) return true;
+  const int first = max(u.s_kv - u.s_q, 0) / kPageTokens;
+  return page < first ? page >= first - force.previous : force.diagonal;
+}
+
+// Item i of a unit. The record is that of the unit's head.
+__device__ inline Item item_at(const DecodeArgs& args, Pass pass, const Unit& u, int i) {
+  const DecodeParams& p = args.p;
+  const uint32_t* by_tier = p.lists.by_tier + int64_t{u.index} * p.lists.k_max;
+  const auto listed = [by_tier](int n) { return static_cast<int>(by_tier[n] >> 2); };
+  Tier tier;
+  int page, part;
+  if (i < u.tail_items) {
+    tier = Tier::fp16, page = u.full, part = i;
+  } else if (i < u.items.high) {
+    const int n = (i - u.tail_items) / kHighPageItems;
+    tier = Tier::fp16, page = n < u.fp16 ? listed(n) : unlisted_page(p.lists, u, n - u.fp16);
+    part = (i - u.tail_items) % kHighPageItems;
+  } else if (i < u.items.high + u.items.planes) {
+    i -= u.items.high;
+    tier = Tier::fp4x2, page = listed(u.fp16 + i / kPageItems), part = i % kPageItems;
+  } else {
+    i -= u.items.high + u.items.planes;
+    const int n = i / kPageItems, above = u.fp16 + u.fp4x2;
+    tier = Tier::fp4, part = i % kPageItems;
+    page = pass == Pass::exchange ? listed(n < above ? n : n + u.fp4)
+           : n < u.fp4            ? listed(above + n)
+                                  : unlisted_page(p.lists, u, n - u.fp4);
+  }
+
+  const int tokens = tier == Tier::fp16 ? kHighItemTokens : kItemTokens;
+  const int32_t* table = p.cache.block_table + int64_t{u.slot} * p.cache.max_pages;
+  const auto record_of = [&](int64_t n) { return static_cast<uint32_t>(n * p.shape.h_kv + u.head); };
+  Item item;
+  item.word = static_cast<uint32_t>(page * kPageTokens + part * tokens);
+  if (pass == Pass::exchange) {
+    if (is_forced(p.force, u, page)) return item;
+    if (tier == Tier::fp4) item.word |= 4;
+  }
+  item.word |= static_cast<uint32_t>(tier);
+  const int page_id = table[page];
+  item.record = record_of(tier == Tier::fp16 ? p.cache.high_record(u.slot, page, page_id) : page_id);
+  // A tail has no summary yet: it borrows the exponent of V of the page before.
+  if (p.cache.summary != nullptr && (page < u.full || page > 0))
+    item.summary = record_of(page < u.full ? page_id : table[page - 1]);
+  return item;
+}
+
+// --- shares
+
+// Weights [begin, end) of `total`, one of `ctas` parts; the first unit in it and the weight at which that one begins.
+struct Share {
+  int64_t begin, end, total;
+  int ctas;
+  int unit;
+  int64_t unit_begin;
+
+  // The CTA that takes what begins at weight w.
+  __device__ int cta_of(int64_t w) const { return static_cast<int>(((w + 1) * ctas - 1) / total); }
+};
+
+struct Scan {
+  int64_t before, total;
+};
+// Of one number a thread; sums: room for one of each warp.
+__device__ inline Scan block_scan(int64_t x, int64_t* sums) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  int64_t up_to = x;
+  for (int step = 1; step < 32; step *= 2) {
+    const int64_t other = __shfl_up_sync(~0u, up_to, step);
+    if (lane >= step) up_to += other;
+  }
+  if (lane == 31) sums[warp] = up_to;
+  __syncthreads();
+  Scan scan{up_to - x, 0};
+  for (int w = 0; w < warps; ++w) {
+    if (w < warp) scan.before += sums[w];
+    scan.total += sums[w];
+  }
+  __syncthreads();
+  return scan;
+}
+
+// By the whole CTA, into shared memory; false where the CTA has no part: there is less to do than CTAs.
+__device__ inline bool find_share(const DecodeArgs& args, int64_t* sums, Share* shared) {
+  const int units = args.p.batch.b * args.p.shape.h_kv * args.tiles;
+  const int threads = static_cast<int>(blockDim.x);
+  const auto weight = [&](int first) {
+    const int u = first + static_cast<int>(threadIdx.x);
+    return u < units ? unit_at(args, args.pass, u).items.weight() : 0;
+  };
+  int mine = weight(0);
+  Scan scan = block_scan(mine, sums);
+  Share share{0, 0, scan.total, 0, 0, 0};
+  for (int first = threads; first < units; first += threads) share.total += block_scan(weight(first), sums).total;
+
+  const int64_t least = int64_t{threads} / 32 * kFp4Weight;  // an item for every warp
+  share.ctas = static_cast<int>(min(max(share.total / least, int64_t{1}), int64_t{gridDim.x}));
+  if (static_cast<int>(blockIdx.x) >= share.ctas) return false;
+  share.begin = share.total * blockIdx.x / share.ctas;
+  share.end = share.total * (blockIdx.x + 1) / share.ctas;
+
+  int64_t begin = 0;
+  for (int first = 0;; first += threads) {
+    if (first > 0) {
+      mine = weight(first);
+      scan = block_scan(mine, sums);
+    }
+    const int64_t at = begin + scan.before;
+    if (at <= share.begin && share.begin < at + mine) {
+      share.unit = first + static_cast<int>(threadIdx.x);
+      share.unit_begin = at;
+      *shared = share;
+    }
+    begin += scan.total;
+    if (begin > share.begin) break;
+  }
+  __syncthreads();
+  return true;
+}
+
+}  // namespace thriftattn::cuda

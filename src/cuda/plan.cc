@@ -1,0 +1,112 @@
+// What the CUDA backend serves, and how: kernel, target, tile, splits and the memory for them. Pure: asks no device.
+#include <fmt/format.h>
+
+#include <cstdlib>
+
+#include "cuda/backend.h"
+#include "cuda/workspace.h"
+
+namespace thriftattn::cuda {
+namespace {
+
+// The order of ranking is exact up to so many pages, 1M tokens.
+constexpr int64_t kMaxPages = 16384;
+constexpr int kOldest = 80;  // compute capability: mma.sync m16n8k16, cp.async
+
+std::string storage_refusal(const Problem& p) {
+  const CacheConfig& c = p.cache;
+  if (!c.storage_by_head.empty()) return "storage_by_head has no form on a GPU: one storage for all heads has";
+  if (c.high_dtype != DType::f16) return "high_dtype=bf16 has no form on a GPU: f16 has";
+  if (c.storage == Storage::compact || c.storage == Storage::offload)
+    return fmt::format("storage={} has no form on a GPU: high_only, dual, residual and fp4_only have",
+                       to_string(c.storage));
+  if (p.method.rest == Tier::fp16 && !all_high(c))
+    return fmt::format("method {} reads every page in 16 bit, which storage={} does not keep: high_only and dual do",
+                       to_string(p.method), to_string(c.storage));
+  return {};
+}
+
+}  // namespace
+
+std::string refusal(const Problem& p, const Machine& machine) {
+  if (!machine.gpu) return "no GPU is named";
+  const Gpu& gpu = *machine.gpu;
+  if (gpu.compute_capability < kOldest)
+    return fmt::format("{} has compute capability {}.{}: 8.0 and later are served", gpu.name,
+                       gpu.compute_capability / 10, gpu.compute_capability % 10);
+  const Method& m = p.method;
+  if (m.arithmetic != Arithmetic::kv4)
+    return fmt::format("arithmetic={} has no CUDA kernel: kv4 has", to_string(m.arithmetic));
+  if (m.p_quant == PQuant::constant) return "p_quant=constant is a variant of arithmetic=mma4";
+  if (m.policy == Policy::oracle)
+    return "policy=oracle has no CUDA kernel: block_mean, quest, second_moment, fp4_mass and recent have";
+  if (std::string reason = storage_refusal(p); !reason.empty()) return reason;
+  if (max_pages(p) > kMaxPages)
+    return fmt::format("max_s_kv {} is not served: up to {} tokens are", p.max_s_kv, kMaxPages * kPageTokens);
+  if (p.phase == Phase::prefill && p.stats)
+    return "stats of a prefill are not kept on a GPU: those of decode and verify steps are";
+  return {};
+}
+
+WorkspaceLayout workspace_layout(const Problem& p, const DecodeConfig& config, int64_t scratch_bytes) {
+  WorkspaceLayout l;
+  const auto take = [&l](int64_t& at, int64_t bytes) {
+    at = l.bytes;
+    l.bytes += round_up(bytes, 256);
+  };
+  if (p.phase == Phase::prefill) {
+    const int64_t blocks = int64_t{p.b} * p.h_q * max_blocks(p);
+    take(l.tiers, blocks * tier_words(p) * 4);
+    take(l.block_counts, blocks * 2 * 4);
+    take(l.scratch, scratch_bytes);
+    return l;
+  }
+  const int64_t n = units(p), rows = n * row_stride(p), pages = n * max_pages(p), of_rows = rows * max_pages(p);
+  // What must be zero before the first run comes first.
+  take(l.counts, n * 8 * 4);
+  take(l.rank_tickets, n * 4);
+  take(l.tickets, n * std::max(1, config.tiles) * 4);
+  take(l.by_page, pages * 4);
+  take(l.by_tier, pages * 4);
+  take(l.score, pages * 4);
+  take(l.q_norm, n * 4);
+  if (centred(p)) take(l.q_mean, of_rows * 4);
+  if (by_mass(p) || p.stats) {
+    l.mass_bytes = of_rows * mass_parts(p) * 8;
+    take(l.page_mass, l.mass_bytes);
+  }
+  if (by_mass(p)) {
+    take(l.row_weight, rows * 4);
+    take(l.state_ml, rows * 4 * 4);
+    take(l.state_o, rows * device_layout(p.d, p.d_v).dv * 4);
+  }
+  take(l.partials, decode_partial_bytes(p, config));
+  if (p.stats) {
+    const int64_t q_rows = p.b * p.max_s_q * p.h_q;
+    take(l.row_mass_high, rows * 4);
+    take(l.lse, q_rows * 4);
+    take(l.q, q_rows * p.d * 4);
+  }
+  return l;
+}
+
+void plan(const Machine& machine, Plan& plan) {
+  const Problem& p = plan.problem;
+  const Gpu& gpu = *machine.gpu;
+  plan.backend = "cuda";
+  plan.target = fmt::format("sm_{}", gpu.compute_capability);
+  plan.threads = machine.threads;
+  if (p.phase == Phase::prefill) {
+    plan.kernel = "prefill_warp";
+    plan.rows_per_tile = kPageTokens;
+    plan.workspace_bytes = workspace_layout(p, {}, prefill_scratch_bytes(p, gpu)).bytes;
+    return;
+  }
+  const DecodeConfig config = decode_config(p, gpu);
+  plan.kernel = exchanges(p) ? "decode_warp_exchange" : by_mass(p) ? "decode_warp_score_first" : "decode_warp";
+  plan.rows_per_tile = config.columns;
+  plan.splits = config.blocks;
+  plan.workspace_bytes = workspace_layout(p, config, 0).bytes;
+}
+
+}  // namespace thriftattn::cuda

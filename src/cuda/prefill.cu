@@ -1,0 +1,705 @@
+// Attention of query blocks of 64 rows over pages of mixed tiers, instruction family `warp` (mma.sync m16n8k16, FP16
+// with FP32 sums).
+//
+//   16-bit records (the cache's own, or expanded) --bulk copy--> ring of pages in shared memory
+//   q --once, times a power of two--> FP16 fragments in shared memory
+//   q, K --mma--> s (FP32) --mask, soft-cap, exp2--> p (FP16) --mma with V--> o (FP32) --> out, lse
+//
+// A block of threads takes up to four units of one KV head. A unit is a query block of one query head: 64 rows that
+// read every page in one tier. So K and V come from L2 once for 256 rows. The ring is filled with the forms of a page
+// that some unit reads, page by page; a warp whose unit does not read a form leaves it at once, and since every unit
+// reads each page in one form only, warps differ by what the ring can hold and all have the same work.
+// The warp that is last to leave a page refills its place, so nobody waits to fill and no warp is set apart for it.
+//
+// Records are in the order of fragments (DeviceLayout): the A operand of decode's products is the B operand here, and
+// every access to shared memory is 16 bytes a lane, contiguous. A warp has 32 rows (16 where d > 128, for registers),
+// so that each fragment of K or V serves two products: with 16 rows shared memory would bind. Per page and warp at d =
+// 128: 256 mma, 80 loads of 512 bytes, 64 exp2 a lane. Bound by mma.sync, which has half the rate of wgmma on sm_90;
+// one warp's softmax runs beside the other one's products on each scheduler, and the exps of 16 tokens beside the
+// products of those before.
+//
+// The maximum is lazy: the reference that is subtracted moves only where p would pass 2^14. It starts 2^6 below the
+// first maximum's p, so that FP16 keeps p down to 2^-31 of it. The row sum is that of p before rounding.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "cuda/prefill.cuh"
+
+namespace thriftattn::cuda {
+namespace {
+
+constexpr int kMaxWarps = 8, kMaxStages = 4;
+constexpr int kWindow = 32;           // pages that are looked up at once
+constexpr uint32_t kHigh = 1u << 31;  // in Entry::readers: this form counts as above fp4
+constexpr int kEnd = -1;              // in Entry::page
+constexpr int kNotFinite = -128;      // an exponent of q
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr float kUnseen = -1e30f;        // the reference of a row that has seen nothing
+constexpr float kRoom = 14, kBelow = 6;  // log2 of the largest p, and of the first maximum's
+constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
+
+struct Attend {
+  LayerCache cache;
+  Batch batch;
+  Shape shape;
+  Rows<const void*> q;
+  Rows<void*> out;
+  float* lse;
+  const float* sinks;
+  float* row_mass_high;
+  const uint32_t* tiers;
+  int max_blocks, tier_words;
+  ExpandedPages expanded;
+  float scale;        // |sm_scale| in log2
+  int units, stages;  // units of a block of threads, pages of its ring
+};
+
+// One form of one page, for the units (bits) that read it.
+struct Entry {
+  const uint8_t* record;
+  int page;
+  uint32_t readers;
+};
+
+// What a block of threads works on.
+struct Work {
+  int sequence, slot, g, s_q, s_kv;
+  int first_unit, units;  // of the KV head's, unit u = query block u / group, head u % group of the group
+  int first_block;  // position of query block 0, a multiple of 64; below 0 where rows stand before the first token
+  int end_page;     // pages that some row sees, tail included
+};
+
+struct Control {
+  uint64_t full[kMaxStages];
+  uint32_t left[kMaxStages];  // warps that have left the page
+  int page[kMaxStages];
+  uint32_t readers[kMaxStages];
+  Work work;
+  // The next entries: `next` of `count`, then the pages from `window_page`.
+  int next, count, window_page;
+  Entry window[3 * kWindow];
+  float l_high[32 * kMaxWarps][4];
+};
+
+template <int D>
+struct Tile {
+  static constexpr int kRowTiles = D <= 128 ? 2 : 1;  // of 16 rows, of a warp
+  static constexpr int kRows = 16 * kRowTiles;
+  static constexpr int kUnitWarps = kPageTokens / kRows;
+  static constexpr int kItemBytes = 4 * kHighItemTokens * D;  // K, then V
+  static constexpr int kPageBytes = kPageTokens / kHighItemTokens * kItemBytes;
+  static constexpr int kQBytes = kRows * D * 2;  // of a warp
+};
+
+// --- instructions
+
+__device__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+__device__ uint4 load_shared(uint32_t at) {
+  uint4 x;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(at));
+  return x;
+}
+
+__device__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ uint32_t pack(float low, float high) {
+  const __half2 h = __floats2half2_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(h);
+}
+
+// Arrivals that complete a fill: one lane's, or where there is no bulk copy all lanes'.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kFillers = 32;
+#else
+constexpr int kFillers = 1;
+#endif
+
+__device__ void init_barrier(uint64_t& barrier) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(kFillers) : "memory");
+}
+
+__device__ void wait(uint64_t& barrier, uint32_t phase) {
+  const uint32_t at = shared_address(&barrier);
+  uint32_t done = 0;
+#ifdef SPIN_LIMIT
+  for (int64_t i = 0; !done; ++i) {
+    if (i > SPIN_LIMIT) __trap();
+#else
+  while (!done) {
+#endif
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done)
+                 : "r"(at), "r"(phase)
+                 : "memory");
+#else
+    asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done)
+                 : "r"(at), "r"(phase)
+                 : "memory");
+#endif
+  }
+}
+
+// Counts a warp that leaves a page; true for the last of `warps`, after which the count is zero again. What any warp
+// did before it left, the last one sees done.
+__device__ bool last_to_leave(uint32_t& left, int warps, int lane) {
+  uint32_t before = 0;
+  __syncwarp();
+  if (lane == 0)
+    asm volatile("atom.acq_rel.cta.shared.inc.u32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "r"(shared_address(&left)), "r"(warps - 1)
+                 : "memory");
+  return __shfl_sync(~0u, before, 0) == warps - 1;
+}
+
+// --- the ring
+
+// Tier of a page for unit u of the work, or none where it does not see it. The tail is in 16 bit.
+__device__ Tier unit_tier(const Attend& a, const Work& w, int u, int page) {
+  const int unit = w.first_unit + u, block = unit / a.shape.group, head = w.g * a.shape.group + unit % a.shape.group;
+  if (page >= w.s_kv / kPageTokens) {
+    const int last = min(w.first_block + block * kPageTokens + kPageTokens, w.s_kv) - 1;
+    return visible(a.shape, last, w.s_kv).end > page * kPageTokens ? Tier::fp16 : Tier::none;
+  }
+  const int64_t row = (static_cast<int64_t>(w.sequence) * a.shape.h_q + head) * a.max_blocks + block;
+  return static_cast<Tier>(a.tiers[row * a.tier_words + page / 16] >> (page % 16 * 2) & 3);
+}
+
+// Lists the forms of the next pages that are read, a page per lane.
+__device__ void look_up(const Attend& a, Control& c, int lane) {
+  const Work& w = c.work;
+  const int page = c.window_page + lane;
+  uint32_t readers[3] = {};  // of fp4, fp4x2, fp16
+  for (int u = 0; page < w.end_page && u < w.units; ++u) {
+    const Tier tier = unit_tier(a, w, u, page);
+#pragma unroll
+    for (int i = 0; i < 3; ++i) readers[i] |= (static_cast<int>(tier) == i + 1 ? 1u : 0u) << u;
+  }
+  uint32_t listed[3];
+#pragma unroll
+  for (int i = 0; i < 3; ++i) listed[i] = __ballot_sync(~0u, readers[i] != 0);
+  int at = 0;
+#pragma unroll
+  for (int i = 0; i < 3; ++i) at += __popc(listed[i] & ((1u << lane) - 1));
+  const int64_t expanded = a.expanded.at(w.sequence, w.g, page);
+  if (readers[0]) c.window[at++] = {a.expanded.fp4 + expanded, page, readers[0]};
+  if (readers[1]) c.window[at++] = {a.expanded.fp4x2 + expanded, page, readers[1] | kHigh};
+  if (readers[2]) {
+    const uint8_t* record = a.expanded.tail + a.expanded.tail_at(w.sequence, w.g);
+    if (page < w.s_kv / kPageTokens) {
+      const int id = a.cache.block_table[static_cast<int64_t>(w.slot) * a.cache.max_pages + page];
+      record = a.cache.high + (a.cache.high_record(w.slot, page, id) * a.cache.h_kv + w.g) * a.cache.layout.high_bytes;
+    }
+    c.window[at] = {record, page, readers[2] | kHigh};
+  }
+  __syncwarp();
+  if (lane == 0) {
+    c.next = 0;
+    c.count = __popc(listed[0]) + __popc(listed[1]) + __popc(listed[2]);
+    c.window_page += kWindow;
+  }
+  __syncwarp();
+}
+
+// Copies `bytes`, a multiple of 16, of every lane that has some, and arrives at the barrier when all are there.
+__device__ void copy_to_ring(uint32_t to, const uint8_t* from, int bytes, int all_bytes, uint64_t& barrier, int lane) {
+  const uint32_t at = shared_address(&barrier);
+#if __CUDA_ARCH__ >= 900
+  if (lane == 0) {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(at), "r"(all_bytes) : "memory");
+  }
+  __syncwarp();
+  if (bytes > 0)
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(at)
+                 : "memory");
+#else
+  for (int i = 0; i < 32; ++i) {  // one lane's piece after the other, all lanes at it
+    const uint32_t piece = __shfl_sync(~0u, to, i);
+    const uint8_t* source = reinterpret_cast<const uint8_t*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(from), i));
+    const int end = __shfl_sync(~0u, bytes, i);
+    for (int b = lane * 16; b < end; b += 512)
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(piece + b), "l"(source + b) : "memory");
+  }
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(at) : "memory");
+#endif
+}
+
+// Fills a free place of the ring with the next entry, or with the end. One warp.
+template <int D>
+__device__ void fill(const Attend& a, Control& c, uint8_t* ring, int stage, int lane) {
+  while (c.next == c.count && c.window_page < c.work.end_page) look_up(a, c, lane);
+  const bool end = c.next == c.count;
+  const Entry entry = end ? Entry{nullptr, kEnd, 0} : c.window[c.next];
+  __syncwarp();
+  if (lane == 0) {
+    c.page[stage] = entry.page;
+    c.readers[stage] = entry.readers;
+    if (!end) ++c.next;
+  }
+  __syncwarp();
+  const DeviceLayout& l = a.cache.layout;
+  const uint32_t to = shared_address(ring + stage * Tile<D>::kPageBytes);
+  if (end) {
+    copy_to_ring(to, nullptr, 0, 0, c.full[stage], lane);
+  } else if (l.dk == D && l.dv == D) {
+    copy_to_ring(to, entry.record, lane == 0 ? Tile<D>::kPageBytes : 0, Tile<D>::kPageBytes, c.full[stage], lane);
+  } else {  // K and V of each item to where they stand with D channels; the rest of the ring is zero
+    const int item = lane / 2, is_v = lane % 2, bytes = 2 * kHighItemTokens * (is_v ? l.dv : l.dk);
+    copy_to_ring(to + item * Tile<D>::kItemBytes + is_v * (Tile<D>::kItemBytes / 2),
+                 entry.record + item * l.high_item_bytes + (is_v ? l.high_v : 0),
+                 item < kPageTokens / kHighItemTokens ? bytes : 0, static_cast<int>(l.high_bytes), c.full[stage], lane);
+  }
+}
+
+// --- rows of the caller
+
+__device__ float to_float(float x) { return x; }
+__device__ float to_float(__half x) { return __half2float(x); }
+__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+// Two neighbours at p, which need not stand at a multiple of two.
+template <class T>
+__device__ float2 load_two(const T* p) {
+  struct alignas(2 * sizeof(T)) Pair {
+    T x, y;
+  };
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(Pair) == 0) {
+    const Pair pair = *reinterpret_cast<const Pair*>(p);
+    return {to_float(pair.x), to_float(pair.y)};
+  }
+  return {to_float(p[0]), to_float(p[1])};
+}
+__device__ float2 load_two(const Rows<const void*>& rows, int64_t at) {
+  if (rows.dtype == DType::f32) return load_two(static_cast<const float*>(rows.data) + at);
+  if (rows.dtype == DType::f16) return load_two(static_cast<const __half*>(rows.data) + at);
+  return load_two(static_cast<const __nv_bfloat16*>(rows.data) + at);
+}
+
+template <class T>
+__device__ void store_two(T* p, T x, T y) {
+  struct alignas(2 * sizeof(T)) Pair {
+    T x, y;
+  };
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(Pair) == 0) {
+    *reinterpret_cast<Pair*>(p) = {x, y};
+  } else {
+    p[0] = x, p[1] = y;
+  }
+}
+__device__ void store_two(const Rows<void*>& rows, int64_t at, float x, float y) {
+  if (rows.dtype == DType::f32) {
+    store_two(static_cast<float*>(rows.data) + at, x, y);
+  } else if (rows.dtype == DType::f16) {
+    store_two(static_cast<__half*>(rows.data) + at, __float2half_rn(x), __float2half_rn(y));
+  } else {
+    store_two(static_cast<__nv_bfloat16*>(rows.data) + at, __float2bfloat16_rn(x), __float2bfloat16_rn(y));
+  }
+}
+
+// --- one warp: rows of a unit
+
+template <int D>
+struct Warp {
+  static constexpr int kRowTiles = Tile<D>::kRowTiles, kRows = 2 * kRowTiles;  // kRows: of a lane; r = 2 mt + half
+  static constexpr int kChannelBlocks = D / 32;
+
+  const Attend& a;
+  const int lane;
+  const uint32_t q;          // its fragments in shared memory
+  float* const l_high;       // [kRows], in shared memory: of a lane, where somebody asks for it
+  const int position, s_kv;  // of its first row, tokens of the sequence
+  int exponents = 0;  // of q, a byte for a row: it was multiplied by 2^-exponent; kNotFinite where it has NaN or Inf
+  float reference[kRows], l[kRows];
+  float o[kRowTiles][4 * kChannelBlocks][4];
+
+  __device__ Warp(const Attend& attend, int lane_, uint32_t q_, float* l_high_, int position_, int tokens)
+      : a(attend), lane(lane_), q(q_), l_high(l_high_), position(position_), s_kv(tokens) {}
+
+  // Of a row's scores, to log2.
+  __device__ float scale(int r) const { return a.scale * pow2(exponent(r)); }
+  __device__ int exponent(int r) const { return static_cast<int8_t>(exponents >> (8 * r)); }
+  __device__ int row(int r) const { return r / 2 * 16 + r % 2 * 8 + lane / 4; }
+
+  // Rows of q, each times a power of two that brings its largest element to 2^8, so that FP16 holds any of them.
+  // Elements of channels 32i + 8j + {0, 1} + 2t and 16 more are fragment 2i + j. Rows outside [first, s_kv) are zero.
+  __device__ void load_q(int first, int64_t first_row, int head) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int p = position + row(r);
+      const bool exists = p >= first && p < s_kv;
+      const int64_t at = exists ? (first_row + (p - first)) * a.q.row_stride + head * a.q.head_stride : 0;
+      const auto load = [&](int channel) {
+        return exists && channel < a.shape.d ? load_two(a.q, at + channel) : float2{0, 0};
+      };
+      uint32_t largest = 0;  // by bits, where NaN is the largest
+      for (int i = 0; i < D / 8; ++i) {
+        const float2 x = load(i * 8 + lane % 4 * 2);
+        largest = max(largest, max(bits_of(x.x) & 0x7fffffffu, bits_of(x.y) & 0x7fffffffu));
+      }
+      largest = max(largest, __shfl_xor_sync(~0u, largest, 1));
+      largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
+      const bool finite = largest < 0x7f800000u;
+      const int e = largest == 0 ? 0 : max(-90, min(120, static_cast<int>(largest >> 23) - 127 - 8));
+      const float factor = a.shape.sm_scale < 0 ? -pow2(-e) : pow2(-e);
+      exponents |= ((finite ? e : kNotFinite) & 0xff) << (8 * r);
+      for (int i = 0; i < D / 16; ++i)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float2 x = load(i / 2 * 32 + i % 2 * 8 + half * 16 + lane % 4 * 2);
+          const uint32_t packed = finite ? pack(x.x * factor, x.y * factor) : 0u;
+          const uint32_t to = q + (i * kRowTiles + r / 2) * 512 + lane * 16 + (half * 2 + r % 2) * 4;
+          asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(packed) : "memory");
+        }
+    }
+    __syncwarp();
+  }
+
+  __device__ void start(int head) {
+    const float sink = a.sinks ? a.sinks[head] * kLog2e : kUnseen;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      reference[r] = fmaxf(sink, kUnseen);
+      l[r] = sink > kUnseen && lane % 4 == 0 ? 1.0f : 0.0f;  // a sum is that of four lanes
+      if (a.row_mass_high) l_high[r] = l[r];
+    }
+#pragma unroll
+    for (int mt = 0; mt < kRowTiles; ++mt)
+#pragma unroll
+      for (int n = 0; n < 4 * kChannelBlocks; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) o[mt][n][e] = 0;
+  }
+
+  // s = q K^T of a page, 8 tiles of 8 tokens.
+  __device__ void scores(uint32_t page, float (&s)[kRowTiles][8][4]) const {
+#pragma unroll
+    for (int mt = 0; mt < kRowTiles; ++mt)
+#pragma unroll
+      for (int n = 0; n < 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[mt][n][e] = 0;
+#pragma unroll
+    for (int i = 0; i < kChannelBlocks; ++i) {
+      uint32_t x[2][kRowTiles][4];
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+#pragma unroll
+        for (int mt = 0; mt < kRowTiles; ++mt) {
+          const uint4 f = load_shared(q + ((i * 2 + j) * kRowTiles + mt) * 512 + lane * 16);
+          x[j][mt][0] = f.x, x[j][mt][1] = f.y, x[j][mt][2] = f.z, x[j][mt][3] = f.w;
+        }
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        const uint4 k = load_shared(page + n * Tile<D>::kItemBytes + i * 512 + lane * 16);
+#pragma unroll
+        for (int mt = 0; mt < kRowTiles; ++mt) mma(s[mt][n], x[0][mt], k.x, k.y);
+#pragma unroll
+        for (int mt = 0; mt < kRowTiles; ++mt) mma(s[mt][n], x[1][mt], k.z, k.w);
+      }
+    }
+  }
+
+  // Whether some row does not see some token of the page.
+  __device__ bool hides(int page) const {
+    return visible(a.shape, position, s_kv).end < (page + 1) * kPageTokens ||
+           visible(a.shape, position + 16 * kRowTiles - 1, s_kv).first > page * kPageTokens;
+  }
+
+  __device__ void hide(int page, float (&s)[kRowTiles][8][4]) const {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const Visible v = visible(a.shape, position + row(r), s_kv);
+      const int first = v.first - page * kPageTokens - lane % 4 * 2, end = v.end - page * kPageTokens - lane % 4 * 2;
+#pragma unroll
+      for (int n = 0; n < 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          if (n * 8 + e < first || n * 8 + e >= end) s[r / 2][n][r % 2 * 2 + e] = -INFINITY;
+    }
+  }
+
+  // Scores become cap * tanh(score / cap), still to be scaled.
+  __device__ void cap(float (&s)[kRowTiles][8][4]) const {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const float to = 2 / a.shape.softcap * scale(r), from = a.shape.softcap * kLog2e / scale(r);
+#pragma unroll
+      for (int n = 0; n < 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = s[r / 2][n][r % 2 * 2 + e];
+          x = from - 2 * from * reciprocal(1 + exp2_approx(x * to));  // tanh y = 1 - 2 / (1 + e^2y): 2^-23 of the cap
+        }
+    }
+  }
+
+  __device__ void raise(int r, float to) {
+    const float shrink = exp2_approx(reference[r] - to);
+    reference[r] = to;
+    l[r] *= shrink;
+    if (a.row_mass_high) l_high[r] *= shrink;
+#pragma unroll
+    for (int n = 0; n < 4 * kChannelBlocks; ++n) {
+      o[r / 2][n][r % 2 * 2] *= shrink;
+      o[r / 2][n][r % 2 * 2 + 1] *= shrink;
+    }
+  }
+
+  // The page in the ring at `at`; `high`: it counts as above fp4.
+  __device__ void attend(uint32_t at, int page, bool high) {
+    float s[kRowTiles][8][4];
+    scores(at, s);
+    if (a.shape.softcap > 0) cap(s);
+    if (hides(page)) hide(page, s);
+
+    float unit[kRows], top[kRows];
+    bool passes = false;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      unit[r] = scale(r);
+      top[r] = s[r / 2][0][r % 2 * 2];
+#pragma unroll
+      for (int n = 0; n < 8; ++n) top[r] = fmaxf(top[r], fmaxf(s[r / 2][n][r % 2 * 2], s[r / 2][n][r % 2 * 2 + 1]));
+      top[r] *= unit[r];
+      passes |= top[r] > reference[r] + kRoom;
+    }
+    if (__any_sync(~0u, passes)) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 1));
+        top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 2));
+        if (top[r] > reference[r] + kRoom) raise(r, top[r] - kBelow);
+      }
+    }
+
+    // o += p V, 16 tokens at a time; p of the next 16 is made between the products.
+    constexpr int kParts = 2 * kRowTiles;  // of the p of 16 tokens: (tile of 16 rows, 8 tokens)
+    float sum[kRows] = {};
+    uint32_t p[2][kRowTiles][4];
+    const auto make_p = [&](int tokens, int part) {
+      const int mt = part / 2, half = part % 2;
+      float(&x)[4] = s[mt][tokens * 2 + half];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        x[e] = exp2_approx(fmaf(x[e], unit[mt * 2 + e / 2], -reference[mt * 2 + e / 2]));
+        sum[mt * 2 + e / 2] += x[e];
+      }
+      p[tokens % 2][mt][half * 2] = pack(x[0], x[1]);
+      p[tokens % 2][mt][half * 2 + 1] = pack(x[2], x[3]);
+    };
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) make_p(0, part);
+#pragma unroll
+    for (int tokens = 0; tokens < 4; ++tokens)
+#pragma unroll
+      for (int block = 0; block < kChannelBlocks; ++block) {
+        const uint32_t v = at + 2 * tokens * Tile<D>::kItemBytes + Tile<D>::kItemBytes / 2 + block * 512 + lane * 16;
+        const uint4 v0 = load_shared(v), v1 = load_shared(v + Tile<D>::kItemBytes);
+#pragma unroll
+        for (int mt = 0; mt < kRowTiles; ++mt) {
+          mma(o[mt][block * 4], p[tokens % 2][mt], v0.x, v1.x);
+          mma(o[mt][block * 4 + 1], p[tokens % 2][mt], v0.y, v1.y);
+          mma(o[mt][block * 4 + 2], p[tokens % 2][mt], v0.z, v1.z);
+          mma(o[mt][block * 4 + 3], p[tokens % 2][mt], v0.w, v1.w);
+        }
+        if (tokens < 3)
+#pragma unroll
+          for (int part = block * kParts / kChannelBlocks; part < (block + 1) * kParts / kChannelBlocks; ++part)
+            make_p(tokens + 1, part);
+      }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      l[r] += sum[r];
+      if (high && a.row_mass_high) l_high[r] += sum[r];
+    }
+  }
+
+  __device__ void finish(int first, int64_t first_row, int head) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const auto sum_of_four = [](float x) {
+        x += __shfl_xor_sync(~0u, x, 1);
+        return x + __shfl_xor_sync(~0u, x, 2);
+      };
+      const float mass = sum_of_four(l[r]), high = a.row_mass_high ? sum_of_four(l_high[r]) : 0;
+      const int p = position + row(r);
+      if (p < first || p >= s_kv) continue;
+      const int64_t to = first_row + (p - first);
+      const bool finite = exponent(r) != kNotFinite;
+      const float inverse = !finite ? kNaN : mass == 0 ? 0.0f : 1 / mass;
+#pragma unroll
+      for (int n = 0; n < 4 * kChannelBlocks; ++n) {
+        const int channel = n * 8 + lane % 4 * 2;
+        if (channel < a.shape.d_v)
+          store_two(a.out, to * a.out.row_stride + head * a.out.head_stride + channel, o[r / 2][n][r % 2 * 2] * inverse,
+                    o[r / 2][n][r % 2 * 2 + 1] * inverse);
+      }
+      if (lane % 4 != 0) continue;
+      if (a.lse)
+        a.lse[to * a.shape.h_q + head] = !finite     ? scale(r)
+                                         : mass == 0 ? -INFINITY
+                                                     : (reference[r] + log2f(mass)) * kLn2;
+      if (a.row_mass_high) a.row_mass_high[to * a.shape.h_q + head] = finite && mass > 0 ? high / mass : 0.0f;
+    }
+  }
+};
+
+__device__ int floor_page(int position) {
+  return position >= 0 ? position / kPageTokens : -((kPageTokens - 1 - position) / kPageTokens);
+}
+
+// The last query blocks come first: they see most pages. False where there is nothing to do.
+__device__ bool find_work(const Attend& a, int chunks, Work& w) {
+  const int heads = a.batch.b * a.shape.h_kv;
+  const int chunk = chunks - 1 - static_cast<int>(blockIdx.x) / heads, head = static_cast<int>(blockIdx.x) % heads;
+  w.sequence = head / a.shape.h_kv;
+  w.g = head % a.shape.h_kv;
+  w.slot = a.batch.slot[w.sequence];
+  w.s_q = a.batch.s_q[w.sequence];
+  w.s_kv = a.cache.s_kv[w.slot];
+  w.first_block = floor_page(w.s_kv - w.s_q) * kPageTokens;
+  const int blocks = w.s_q == 0 ? 0 : floor_page(w.s_kv - 1) - w.first_block / kPageTokens + 1;
+  w.first_unit = chunk * a.units;
+  w.units = min(a.units, blocks * a.shape.group - w.first_unit);
+  if (w.units <= 0) return false;
+  const auto block_position = [&](int unit) { return w.first_block + unit / a.shape.group * kPageTokens; };
+  const int last = min(block_position(w.first_unit + w.units - 1) + kPageTokens, w.s_kv) - 1;
+  w.end_page = static_cast<int>(pages_for(visible(a.shape, last, w.s_kv).end));
+  return true;
+}
+
+template <int D>
+__global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(const __grid_constant__ Attend a, int chunks) {
+  extern __shared__ __align__(128) uint8_t shared[];
+  uint8_t* ring = shared;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = a.units * Tile<D>::kUnitWarps;
+  uint8_t* q = ring + a.stages * Tile<D>::kPageBytes + warp * Tile<D>::kQBytes;
+  Control& c = *reinterpret_cast<Control*>(ring + a.stages * Tile<D>::kPageBytes + warps * Tile<D>::kQBytes);
+
+  Work work;
+  if (!find_work(a, chunks, work)) return;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < a.stages; ++i) {
+      init_barrier(c.full[i]);
+      c.left[i] = 0;
+    }
+    c.work = work;
+    c.next = c.count = 0;
+    const auto first =
+        visible(a.shape, max(work.first_block + work.first_unit / a.shape.group * kPageTokens, work.s_kv - work.s_q),
+                work.s_kv)
+            .first;
+    c.window_page = first / kPageTokens / kWindow * kWindow;
+  }
+  if (a.cache.layout.dk != D || a.cache.layout.dv != D)
+    for (int i = threadIdx.x * 16; i < a.stages * Tile<D>::kPageBytes; i += blockDim.x * 16)
+      *reinterpret_cast<uint4*>(ring + i) = uint4{};
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+#endif
+  __syncthreads();
+  if (warp == 0)
+    for (int i = 0; i < a.stages; ++i) fill<D>(a, c, ring, i, lane);
+
+  const int u = warp / Tile<D>::kUnitWarps, unit = work.first_unit + u, first = work.s_kv - work.s_q;
+  const int head = work.g * a.shape.group + unit % a.shape.group;
+  const int64_t first_row = a.batch.first_row[work.sequence];
+  const bool exists = u < work.units;
+  const int block = work.first_block + unit / a.shape.group * kPageTokens;
+  Warp<D> rows(a, lane, shared_address(q), c.l_high[threadIdx.x], block + warp % Tile<D>::kUnitWarps * Tile<D>::kRows,
+               work.s_kv);
+  if (exists) {
+    rows.load_q(first, first_row, head);
+    rows.start(head);
+  }
+  int stage = 0;
+  for (uint32_t phase = 0;;) {
+    wait(c.full[stage], phase);
+    const int page = c.page[stage];
+    const uint32_t readers = c.readers[stage];
+    if (page == kEnd) break;
+    if (readers >> u & 1) rows.attend(shared_address(ring) + stage * Tile<D>::kPageBytes, page, readers & kHigh);
+    if (last_to_leave(c.left[stage], warps, lane)) fill<D>(a, c, ring, stage, lane);
+    if (++stage == a.stages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+  if (exists) rows.finish(first, first_row, head);
+}
+
+template <int D>
+cudaError_t launch(const PrefillParams& p, cudaStream_t stream) {
+  int device = 0, shared = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  Attend a{};
+  a.cache = p.cache;
+  a.batch = p.batch;
+  a.shape = p.shape;
+  a.q = p.q;
+  a.out = p.out;
+  a.lse = p.lse;
+  a.sinks = p.sinks;
+  a.row_mass_high = p.row_mass_high;
+  a.tiers = p.tiers;
+  a.max_blocks = p.max_blocks;
+  a.tier_words = p.tier_words;
+  a.expanded = expanded_pages(p);
+  a.scale = std::abs(p.shape.sm_scale) * kLog2e;
+  // As many rows as there are warps for, unless that leaves no room to load a page while another is read.
+  const auto pages_beside = [&](int units) {
+    return (shared - static_cast<int>(sizeof(Control)) - units * Tile<D>::kUnitWarps * Tile<D>::kQBytes) /
+           Tile<D>::kPageBytes;
+  };
+  a.units = kMaxWarps / Tile<D>::kUnitWarps;
+  while (a.units > 1 && pages_beside(a.units) < 2) a.units /= 2;
+  a.stages = std::min(kMaxStages, pages_beside(a.units));
+  if (a.stages < 1) return cudaErrorInvalidConfiguration;
+  const int warps = a.units * Tile<D>::kUnitWarps;
+  const size_t bytes = a.stages * Tile<D>::kPageBytes + warps * Tile<D>::kQBytes + sizeof(Control);
+  error = cudaFuncSetAttribute(attend_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (error != cudaSuccess) return error;
+  const int64_t chunks = (static_cast<int64_t>(p.max_blocks) * p.shape.group + a.units - 1) / a.units;
+  const int64_t blocks = chunks * p.batch.b * p.shape.h_kv;
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  attend_kernel<D><<<static_cast<unsigned>(blocks), 32 * warps, bytes, stream>>>(a, static_cast<int>(chunks));
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t launch_prefill(const PrefillParams& p, cudaStream_t stream) {
+  const int channels = std::max(p.cache.layout.dk, p.cache.layout.dv);
+  return channels <= 64 ? launch<64>(p, stream) : channels <= 128 ? launch<128>(p, stream) : launch<256>(p, stream);
+}
+
+}  // namespace thriftattn::cuda

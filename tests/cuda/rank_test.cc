@@ -1,0 +1,934 @@
+// Ranking and choosing on the GPU against the CPU's selection over the same cache, and against brute force where scores
+// are exact. Selections may differ only where scores do by less than 1e-5 of the largest.
+#include <cuda_runtime_api.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+#include <optional>
+#include <random>
+#include <span>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "attention/cache_state.h"
+#include "attention/session.h"
+#include "cpu/select.h"
+#include "cuda/choose.cuh"
+#include "cuda/params.h"
+#include "format/params.h"
+#include "format/selection.h"
+
+namespace thriftattn::testing {
+namespace {
+
+constexpr double kClose = 1e-5;  // of the largest score: such pages may change places
+
+#define ASSERT_CUDA(call) ASSERT_EQ(cudaSuccess, call)
+#define SKIP_WITHOUT_GPU() \
+  if (int gpus = 0; cudaGetDeviceCount(&gpus) != cudaSuccess || gpus == 0) GTEST_SKIP() << "no GPU can be used"
+
+// An array on the device, every byte of which is 0xff (NaN, -1) until something is written.
+template <class T>
+class OnDevice {
+ public:
+  explicit OnDevice(size_t n) : n_(n) {
+    EXPECT_EQ(cudaSuccess, cudaMalloc(&data_, bytes()));
+    poison();
+  }
+  explicit OnDevice(const std::vector<T>& from) : OnDevice(from.size()) {
+    EXPECT_EQ(cudaSuccess, cudaMemcpy(data_, from.data(), n_ * sizeof(T), cudaMemcpyHostToDevice));
+  }
+  OnDevice(const OnDevice&) = delete;
+  ~OnDevice() { cudaFree(data_); }
+  void poison() { EXPECT_EQ(cudaSuccess, cudaMemset(data_, 0xff, bytes())); }
+  T* get() const { return static_cast<T*>(data_); }
+  std::vector<T> read() const {
+    std::vector<T> to(n_);
+    EXPECT_EQ(cudaSuccess, cudaMemcpy(to.data(), data_, n_ * sizeof(T), cudaMemcpyDeviceToHost));
+    return to;
+  }
+
+ private:
+  size_t bytes() const { return std::max<size_t>(n_ * sizeof(T), 16); }
+  size_t n_;
+  void* data_ = nullptr;
+};
+
+// What a step brings one sequence.
+struct Growth {
+  int64_t settled = 0, s_q = 1;
+  int64_t s_kv() const { return settled + s_q; }
+};
+
+struct Scene {
+  std::string method;
+  Phase phase = Phase::decode;
+  Shape shape = {8, 2, 64, 64};
+  int64_t window = 0;
+  bool causal = true;
+  DType q_dtype = DType::f32;
+  std::vector<Growth> growths;
+  bool poison_rows = false;  // some rows of q hold NaN or Inf
+};
+
+std::ostream& operator<<(std::ostream& out, const Scene& s) {
+  return out << s.method << ", " << s.shape << ", window " << s.window << (s.causal ? "" : ", not causal");
+}
+
+// A batch in a cache on the CPU, in the middle of a step: all rows are appended, nothing is settled since.
+class World {
+ public:
+  explicit World(const Scene& scene) : scene_(scene), method_(method(scene.method)) {
+    const Shape& shape = scene.shape;
+    if (method_.policy == Policy::automatic) method_.policy = Policy::block_mean;
+    method_.arithmetic = Arithmetic::kv4;
+    auto made = KvCache::create(CacheConfig::for_method(method_, 1, shape.h_kv, shape.d, shape.d_v));
+    EXPECT_TRUE(made.ok()) << made.status().message();
+    cache_.emplace(std::move(*made));
+    for (size_t i = 0; i < scene.growths.size(); ++i) {
+      const Growth& g = scene.growths[i];
+      const Tokens tokens = attention_like(shape, g.s_kv(), static_cast<uint32_t>(i) + 1);
+      seqs_.push_back(cache_->new_sequence());
+      EXPECT_OK(cache_->append(seqs_.back(), 0, tokens.k_view(0, g.settled), tokens.v_view(0, g.settled), pool()));
+      EXPECT_OK(cache_->settle(seqs_.back(), 0));
+      EXPECT_OK(
+          cache_->append(seqs_.back(), 0, tokens.k_view(g.settled, g.s_q), tokens.v_view(g.settled, g.s_q), pool()));
+      s_q_.push_back(g.s_q);
+      first_row_.push_back(rows());
+      q_.insert(q_.end(), tokens.q.end() - g.s_q * shape.h_q * shape.d, tokens.q.end());
+    }
+    if (scene.poison_rows)
+      for (int64_t r = 0; r < rows(); r += 3)
+        q_[static_cast<size_t>((r * shape.h_q + r % shape.h_q) * shape.d + r % shape.d)] = r % 2 ? NAN : -INFINITY;
+    if (scene.q_dtype != DType::f32)
+      for (float x : q_) q16_.push_back(scene.q_dtype == DType::f16 ? f16_encode(x) : bf16_encode(x));
+    for (size_t i = 0; i < q16_.size(); ++i)
+      q_[i] = scene.q_dtype == DType::f16 ? f16_decode(q16_[i]) : bf16_decode(q16_[i]);
+  }
+
+  const Scene& scene() const { return scene_; }
+  const Method& chosen() const { return method_; }
+  int64_t rows() const { return static_cast<int64_t>(q_.size()) / (scene_.shape.h_q * scene_.shape.d); }
+  int64_t first_row(size_t i) const { return first_row_[i]; }
+  const std::vector<float>& q() const { return q_; }
+  const CacheState& state() const { return cache_->state(); }
+  int64_t max_s_q() const { return std::max<int64_t>(1, *std::max_element(s_q_.begin(), s_q_.end())); }
+  int group() const { return scene_.shape.h_q / scene_.shape.h_kv; }
+  static float sm_scale(int d) { return 1.0f / std::sqrt(static_cast<float>(d)); }
+
+  const uint8_t* summary(size_t i, int64_t page, int g) const {
+    const Sequence& s = *state().find(seqs_[i]);
+    return state().summary.at(state().forms_of(s.pages[static_cast<size_t>(page)], 0)[g].summary);
+  }
+  int64_t pages(size_t i) const { return pages_for(scene_.growths[i].s_kv()); }
+
+  Selection select_on_cpu() {
+    Problem p;
+    p.phase = scene_.phase;
+    p.b = static_cast<int>(seqs_.size());
+    p.max_s_q = max_s_q();
+    for (const Growth& g : scene_.growths) p.max_s_kv = std::max(p.max_s_kv, g.s_kv());
+    p.h_q = scene_.shape.h_q;
+    p.h_kv = scene_.shape.h_kv;
+    p.d = scene_.shape.d;
+    p.d_v = scene_.shape.d_v;
+    p.causal = scene_.causal;
+    p.window = scene_.window;
+    p.method = method_;
+    p.cache = cache_->config();
+    auto planned = plan(p, Machine::here(2));
+    EXPECT_TRUE(planned.ok()) << planned.status().message();
+    auto workspace = Workspace::create(*planned);
+    AttendArgs args;
+    args.cache = &*cache_;
+    args.seqs = seqs_;
+    args.s_q = s_q_;
+    args.q = view(q_.data(), rows(), p.h_q, p.d);
+    auto selected = thriftattn::select(*planned, *workspace, pool(), args);
+    EXPECT_TRUE(selected.ok()) << selected.status().message();
+    return *selected;
+  }
+
+  const void* q_bytes() const { return q16_.empty() ? static_cast<const void*>(q_.data()) : q16_.data(); }
+  int64_t q_size() const { return static_cast<int64_t>(q_.size()) * size_of(scene_.q_dtype); }
+
+ private:
+  Scene scene_;
+  Method method_;
+  std::optional<KvCache> cache_;
+  std::vector<SeqId> seqs_;
+  std::vector<int64_t> s_q_, first_row_;
+  std::vector<float> q_;  // [rows, h_q, d]
+  std::vector<uint16_t> q16_;
+};
+
+// The same batch on the device: pages in another order, sequences in other slots, 16-bit forms by rule alone.
+struct DeviceBatch {
+  explicit DeviceBatch(const World& w)
+      : table(make_table(w)),
+        summaries(make_summaries(w)),
+        slot(slots(w)),
+        s_q(each(w, [](const Growth& g) { return g.s_q; })),
+        settled(by_slot(w, [](const Growth& g) { return g.settled; })),
+        s_kv(by_slot(w, [](const Growth& g) { return g.s_kv(); })),
+        first_row(rows(w)),
+        q(static_cast<size_t>(w.q_size())) {
+    EXPECT_EQ(cudaSuccess, cudaMemcpy(q.get(), w.q_bytes(), static_cast<size_t>(w.q_size()), cudaMemcpyHostToDevice));
+    const CacheConfig& config = w.state().config;
+    const Shape& s = w.scene().shape;
+    cache.layout = device_layout(s.d, s.d_v);
+    cache.canonical = w.state().layout;
+    cache.summary = summaries.get();
+    cache.fp4 = config.storage == Storage::high_only ? nullptr : summaries.get();  // never read
+    cache.residual = config.storage == Storage::residual ? summaries.get() : nullptr;
+    cache.block_table = table.get();
+    cache.settled = settled.get();
+    cache.s_kv = s_kv.get();
+    cache.max_pages = max_pages(w);
+    cache.h_kv = s.h_kv;
+    cache.all_high = config.storage == Storage::high_only || config.storage == Storage::dual;
+    cache.sink = config.sink;
+    cache.recent = config.recent;
+    cache.format = config.format;
+    cache.centring = config.centring;
+    batch = {static_cast<int>(w.scene().growths.size()), slot.get(), s_q.get(), first_row.get()};
+    shape = {s.h_q,
+             s.h_kv,
+             w.group(),
+             s.d,
+             s.d_v,
+             static_cast<int>(w.max_s_q()),
+             w.scene().causal,
+             w.scene().window,
+             World::sm_scale(s.d),
+             0,
+             w.chosen().rest};
+    q_rows = {q.get(), w.scene().q_dtype, int64_t{s.h_q} * s.d, s.d};
+  }
+
+  static int max_pages(const World& w) {
+    int64_t most = 0;
+    for (size_t i = 0; i < w.scene().growths.size(); ++i) most = std::max(most, w.pages(i));
+    return static_cast<int>(most) + 3;
+  }
+  static std::vector<int32_t> slots(const World& w) {
+    std::vector<int32_t> slot(w.scene().growths.size());
+    std::iota(slot.rbegin(), slot.rend(), 1);  // slot 0 belongs to nobody
+    return slot;
+  }
+  template <class Field>
+  static std::vector<int32_t> each(const World& w, Field field) {
+    std::vector<int32_t> all;
+    for (const Growth& g : w.scene().growths) all.push_back(static_cast<int32_t>(field(g)));
+    return all;
+  }
+  template <class Field>
+  static std::vector<int32_t> by_slot(const World& w, Field field) {
+    std::vector<int32_t> all(w.scene().growths.size() + 1, -1), slot = slots(w);
+    for (size_t i = 0; i < slot.size(); ++i)
+      all[static_cast<size_t>(slot[i])] = static_cast<int32_t>(field(w.scene().growths[i]));
+    return all;
+  }
+  static std::vector<int32_t> rows(const World& w) {
+    std::vector<int32_t> first;
+    for (size_t i = 0; i < w.scene().growths.size(); ++i) first.push_back(static_cast<int32_t>(w.first_row(i)));
+    return first;
+  }
+  // Page ids, shuffled: [slots, max pages].
+  static std::vector<int32_t> make_table(const World& w) {
+    const std::vector<int32_t> slot = slots(w);
+    int64_t all = 0;
+    for (size_t i = 0; i < slot.size(); ++i) all += w.pages(i);
+    std::vector<int32_t> ids(static_cast<size_t>(all));
+    std::iota(ids.begin(), ids.end(), 0);
+    std::shuffle(ids.begin(), ids.end(), std::mt19937(7));
+    std::vector<int32_t> table((slot.size() + 1) * static_cast<size_t>(max_pages(w)), -1);
+    size_t next = 0;
+    for (size_t i = 0; i < slot.size(); ++i)
+      for (int64_t j = 0; j < w.pages(i); ++j) table[static_cast<size_t>(slot[i] * max_pages(w) + j)] = ids[next++];
+    return table;
+  }
+  static std::vector<uint8_t> make_summaries(const World& w) {
+    const std::vector<int32_t> slot = slots(w), table = make_table(w);
+    const int h_kv = w.scene().shape.h_kv;
+    const int64_t bytes = w.state().layout.summary_bytes;
+    int64_t all = 0;
+    for (size_t i = 0; i < slot.size(); ++i) all += w.pages(i);
+    std::vector<uint8_t> pool(static_cast<size_t>(all * h_kv * bytes), 0xff);
+    for (size_t i = 0; i < slot.size(); ++i)
+      for (int64_t j = 0; j < w.pages(i); ++j)
+        for (int g = 0; g < h_kv; ++g) {
+          const int64_t id = table[static_cast<size_t>(slot[i] * max_pages(w) + j)];
+          if (const uint8_t* from = w.summary(i, j, g))
+            std::memcpy(&pool[static_cast<size_t>((id * h_kv + g) * bytes)], from, static_cast<size_t>(bytes));
+        }
+    return pool;
+  }
+
+  OnDevice<int32_t> table;
+  OnDevice<uint8_t> summaries;
+  OnDevice<int32_t> slot, s_q, settled, s_kv, first_row;
+  OnDevice<uint8_t> q;
+  cuda::LayerCache cache = {};
+  cuda::Batch batch = {};
+  cuda::Shape shape = {};
+  cuda::Rows<const void*> q_rows = {};
+};
+
+// What one query block of one head or unit ranks its pages by, in double.
+struct Facts {
+  BlockPages block;
+  std::vector<double> rank;  // [visible pages from first_visible on], what pages are ordered by
+  std::vector<bool> forced;
+};
+
+Facts facts_of(const World& w, size_t i, int g, int first_head, int heads, int64_t first_row, int64_t rows,
+               int64_t position) {
+  const Method& m = w.chosen();
+  const Shape& shape = w.scene().shape;
+  const PageLayout& layout = w.state().layout;
+  const double s = static_cast<double>(World::sm_scale(shape.d));
+  Facts f;
+  f.block =
+      block_pages(position, position + rows - 1, w.scene().growths[i].s_kv(), {w.scene().causal, w.scene().window});
+  const size_t n = static_cast<size_t>(f.block.n());
+  f.rank.assign(n, -INFINITY);
+  for (size_t p = 0; p < n; ++p)
+    f.forced.push_back(is_forced(m.force, f.block, f.block.first_visible + static_cast<int64_t>(p)));
+  double q_norm = 0;
+  for (int h = first_head; h < first_head + heads; ++h) {
+    std::vector<double> mean(static_cast<size_t>(shape.d));
+    int64_t finite = 0;
+    for (int64_t r = first_row; r < first_row + rows; ++r) {
+      const float* q = &w.q()[static_cast<size_t>((r * shape.h_q + h) * shape.d)];
+      if (!std::all_of(q, q + shape.d, [](float x) { return std::isfinite(x); })) continue;
+      ++finite;
+      for (int c = 0; c < shape.d; ++c) mean[static_cast<size_t>(c)] += static_cast<double>(q[c]);
+    }
+    if (finite == 0) continue;
+    double norm = 0;
+    for (double& x : mean) {
+      x /= static_cast<double>(finite);
+      norm += x * x;
+    }
+    q_norm = std::max(q_norm, std::sqrt(norm));
+    for (size_t p = 0; p < n; ++p) {
+      const uint8_t* record = w.summary(i, f.block.first_visible + static_cast<int64_t>(p), g);
+      const auto half = [&](int64_t at, int c) {
+        return static_cast<double>(f16_decode(reinterpret_cast<const uint16_t*>(record + at)[c]));
+      };
+      double score = m.policy == Policy::recent ? static_cast<double>(p) : 0;
+      for (int c = 0; c < shape.d; ++c) {
+        const double q = mean[static_cast<size_t>(c)];
+        if (m.policy == Policy::block_mean) score += s * q * half(layout.mean, c);
+        if (m.policy == Policy::quest) score += s * std::max(q * half(layout.min, c), q * half(layout.max, c));
+        if (m.policy == Policy::second_moment)
+          score +=
+              s * q * half(layout.mean, c) +
+              0.5 * s * s * q * q * static_cast<double>(reinterpret_cast<const float*>(record + layout.variance)[c]);
+      }
+      f.rank[p] = std::max(f.rank[p], score);
+    }
+  }
+  if (m.budget.kind == Budget::Kind::tolerance && n > 0) {
+    const double top = *std::max_element(f.rank.begin(), f.rank.end());
+    double total = 0;
+    for (double x : f.rank) total += std::exp(x - top);
+    for (size_t p = 0; p < n; ++p) {
+      PageSummary page;
+      std::memcpy(&page, w.summary(i, f.block.first_visible + static_cast<int64_t>(p), g), sizeof(page));
+      f.rank[p] = std::exp(f.rank[p] - top) / total *
+                  (s * q_norm * static_cast<double>(page.eps_k) * static_cast<double>(page.v_norm) +
+                   static_cast<double>(page.eps_v));
+    }
+  }
+  return f;
+}
+
+void expect_same(const std::vector<Promoted>& got, std::span<const Promoted> want, const Facts& f,
+                 const std::string& what) {
+  EXPECT_EQ(got.size(), want.size()) << what;
+  const auto rank = [&f](const Promoted& p) { return f.rank[static_cast<size_t>(p.page - f.block.first_visible)]; };
+  double largest = 0, border = INFINITY;  // the weakest page that the CPU promotes for its rank
+  for (double x : f.rank)
+    if (std::isfinite(x)) largest = std::max(largest, std::fabs(x));
+  for (const Promoted& p : want)
+    if (!f.forced[static_cast<size_t>(p.page - f.block.first_visible)]) border = std::min(border, rank(p));
+  const auto expect_near_border = [&](std::span<const Promoted> some, std::span<const Promoted> others,
+                                      const char* by) {
+    for (const Promoted& p : some) {
+      if (std::find(others.begin(), others.end(), p) != others.end()) continue;
+      EXPECT_LE(std::fabs(rank(p) - border), kClose * largest)
+          << what << ": page " << p.page << ':' << to_string(p.tier) << " is promoted by the " << by << " alone";
+    }
+  };
+  expect_near_border(got, want, "GPU");
+  expect_near_border(want, got, "CPU");
+}
+
+// --- decode and verify
+
+// launch_rank's results and room for them.
+struct Ranked {
+  Ranked(const World& w, const DeviceBatch& on)
+      : units(on.batch.b * on.shape.h_kv),
+        row_stride(static_cast<int>(round_up(on.shape.group * on.shape.max_s_q, 4))),
+        k_max(on.cache.max_pages),
+        q_mean(size(on.cache.max_pages) * static_cast<size_t>(row_stride)),
+        score(size(on.cache.max_pages)),
+        q_norm(size(1)),
+        row_weight(size(row_stride)),
+        ticket(std::vector<int32_t>(size(1), 0)),
+        by_page(size(k_max)),
+        by_tier(size(k_max)),
+        by_rank(size(k_max)),
+        counts(size(8)) {
+    params.cache = on.cache;
+    params.batch = on.batch;
+    params.shape = on.shape;
+    params.q = on.q_rows;
+    params.method = w.chosen();
+    params.row_stride = row_stride;
+    params.q_mean = w.state().layout.mean ? q_mean.get() : nullptr;
+    params.score = score.get();
+    params.q_norm = q_norm.get();
+    params.row_weight = row_weight.get();
+    params.ticket = ticket.get();
+    params.lists = {k_max, by_page.get(), by_tier.get(), by_rank.get(), counts.get()};
+  }
+  size_t size(int64_t each) const { return static_cast<size_t>(units * each); }
+
+  // All that was written, bit for bit, untouched bytes included.
+  std::vector<uint32_t> bits() const {
+    std::vector<uint32_t> all;
+    const auto add = [&all](const auto& x) {
+      for (auto v : x.read()) all.push_back(std::bit_cast<uint32_t>(v));
+    };
+    add(q_mean), add(score), add(q_norm), add(row_weight), add(ticket), add(by_page), add(by_tier), add(by_rank),
+        add(counts);
+    return all;
+  }
+  void poison() {
+    q_mean.poison(), score.poison(), q_norm.poison(), row_weight.poison();
+    by_page.poison(), by_tier.poison(), by_rank.poison(), counts.poison();
+  }
+
+  int64_t units;
+  int row_stride, k_max;
+  OnDevice<float> q_mean, score, q_norm, row_weight;
+  OnDevice<int32_t> ticket;
+  OnDevice<uint32_t> by_page, by_tier, by_rank;
+  OnDevice<int32_t> counts;
+  cuda::RankParams params;
+};
+
+std::vector<Promoted> promoted(const uint32_t* entries, int64_t n) {
+  std::vector<Promoted> pages;
+  for (int64_t i = 0; i < n; ++i)
+    pages.push_back({static_cast<int32_t>(entries[i] / 4), static_cast<Tier>(entries[i] % 4)});
+  return pages;
+}
+
+// The unit's pages by page; the other lists must say the same.
+std::vector<Promoted> read_lists(const Ranked& r, size_t u, const Force& force, const BlockPages& block,
+                                 const std::string& what) {
+  const std::vector<uint32_t> by_page = r.by_page.read(), by_tier = r.by_tier.read(), by_rank = r.by_rank.read();
+  const std::vector<int32_t> counts = r.counts.read();
+  const int32_t* count = &counts[u * 8];
+  const size_t at = u * static_cast<size_t>(r.k_max);
+  const std::vector<Promoted> pages = promoted(&by_page[at], count[0]);
+  std::vector<Promoted> tiers, ranked;
+  int32_t of_tier[4] = {};
+  for (const Promoted& p : pages) {
+    ++of_tier[static_cast<int>(p.tier)];
+    if (!is_forced(force, block, p.page)) ranked.push_back(p);
+  }
+  for (const Tier tier : {Tier::fp16, Tier::fp4x2, Tier::fp4, Tier::none})
+    for (const Promoted& p : pages)
+      if (p.tier == tier) tiers.push_back(p);
+  EXPECT_TRUE(std::is_sorted(pages.begin(), pages.end(), [](auto a, auto b) { return a.page < b.page; })) << what;
+  EXPECT_EQ(promoted(&by_tier[at], count[0]), tiers) << what;
+  EXPECT_EQ(promoted(&by_rank[at], count[6]), ranked) << what;
+  for (int i = 0; i < 4; ++i) EXPECT_EQ(count[1 + i], of_tier[3 - i]) << what;
+  EXPECT_EQ(count[7], 0) << what;
+  return pages;
+}
+
+// q . k_mean of all rows and pages against double.
+void expect_products(const World& w, const DeviceBatch& on, const Ranked& r, const std::string& what) {
+  const Shape& shape = w.scene().shape;
+  const std::vector<float> q_mean = r.q_mean.read();
+  double worst = 0;
+  for (size_t u = 0; u < static_cast<size_t>(r.units); ++u) {
+    const size_t i = u / static_cast<size_t>(shape.h_kv);
+    const int g = static_cast<int>(u) % shape.h_kv;
+    const Growth& grown = w.scene().growths[i];
+    if (grown.s_q == 0) continue;
+    const BlockPages block =
+        block_pages(grown.settled, grown.s_kv() - 1, grown.s_kv(), {w.scene().causal, w.scene().window});
+    for (int64_t p = block.first_visible; p < block.visible; ++p)
+      for (int64_t row = 0; row < w.group() * grown.s_q; ++row) {
+        const int64_t h = g * w.group() + row / grown.s_q, t = w.first_row(i) + row % grown.s_q;
+        const float* q = &w.q()[static_cast<size_t>((t * shape.h_q + h) * shape.d)];
+        const auto* mean = reinterpret_cast<const uint16_t*>(w.summary(i, p, g) + w.state().layout.mean);
+        double want = 0, size = 0;
+        for (int c = 0; c < shape.d; ++c) {
+          const double x = static_cast<double>(q[c]) * static_cast<double>(f16_decode(mean[c]));
+          want += x;
+          size += std::fabs(x);
+        }
+        if (!std::isfinite(size)) continue;
+        const double scale = static_cast<double>(World::sm_scale(shape.d)) * 1.4426950408889634;
+        const float got = q_mean[(u * static_cast<size_t>(on.cache.max_pages) + static_cast<size_t>(p)) *
+                                     static_cast<size_t>(r.row_stride) +
+                                 static_cast<size_t>(row)];
+        const double error = std::fabs(static_cast<double>(got) - want * scale) / (size * scale + 1e-30);
+        worst = std::isfinite(error) ? std::max(worst, error) : INFINITY;
+      }
+  }
+  EXPECT_LE(worst, 1e-6) << what;
+}
+
+void expect_decode(const Scene& scene) {
+  std::string what;
+  {
+    std::ostringstream text;
+    text << scene;
+    what = text.str();
+  }
+  World w(scene);
+  const DeviceBatch on(w);
+  Ranked r(w, on);
+  ASSERT_CUDA(cuda::launch_rank(r.params, nullptr)) << what;
+  ASSERT_CUDA(cudaDeviceSynchronize()) << what;
+  const std::vector<uint32_t> once = r.bits();
+  r.poison();
+  ASSERT_CUDA(cuda::launch_rank(r.params, nullptr)) << what;
+  ASSERT_CUDA(cudaDeviceSynchronize()) << what;
+  EXPECT_EQ(once, r.bits()) << what << ": a second run differs";
+  if (r.params.q_mean) expect_products(w, on, r, what);
+
+  const Selection want = w.select_on_cpu();
+  const std::vector<int32_t> counts = r.counts.read();
+  size_t block = 0;
+  for (size_t u = 0; u < static_cast<size_t>(r.units); ++u) {
+    const size_t i = u / static_cast<size_t>(scene.shape.h_kv);
+    const int g = static_cast<int>(u) % scene.shape.h_kv;
+    const Growth& grown = scene.growths[i];
+    const std::string here = what + ", sequence " + std::to_string(i) + " of " + std::to_string(grown.s_kv()) +
+                             ", head " + std::to_string(g);
+    if (grown.s_q == 0) {
+      EXPECT_EQ(counts[u * 8], 0) << here;
+      continue;
+    }
+    const Facts f = facts_of(w, i, g, g * w.group(), w.group(), w.first_row(i), grown.s_q, grown.settled);
+    const std::vector<Promoted> got = read_lists(r, u, w.chosen().force, f.block, here);
+    const size_t first = static_cast<size_t>(want.first[block]), end = static_cast<size_t>(want.first[block + 1]);
+    expect_same(got, {want.pages.data() + first, end - first}, f, here);
+    ++block;
+    // What is wanted and not stored: forced pages that are read as the rest, and all ranked ones without a high tier.
+    int64_t missing = 0, forced = 0;
+    for (size_t p = 0; p < f.forced.size(); ++p) {
+      const int32_t page = static_cast<int32_t>(f.block.first_visible) + static_cast<int32_t>(p);
+      const bool listed = std::any_of(got.begin(), got.end(), [page](const Promoted& x) { return x.page == page; });
+      forced += f.forced[p];
+      missing += f.forced[p] && !listed && w.chosen().rest != Tier::fp16;
+    }
+    if (high_tier(w.chosen().storage) == Tier::none && ranks(w.chosen()))
+      missing += budget_pages(w.chosen().budget, f.block, forced, false) - forced;
+    EXPECT_EQ(counts[u * 8 + 5], missing) << here;
+  }
+}
+
+const std::vector<Growth> kManyLengths = {{0, 1},   {62, 1},   {63, 1},   {64, 1},   {64, 0},
+                                          {191, 1}, {1000, 1}, {4159, 1}, {10500, 1}};
+
+TEST(CudaRank, DecodeChoosesAsTheCpu) {
+  SKIP_WITHOUT_GPU();
+  for (const char* method : {"thrift:policy=block_mean",
+                             "thrift:policy=block_mean,budget=0.3,storage=dual",
+                             "thrift:policy=block_mean,force=none",
+                             "thrift:policy=block_mean,force=sink:2+previous:3,budget=0.1",
+                             "thrift:policy=block_mean,budget=paper:0.1",
+                             "thrift:policy=block_mean,budget=top_k:7",
+                             "thrift:policy=block_mean,budget=per64",
+                             "thrift:policy=block_mean,budget=0",
+                             "thrift:policy=block_mean,budget=1",
+                             "thrift:policy=block_mean,storage=fp4_only",
+                             "thrift:policy=block_mean,centring=off",
+                             "thrift:policy=block_mean,budget=mass:0.7",
+                             "thrift:policy=block_mean,budget=tolerance:0.05",
+                             "quest",
+                             "topk",
+                             "window",
+                             "fp4",
+                             "fp16",
+                             "thrift:policy=quest,budget=top_k:5",
+                             "thrift:policy=second_moment",
+                             "thrift:policy=second_moment,budget=mass:0.5",
+                             "thrift:policy=recent,budget=0.2",
+                             "paper:arithmetic=kv4"})
+    expect_decode({.method = method, .growths = kManyLengths});
+}
+
+TEST(CudaRank, VerifyStepsHeadSizesAndGroups) {
+  SKIP_WITHOUT_GPU();
+  const std::vector<Growth> growths = {{500, 3}, {0, 5}, {1279, 16}, {2000, 1}, {126, 2}};
+  for (const char* method : {"thrift:policy=block_mean", "quest", "thrift:policy=second_moment,budget=0.2"})
+    for (const Shape& shape : {Shape{4, 4, 128, 128}, Shape{16, 1, 128, 64}, Shape{8, 1, 256, 32}, Shape{5, 1, 80, 16},
+                               Shape{24, 2, 16, 16}, Shape{6, 2, 192, 128}})
+      expect_decode({.method = method, .shape = shape, .growths = growths});
+}
+
+TEST(CudaRank, WindowsMasksAndTypes) {
+  SKIP_WITHOUT_GPU();
+  const std::vector<Growth> growths = {{500, 3}, {3000, 1}, {1279, 2}, {4095, 16}};
+  for (const char* method : {"thrift:policy=block_mean,budget=0.2", "quest", "thrift:policy=recent",
+                             "thrift:policy=block_mean,budget=per64"})
+    for (const int64_t window : {0, 100, 64 * 20})
+      for (const bool causal : {true, false})
+        for (const DType type : {DType::f16, DType::bf16})
+          expect_decode({.method = method, .window = window, .causal = causal, .q_dtype = type, .growths = growths});
+}
+
+TEST(CudaRank, RowsWithNanOrInfTakeNoPart) {
+  SKIP_WITHOUT_GPU();
+  for (const char* method :
+       {"thrift:policy=block_mean,budget=0.2", "quest:budget=0.3", "thrift:policy=second_moment", "window"})
+    for (const int64_t s_q : {1, 7})
+      expect_decode({.method = method,
+                     .shape = {4, 2, 64, 64},
+                     .growths = {{900, s_q}, {1500, s_q}, {700, s_q}},
+                     .poison_rows = true});
+}
+
+// Queries and means of small whole numbers: products are exact, and ties are many.
+struct ExactWorld {
+  static constexpr int kD = 16;
+  int n;
+  std::vector<float> score;
+  std::vector<uint8_t> records;  // [n] summaries; page j has id n - 1 - j
+  std::vector<float> q;          // [1, 1, 16]
+  PageLayout layout = page_layout(kD, kD, Fp4Format::nvfp4, true, false, false);
+
+  ExactWorld(int pages, int values, int nan_every) : n(pages), score(static_cast<size_t>(pages)), q(kD) {
+    std::mt19937 random(static_cast<uint32_t>(pages + values));
+    records.assign(static_cast<size_t>(n * layout.summary_bytes), 0);
+    q[0] = 1;
+    q[1] = 64;
+    for (int j = 0; j < n; ++j) {
+      auto* mean =
+          reinterpret_cast<uint16_t*>(&records[static_cast<size_t>((n - 1 - j) * layout.summary_bytes + layout.mean)]);
+      const int x = static_cast<int>(random() % static_cast<unsigned>(values)) - values / 2;
+      mean[0] = f16_encode(static_cast<float>(x % 64));
+      mean[1] = f16_encode(static_cast<float>(x / 64));
+      score[static_cast<size_t>(j)] = static_cast<float>(x);
+      if (nan_every && j % nan_every == 0) {
+        mean[2] = 0x7e00;
+        score[static_cast<size_t>(j)] = -INFINITY;
+      }
+    }
+  }
+
+  // The k best, ties to the lower page.
+  std::vector<int32_t> best(int k) const {
+    std::vector<int32_t> order(static_cast<size_t>(n));
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [this](int32_t a, int32_t b) {
+      return score[static_cast<size_t>(a)] > score[static_cast<size_t>(b)];
+    });
+    order.resize(static_cast<size_t>(k));
+    std::sort(order.begin(), order.end());
+    return order;
+  }
+};
+
+TEST(CudaRank, TakesExactlyTheBestAndBreaksTiesByPage) {
+  SKIP_WITHOUT_GPU();
+  for (const int n : {1, 2, 31, 32, 33, 127, 129, 255, 257, 2048, 5000, 16384})
+    for (const int values : {1, 2, 30, 100000})
+      for (const int nan_every : {0, 3}) {
+        const ExactWorld w(n, values, nan_every);
+        const OnDevice<uint8_t> records(w.records);
+        std::vector<int32_t> ids(static_cast<size_t>(n));
+        std::iota(ids.rbegin(), ids.rend(), 0);
+        const OnDevice<int32_t> table(ids), s_kv(std::vector<int32_t>{n * kPageTokens}),
+            settled(std::vector<int32_t>{n * kPageTokens - 1}), zero(std::vector<int32_t>{0}),
+            one(std::vector<int32_t>{1}), ticket(std::vector<int32_t>{0});
+        const OnDevice<float> q(w.q), score(static_cast<size_t>(n)), q_norm(1);
+        const OnDevice<uint32_t> by_page(static_cast<size_t>(n)), by_tier(static_cast<size_t>(n));
+        const OnDevice<int32_t> counts(8);
+        cuda::RankParams p = {};
+        p.cache.canonical = w.layout;
+        p.cache.summary = records.get();
+        p.cache.block_table = table.get();
+        p.cache.settled = settled.get();
+        p.cache.s_kv = s_kv.get();
+        p.cache.max_pages = n;
+        p.cache.h_kv = 1;
+        p.cache.all_high = true;
+        p.batch = {1, zero.get(), one.get(), zero.get()};
+        p.shape = {1, 1, 1, ExactWorld::kD, ExactWorld::kD, 1, true, 0, 1.0f, 0.0f, Tier::fp4};
+        p.q = {q.get(), DType::f32, ExactWorld::kD, ExactWorld::kD};
+        p.row_stride = 4;
+        p.score = score.get();
+        p.q_norm = q_norm.get();
+        p.ticket = ticket.get();
+        p.lists = {n, by_page.get(), by_tier.get(), nullptr, counts.get()};
+        for (const int k : {0, 1, n / 20, n / 2, n - 1, n}) {
+          p.method = method("thrift:policy=block_mean,storage=dual,force=none,budget=top_k:" + std::to_string(k));
+          ASSERT_CUDA(cuda::launch_rank(p, nullptr));
+          ASSERT_CUDA(cudaDeviceSynchronize());
+          const std::vector<uint32_t> pages = by_page.read();
+          std::vector<int32_t> got;
+          for (int i = 0; i < counts.read()[0]; ++i)
+            got.push_back(static_cast<int32_t>(pages[static_cast<size_t>(i)] / 4));
+          ASSERT_EQ(got, w.best(k)) << k << " of " << n << ", " << values << " values, NaN every " << nan_every;
+        }
+      }
+}
+
+// --- fp4_mass
+
+TEST(CudaRank, ChoosesByMassAsTheCpu) {
+  SKIP_WITHOUT_GPU();
+  const std::vector<Growth> growths = {{0, 1}, {63, 3}, {64, 0}, {640, 16}, {1500, 2}, {9000, 1}};
+  for (const char* spec :
+       {"thrift:policy=fp4_mass", "thrift:policy=fp4_mass,budget=0.3,storage=dual",
+        "thrift:policy=fp4_mass,storage=fp4_only", "thrift:policy=fp4_mass,budget=mass:0.8",
+        "thrift:policy=fp4_mass,budget=tolerance:0.02", "thrift:policy=fp4_mass,force=none,budget=top_k:9"})
+    for (const bool poison_rows : {false, true}) {
+      const Scene scene = {.method = spec, .shape = {8, 2, 32, 32}, .growths = growths, .poison_rows = poison_rows};
+      World w(scene);
+      const DeviceBatch on(w);
+      Ranked r(w, on);
+      ASSERT_CUDA(cuda::launch_rank(r.params, nullptr));
+      ASSERT_CUDA(cudaDeviceSynchronize());
+      const std::vector<float> q_norm = r.q_norm.read(), row_weight = r.row_weight.read();
+      const size_t rows = static_cast<size_t>(r.row_stride), pages = static_cast<size_t>(on.cache.max_pages);
+      std::vector<Facts> facts(static_cast<size_t>(r.units));
+      std::vector<float2> mass(static_cast<size_t>(r.units) * pages * rows, {NAN, NAN});
+      std::vector<float> state(static_cast<size_t>(r.units) * rows * 4, NAN);
+      std::mt19937 random(5);
+      std::normal_distribution<float> normal;
+      for (size_t u = 0; u < facts.size(); ++u) {
+        const size_t i = u / 2;
+        const Growth& grown = growths[i];
+        const int g = static_cast<int>(u) % 2;
+        if (grown.s_q == 0) continue;
+        Facts& f = facts[u] = facts_of(w, i, g, g * 4, 4, w.first_row(i), grown.s_q, grown.settled);
+        read_lists(r, u, w.chosen().force, f.block, spec);  // the forced ones
+        std::fill(f.rank.begin(), f.rank.end(), 0.0);
+        for (int h = 0; h < 4; ++h) {
+          std::vector<double> share(f.rank.size());
+          int64_t finite = 0;
+          for (int64_t t = 0; t < grown.s_q; ++t) {
+            const size_t row = static_cast<size_t>(h * grown.s_q + t);
+            const float* q = &w.q()[static_cast<size_t>(((w.first_row(i) + t) * 8 + g * 4 + h) * 32)];
+            const bool ok = std::all_of(q, q + 32, [](float x) { return std::isfinite(x); });
+            finite += ok;
+            double sum = ok ? 0.5 : NAN;  // of the tail and a sink
+            std::vector<double> of_row(share.size());
+            for (size_t p = 0; p < share.size(); ++p) {
+              float2& ml = mass[(u * pages + static_cast<size_t>(f.block.first_visible) + p) * rows + row];
+              ml = {3 * normal(random), 1 + std::fabs(normal(random))};
+              if (p % 11 == 5) ml.x = -INFINITY;  // not seen by this row; any l
+              if (!ok) ml = {NAN, NAN};
+              of_row[p] = ml.x == -INFINITY ? 0 : static_cast<double>(ml.y) * std::exp2(static_cast<double>(ml.x));
+              sum += of_row[p];
+            }
+            float* ml = &state[(u * rows + row) * 4];
+            ml[0] = 1.5f;
+            ml[1] = static_cast<float>(sum / std::exp2(1.5));
+            if (ok)
+              for (size_t p = 0; p < share.size(); ++p) share[p] += of_row[p] / sum;
+          }
+          for (size_t p = 0; p < share.size() && finite > 0; ++p)
+            f.rank[p] = std::max(f.rank[p], share[p] / static_cast<double>(finite));
+          for (int64_t t = 0; t < grown.s_q; ++t) {
+            const float weight = row_weight[u * rows + static_cast<size_t>(h * grown.s_q + t)];
+            EXPECT_TRUE(weight == 0 || weight == 1.0f / static_cast<float>(finite)) << weight;
+          }
+        }
+      }
+      const OnDevice<float2> page_mass(mass);
+      const OnDevice<float> state_ml(state);
+      const cuda::MassParams params = {r.params, page_mass.get(), state_ml.get()};
+      std::vector<uint32_t> once;
+      for (int run = 0; run < 2; ++run) {
+        ASSERT_CUDA(cuda::launch_choose_by_mass(params, nullptr));
+        ASSERT_CUDA(cudaDeviceSynchronize());
+        if (run == 0) once = r.bits();
+      }
+      EXPECT_EQ(once, r.bits()) << spec << ": a second run differs";
+
+      Problem problem;
+      problem.phase = Phase::decode;
+      problem.sm_scale = World::sm_scale(32);
+      problem.method = w.chosen();
+      const std::vector<int32_t> counts = r.counts.read();
+      for (size_t u = 0; u < facts.size(); ++u) {
+        const size_t i = u / 2;
+        const std::string here = std::string(spec) + ", unit " + std::to_string(u);
+        if (growths[i].s_q == 0) {
+          EXPECT_EQ(counts[u * 8], 0) << here;
+          continue;
+        }
+        Facts& f = facts[u];
+        cpu::Choice choice(static_cast<int64_t>(pages));
+        std::vector<PageRef> refs(pages, PageRef{});
+        for (size_t p = 0; p < f.rank.size(); ++p) {
+          const int64_t page = f.block.first_visible + static_cast<int64_t>(p);
+          const bool high = on.cache.has_high(static_cast<int>(page), static_cast<int>(growths[i].settled));
+          const uint8_t* summary = w.summary(i, page, static_cast<int>(u) % 2);
+          refs[static_cast<size_t>(page)] = {summary, on.cache.residual ? summary : nullptr,
+                                             high ? reinterpret_cast<const uint16_t*>(summary) : nullptr, summary};
+          choice.score[static_cast<size_t>(page)] = static_cast<float>(f.rank[p]);
+        }
+        cpu::choose(problem, f.block, refs.data(), q_norm[u], choice);
+        if (w.chosen().budget.kind == Budget::Kind::tolerance)
+          for (size_t p = 0; p < f.rank.size(); ++p)
+            f.rank[p] = static_cast<double>(choice.contribution[static_cast<size_t>(f.block.first_visible) + p]);
+        expect_same(read_lists(r, u, w.chosen().force, f.block, here), choice.result(), f, here);
+        EXPECT_EQ(counts[u * 8 + 5], choice.wanted_not_stored) << here;
+      }
+    }
+}
+
+// --- prefill
+
+void expect_prefill(const Scene& scene) {
+  std::ostringstream text;
+  text << scene;
+  const std::string what = text.str();
+  World w(scene);
+  const DeviceBatch on(w);
+  cuda::PrefillParams p = {};
+  p.cache = on.cache;
+  p.batch = on.batch;
+  p.shape = on.shape;
+  p.method = w.chosen();
+  p.q = on.q_rows;
+  p.max_blocks = static_cast<int>(w.max_s_q() / kPageTokens + 2);
+  p.tier_words = (on.cache.max_pages + 15) / 16;
+  const int heads = scene.shape.h_q;
+  const size_t blocks = scene.growths.size() * static_cast<size_t>(heads * p.max_blocks);
+  const OnDevice<uint32_t> tiers(blocks * static_cast<size_t>(p.tier_words));
+  const OnDevice<int32_t> counts(blocks * 2);
+  p.tiers = tiers.get();
+  p.counts = counts.get();
+  ASSERT_CUDA(cuda::launch_rank_prefill(p, nullptr)) << what;
+  ASSERT_CUDA(cudaDeviceSynchronize()) << what;
+  const std::vector<uint32_t> words = tiers.read();
+  const std::vector<int32_t> count = counts.read();
+  ASSERT_CUDA(cuda::launch_rank_prefill(p, nullptr)) << what;
+  ASSERT_CUDA(cudaDeviceSynchronize()) << what;
+  EXPECT_EQ(words, tiers.read()) << what << ": a second run differs";
+
+  const Selection want = w.select_on_cpu();
+  size_t next = 0;
+  for (size_t i = 0; i < scene.growths.size(); ++i)
+    for (int h = 0; h < heads; ++h) {
+      const Growth& g = scene.growths[i];
+      const int64_t n = query_blocks(Phase::prefill, g.s_q, g.s_kv());
+      for (int64_t b = 0; b < n; ++b, ++next) {
+        const std::string here =
+            what + ", sequence " + std::to_string(i) + ", head " + std::to_string(h) + ", block " + std::to_string(b);
+        const int64_t page = floor_page(g.settled) + b, first = std::max(page * kPageTokens, g.settled);
+        const int64_t end = std::min((page + 1) * kPageTokens, g.s_kv());
+        const Facts f = facts_of(w, i, h / w.group(), h, 1, w.first_row(i) + first - g.settled, end - first, first);
+        const size_t at =
+            (i * static_cast<size_t>(heads) + static_cast<size_t>(h)) * static_cast<size_t>(p.max_blocks) +
+            static_cast<size_t>(b);
+        std::vector<Promoted> got;
+        for (int32_t j = 0; j < p.tier_words * 16; ++j) {
+          const auto tier = static_cast<Tier>(
+              words[at * static_cast<size_t>(p.tier_words) + static_cast<size_t>(j / 16)] >> j % 16 * 2 & 3);
+          if (j < f.block.first_visible || j >= f.block.visible) {
+            ASSERT_EQ(tier, Tier::none) << here << ": page " << j << " is not seen";
+          } else if (tier != w.chosen().rest) {
+            got.push_back({j, tier});
+          }
+        }
+        expect_same(
+            got, {want.pages.data() + want.first[next], static_cast<size_t>(want.first[next + 1] - want.first[next])},
+            f, here);
+        EXPECT_EQ(count[at * 2], static_cast<int32_t>(got.size())) << here;
+      }
+    }
+}
+
+TEST(CudaRankPrefill, ChoosesAsTheCpu) {
+  SKIP_WITHOUT_GPU();
+  const std::vector<Growth> growths = {{0, 1}, {0, 63}, {0, 64}, {0, 65}, {130, 200}, {64, 0}, {0, 1500}, {1000, 129}};
+  for (const char* method :
+       {"thrift", "thrift:budget=0.3,storage=dual", "thrift:force=none,budget=0.2", "thrift:budget=paper:0.2",
+        "thrift:budget=top_k:3", "thrift:budget=per64", "thrift:budget=0", "thrift:storage=fp4_only",
+        "thrift:budget=mass:0.6", "thrift:budget=tolerance:0.05", "quest", "topk:budget=0.4", "window", "fp4", "fp16",
+        "thrift:policy=second_moment,budget=0.2", "paper:arithmetic=kv4"})
+    expect_prefill({.method = method, .phase = Phase::prefill, .growths = growths});
+}
+
+TEST(CudaRankPrefill, WindowsMasksTypesHeadSizesAndNan) {
+  SKIP_WITHOUT_GPU();
+  const std::vector<Growth> growths = {{0, 700}, {333, 200}};
+  for (const char* method : {"thrift:budget=0.3", "quest", "thrift:policy=second_moment,budget=paper:0.3"})
+    for (const int64_t window : {0, 100, 300})
+      for (const bool causal : {true, false}) {
+        expect_prefill({.method = method,
+                        .phase = Phase::prefill,
+                        .window = window,
+                        .causal = causal,
+                        .q_dtype = DType::f16,
+                        .growths = growths});
+        expect_prefill({.method = method,
+                        .phase = Phase::prefill,
+                        .shape = {6, 2, 80, 16},
+                        .window = window,
+                        .causal = causal,
+                        .q_dtype = DType::bf16,
+                        .growths = growths,
+                        .poison_rows = true});
+        expect_prefill({.method = method,
+                        .phase = Phase::prefill,
+                        .shape = {20, 1, 256, 16},
+                        .window = window,
+                        .causal = causal,
+                        .growths = growths});
+      }
+}
+
+// --- on the host
+
+TEST(Selection, ForcedPagesCountAsTheyAreListed) {
+  for (const Force& force :
+       {Force{}, Force{1, true, 1}, Force{3, false, 2}, Force{0, true, 0}, Force{100, true, 5}, Force{2, false, 0}})
+    for (const int64_t window : {0, 70, 200})
+      for (int64_t first = -3; first < 700; first += 37)
+        for (const int64_t rows : {1, 16, 64})
+          for (const int64_t more : {0, 63, 200}) {
+            const BlockPages block =
+                block_pages(first, first + rows - 1, std::max<int64_t>(0, first + rows + more), {more == 0, window});
+            int64_t listed = 0;
+            for (int64_t p = block.first_visible; p < block.visible; ++p) listed += is_forced(force, block, p);
+            EXPECT_EQ(forced_pages(force, block).count(block), listed);
+          }
+}
+
+TEST(Selection, KeysOrderAsScores) {
+  const std::vector<float> ascending = {-INFINITY, -3e38f, -1, -1e-40f, 0, 1e-40f, 1, 3e38f, INFINITY};
+  for (size_t i = 0; i + 1 < ascending.size(); ++i)
+    EXPECT_LT(cuda::key_of(ascending[i]), cuda::key_of(ascending[i + 1]));
+  for (const float x : ascending) EXPECT_EQ(cuda::score_of(cuda::key_of(x)), x);
+  EXPECT_EQ(cuda::key_of(-0.0f), cuda::key_of(0.0f));
+  EXPECT_EQ(cuda::key_of(NAN), cuda::key_of(-INFINITY));
+  EXPECT_LT(cuda::key_of(INFINITY), cuda::Cut{}.key);
+}
+
+}  // namespace
+}  // namespace thriftattn::testing
