@@ -86,7 +86,7 @@ Status measure(const BenchModelOptions& o, const model::DeviceModel& model, Timi
 
 Result<std::unique_ptr<model::DeviceModel>> make_model(const BenchModelOptions& o) {
   THRIFTATTN_ASSIGN_OR_RETURN(gpu, parse_device(o.device));
-  if (!gpu) return unsupported("device 'cpu' is not supported by bench model: cuda and cuda:N are");
+  if (!gpu) return unsupported("--device cpu is not supported by bench model: cuda and cuda:N are");
   const model::Compute compute = o.compute == "f32" ? model::Compute::f32 : model::Compute::bf16;
   if (!o.model.empty()) return model::DeviceModel::load(o.model, compute, *gpu);
   THRIFTATTN_ASSIGN_OR_RETURN(config, model::ModelConfig::parse(kShapes.at(o.shape), o.shape));

@@ -89,6 +89,7 @@ class Batch : public DeviceBatch {
   Status fill(int64_t tokens, uint64_t seed) override;
   Result<std::vector<float>> decode_greedily(int steps) override;
 
+  void use_graph(bool on) override { use_graph_ = on; }
   int size() const override { return b_; }
   int64_t length() const override { return length_; }
   const Result<Plan>& plan(Phase phase) const override { return plan_.of(phase).first_or_refused(); }
@@ -131,7 +132,8 @@ class Batch : public DeviceBatch {
   int64_t batch_tokens_ = 0;  // of each sequence in a step, as the cache was told
   bool whole_ = true;         // no step has failed
   bool launched_ = false;     // a decode step has run: what it needs is loaded and can be captured
-  GraphExec graph_;           // a decode step
+  bool use_graph_ = true;
+  GraphExec graph_;  // a decode step
   Stats stats_;
 };
 
@@ -256,7 +258,7 @@ Status Batch::write_logits(int64_t n, LogitRows wanted) {
 
 // One token of every sequence: launched the first time, captured the second, replayed from then on.
 Status Batch::decode_step() {
-  if (!launched_) {
+  if (!launched_ || !use_graph_) {
     launched_ = true;
     return forward(1, Phase::decode, LogitRows::all, nullptr);
   }

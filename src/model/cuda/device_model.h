@@ -32,6 +32,9 @@ class DeviceBatch : public Sequence {
   virtual int size() const = 0;
   virtual int64_t activation_bytes() const = 0;  // device memory beside the cache, scratch memory of attention included
 
+  // Off: decode steps are launched kernel by kernel, as profilers and tests want them.
+  virtual void use_graph(bool on) = 0;
+
   // For benchmarks: appends `tokens` keys and values to every sequence and layer that are drawn, not computed. Values
   // are normal; keys are too, and every kOutlierEvery-th channel is moved by kOutlierShift.
   static constexpr int kOutlierEvery = 32;
