@@ -68,7 +68,8 @@ class THRIFTATTN_API Cache {
   // Makes sure that the sequence can grow to `tokens`: takes pages for it and writes its block table.
   Status reserve(SeqId seq, int64_t tokens, Stream stream);
   Status free(SeqId seq, Stream stream);
-  // Shortens a sequence. Exact where the page that is cut has its 16-bit form; refused otherwise.
+  // Shortens a sequence, whose pages stay reserved. Exact where the page that is cut has its 16-bit form; refused
+  // otherwise. Synchronises.
   Status truncate(SeqId seq, int64_t length, Stream stream);
 
   // The sequences of the next steps and the tokens that each step brings them, at most max_append each. Copies to the

@@ -11,11 +11,11 @@
 
 namespace thriftattn::cuda {
 
-// `call` is the name of what returned `error`. Takes an error that does not stay out of the way of later calls.
+// `call` is the name of what returned `error`. The runtime forgets the error, unless it is one that stays.
 inline Status check(cudaError_t error, const char* call) {
   if (error == cudaSuccess) return {};
   cudaGetLastError();
-  return Status(error == cudaErrorMemoryAllocation ? Code::out_of_memory : Code::unsupported,
+  return Status(error == cudaErrorMemoryAllocation ? Code::out_of_memory : Code::io,
                 fmt::format("{}: {} ({})", call, cudaGetErrorString(error), cudaGetErrorName(error)));
 }
 

@@ -60,16 +60,15 @@ struct Candidates {
   BlockPages block;
   int first, end;
   int sink_end, near_first, near_end;  // the forced ones, as ForcedPages says
-  int recent_first;                    // 16-bit forms: all, or those of pages before `sink` and from here on
-  int sink;
+  int sink, released;                  // 16-bit forms are stored of all pages or of those outside [sink, released)
   bool all_high, residual;
 
   THRIFTATTN_HD bool forced(int page) const { return page < sink_end || (page >= near_first && page < near_end); }
-  THRIFTATTN_HD bool has_high(int page) const { return all_high || page < sink || page >= recent_first; }
+  THRIFTATTN_HD bool has_high(int page) const { return all_high || page < sink || page >= released; }
 };
 
 THRIFTATTN_HD inline Candidates candidates(const BlockPages& block, const Force& force, const LayerCache& cache,
-                                           int settled_tokens) {
+                                           int released) {
   const ForcedPages forced = forced_pages(force, block);
   return {block,
           static_cast<int>(block.first_visible),
@@ -77,8 +76,8 @@ THRIFTATTN_HD inline Candidates candidates(const BlockPages& block, const Force&
           static_cast<int>(forced.sink_end),
           static_cast<int>(forced.first),
           static_cast<int>(forced.end),
-          settled_tokens / kPageTokens - cache.recent,
           cache.sink,
+          released,
           cache.all_high,
           cache.residual != nullptr};
 }
@@ -87,7 +86,6 @@ THRIFTATTN_HD inline Candidates candidates(const BlockPages& block, const Force&
 struct Verdict {
   Tier tier;
   bool listed;  // promoted: read in another tier than the rest
-  bool forced;
   bool wanted;  // and not stored
 };
 THRIFTATTN_HD inline Verdict judge(const Choosing& how, const Candidates& c, const Cut& cut, int page, uint32_t key) {
@@ -97,7 +95,7 @@ THRIFTATTN_HD inline Verdict judge(const Choosing& how, const Candidates& c, con
   if (forced) tier = forced_tier(how.rest, c.has_high(page), c.residual);
   if (taken && how.high != Tier::none) tier = how.high;
   const bool wanted = forced ? tier == how.rest && tier != Tier::fp16 : taken && how.high == Tier::none;
-  return {tier, tier != how.rest, forced, wanted};
+  return {tier, tier != how.rest, wanted};
 }
 
 #ifdef __CUDACC__
@@ -122,7 +120,7 @@ struct ChooseShared {
   float top[kWarps];
   uint32_t need;
   int limit;
-  int counts[kWarps][4];
+  int counts[kWarps][3];
 };
 
 __device__ inline int lane_id() { return static_cast<int>(threadIdx.x) % 32; }
@@ -324,19 +322,18 @@ __device__ inline Cut choose(const Choosing& how, const Candidates& c, float* sc
 // Writes the lists and counts of unit u. Each warp goes through pages of its own, first counting, then writing.
 __device__ inline void write_lists(const Choosing& how, const Candidates& c, const Cut& cut, const float* score,
                                    const Lists& lists, int64_t u, ChooseShared& s) {
-  enum { fp16, fp4x2, by_rank, wanted, kinds };
+  enum { fp16, fp4x2, wanted, kinds };
   const int n = c.end - c.first, strips = (n + 31) / 32, per_warp = (strips + kWarps - 1) / kWarps;
   const int first = c.first + warp_id() * per_warp * 32, end = min(c.end, first + per_warp * 32);
   const auto verdict = [&](int page) {
     return page < end ? judge(how, c, cut, page, how.ranks ? key_of(score[page - c.first]) : 0)
-                      : Verdict{how.rest, false, false, false};
+                      : Verdict{how.rest, false, false};
   };
   int count[kinds] = {};
   for (int p0 = first; p0 < end; p0 += 32) {
     const Verdict v = verdict(p0 + lane_id());
     count[fp16] += __popc(__ballot_sync(kAll, v.listed && v.tier == Tier::fp16));
     count[fp4x2] += __popc(__ballot_sync(kAll, v.listed && v.tier == Tier::fp4x2));
-    count[by_rank] += __popc(__ballot_sync(kAll, v.listed && !v.forced));
     count[wanted] += __popc(__ballot_sync(kAll, v.wanted));
   }
   if (lane_id() == 0)
@@ -350,29 +347,25 @@ __device__ inline void write_lists(const Choosing& how, const Candidates& c, con
     }
   uint32_t* by_page = lists.by_page + u * lists.k_max;
   uint32_t* by_tier = lists.by_tier + u * lists.k_max;
-  uint32_t* ranked = lists.ranked ? lists.ranked + u * lists.k_max : nullptr;
   for (int p0 = first; p0 < end; p0 += 32) {
     const int p = p0 + lane_id();
     const Verdict v = verdict(p);
     const bool high = v.listed && v.tier == Tier::fp16, planes = v.listed && v.tier == Tier::fp4x2;
     const unsigned highs = __ballot_sync(kAll, high), pairs = __ballot_sync(kAll, planes);
-    const unsigned chosen = __ballot_sync(kAll, v.listed && !v.forced);
     const int highs_before = before[fp16] + __popc(highs & lanes_before());
     const int pairs_before = before[fp4x2] + __popc(pairs & lanes_before());
     const uint32_t entry = static_cast<uint32_t>(p) * 4 + static_cast<uint32_t>(v.tier);
     if (v.listed) {
       by_page[highs_before + pairs_before] = entry;
       by_tier[high ? highs_before : all[fp16] + pairs_before] = entry;
-      if (ranked && !v.forced) ranked[before[by_rank] + __popc(chosen & lanes_before())] = entry;
     }
     before[fp16] += __popc(highs);
     before[fp4x2] += __popc(pairs);
-    before[by_rank] += __popc(chosen);
   }
   if (threadIdx.x == 0) {
     int4* counts = reinterpret_cast<int4*>(lists.counts + u * 8);
     counts[0] = {all[fp16] + all[fp4x2], all[fp16], all[fp4x2], 0};
-    counts[1] = {0, all[wanted], all[by_rank], 0};
+    counts[1] = {0, all[wanted], 0, 0};
   }
 }
 

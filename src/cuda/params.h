@@ -85,9 +85,7 @@ struct Lists {
   uint32_t* by_page;  // [units, k_max], ascending
   uint32_t* by_tier;  // [units, k_max], those in fp16 first, then those in fp4x2, then those in fp4, then those in none;
                       // ascending within
-  uint32_t* ranked;   // [units, k_max], those that are listed for their rank and not by force, ascending, all in one
-                      // tier: what exchange takes out of the state and adds again; null where nobody asks
-  int32_t* counts;    // [units, 8]: listed, then in fp16, in fp4x2, in fp4, in none, wanted but not stored, ranked, 0
+  int32_t* counts;    // [units, 8]: listed, then in fp16, in fp4x2, in fp4, in none, wanted but not stored, 0, 0
 };
 
 // What a unit may see, as format/selection.h's block_pages says, is computed by each kernel from s_kv and s_q.
@@ -139,8 +137,9 @@ struct DecodeParams {
 
 struct MassParams {
   RankParams rank;         // of the launch_rank before: q_norm and row_weight are read, score and lists filled
-  const float2* page_mass;
   const float* state_ml;   // as attend left it: m and l of all that a row sees, a learned sink included
+  const float2* page_mass; // as attend left it; of forced pages it is read for budgets of mass and tolerance alone,
+  int mass_parts;          // which therefore need 8 parts
 };
 
 cudaError_t launch_rank(const RankParams& params, cudaStream_t stream);

@@ -12,6 +12,7 @@
 // digits of the cut. Shared memory: 43 KB of query rows, 5 KB of choosing.
 #include "cuda/choose.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/mma.cuh"
 #include "cuda/page_scores.cuh"
 
 namespace thriftattn::cuda {
@@ -49,9 +50,9 @@ __device__ UnitPlace unit_place(const RankArgs& a, int pages_of_cta) {
   at.slot = a.batch.slot[i];
   at.s_q = a.batch.s_q[i];
   at.first_row = a.batch.first_row[i];
-  const int s_kv = a.cache.s_kv[at.slot], settled = a.cache.settled[at.slot];
+  const int s_kv = a.cache.s_kv[at.slot], released = a.cache.released[at.slot];
   const BlockPages block = block_pages(s_kv - at.s_q, s_kv - 1, s_kv, {a.shape.causal, a.shape.window});
-  at.pages = candidates(block, a.how.force, a.cache, settled);
+  at.pages = candidates(block, a.how.force, a.cache, released);
   const int n = at.pages.end - at.pages.first;
   at.ctas = max(1, min(static_cast<int>(gridDim.x), (n + pages_of_cta - 1) / pages_of_cta));
   const int each = (n + at.ctas - 1) / at.ctas;
@@ -197,8 +198,8 @@ __device__ float rank_pages(const RankArgs& a, const UnitPlace& at, RankShared& 
 template <int kSteps>
 __global__ __launch_bounds__(kThreads, 2) void rank_kernel(const __grid_constant__ RankArgs a) {
   __shared__ RankShared s;
-  let_next_start();
-  wait_for_previous();
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   const UnitPlace at = unit_place(a, kPagesOfCta);
   if (static_cast<int>(blockIdx.x) >= at.ctas) return;
   float q_norm = 0;
@@ -221,8 +222,9 @@ __global__ __launch_bounds__(kThreads, 2) void rank_kernel(const __grid_constant
 
 struct MassArgs {
   RankArgs rank;
-  const float2* page_mass;
   const float* state_ml;
+  const float2* page_mass;
+  int mass_parts;
 };
 
 // A row's softmax sum as a power of two, and its weight in the mean over its head.
@@ -234,8 +236,8 @@ __global__ __launch_bounds__(kThreads) void mass_kernel(const __grid_constant__ 
   __shared__ ChooseShared s;
   __shared__ bool last;
   extern __shared__ RowFacts facts[];  // [row_stride]
-  let_next_start();
-  wait_for_previous();
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   const RankArgs& a = args.rank;
   const UnitPlace at = unit_place(a, kThreads);
   if (static_cast<int>(blockIdx.x) >= at.ctas) return;
@@ -250,15 +252,21 @@ __global__ __launch_bounds__(kThreads) void mass_kernel(const __grid_constant__ 
   }
   __syncthreads();
   float* score = a.score + at.u * a.cache.max_pages;
+  const bool of_all = a.how.budget.kind == Budget::Kind::mass || a.how.budget.kind == Budget::Kind::tolerance;
   for (int p = at.first + static_cast<int>(threadIdx.x); p < at.end; p += kThreads) {
-    const float2* mass = args.page_mass + (at.u * a.cache.max_pages + p) * a.row_stride;
+    if (!of_all && at.pages.forced(p)) continue;
+    const float2* mass = args.page_mass + (at.u * a.cache.max_pages + p) * args.mass_parts * a.row_stride;
     float best = 0;
     for (int h = 0; h < a.shape.group; ++h) {
       float share = 0;
       for (int r = h * at.s_q; r < (h + 1) * at.s_q; ++r) {
-        const float2 ml = mass[r];
         const RowFacts row = facts[r];
-        if (row.weight > 0 && ml.x != -INFINITY) share = fmaf(row.weight * ml.y, exp2f(ml.x - row.log2_sum), share);
+        float of_row = 0;
+        for (int part = 0; part < args.mass_parts; ++part) {
+          const float2 ml = mass[part * a.row_stride + r];
+          if (ml.y != 0) of_row = fmaf(ml.y, exp2_fast(ml.x - row.log2_sum), of_row);
+        }
+        if (row.weight > 0) share = fmaf(row.weight, of_row, share);
       }
       best = fmaxf(best, share);
     }
@@ -312,7 +320,7 @@ cudaError_t launch_choose_by_mass(const MassParams& params, cudaStream_t stream)
   if (params.rank.batch.b == 0) return cudaSuccess;
   int ctas = 0;
   if (const cudaError_t error = ctas_of_unit(params.rank, kThreads, ctas); error != cudaSuccess) return error;
-  const MassArgs args = {rank_args(params.rank), params.page_mass, params.state_ml};
+  const MassArgs args = {rank_args(params.rank), params.state_ml, params.page_mass, params.mass_parts};
   return launch_early(mass_kernel, grid_of(params.rank, ctas), kThreads,
                       params.rank.row_stride * static_cast<int>(sizeof(RowFacts)), stream, args);
 }

@@ -10,6 +10,7 @@
 // takes 2 * 64 * 64 * d.
 #include "cuda/choose.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/mma.cuh"
 #include "cuda/page_scores.cuh"
 #include "format/params.h"
 
@@ -79,7 +80,7 @@ __device__ void write_tiers(const PrefillRankArgs& a, const Candidates& c, const
   int promoted = 0, wanted = 0;
   for (int w = 2 * warp_id(); w < a.tier_words; w += 2 * kWarps) {
     const int page = w * 16 + lane_id();
-    Verdict v = {Tier::none, false, false, false};
+    Verdict v = {Tier::none, false, false};
     if (page >= c.first && page < c.end)
       v = judge(a.how, c, cut, page, a.how.ranks ? key_of(score[page - c.first]) : 0);
     promoted += __popc(__ballot_sync(kAll, v.listed));
@@ -105,8 +106,8 @@ template <int kSteps>
 __global__ __launch_bounds__(kThreads, 2) void rank_prefill_kernel(const __grid_constant__ PrefillRankArgs a) {
   __shared__ PrefillRankShared s;
   extern __shared__ float memory[];
-  let_next_start();
-  wait_for_previous();
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   const int block = a.max_blocks - 1 - static_cast<int>(blockIdx.x), g = static_cast<int>(blockIdx.y);
   const int64_t i = blockIdx.z;
   const int slot = a.batch.slot[i], s_q = a.batch.s_q[i], s_kv = a.cache.s_kv[slot], offset = s_kv - s_q;
@@ -114,7 +115,7 @@ __global__ __launch_bounds__(kThreads, 2) void rank_prefill_kernel(const __grid_
   const int page = static_cast<int>(floor_page(offset)) + block;
   const int first = max(page * kPageTokens, offset), end = min((page + 1) * kPageTokens, s_kv);  // positions
   const BlockPages facts = block_pages(first, end - 1, s_kv, {a.shape.causal, a.shape.window});
-  const Candidates c = candidates(facts, a.how.force, a.cache, a.cache.settled[slot]);
+  const Candidates c = candidates(facts, a.how.force, a.cache, a.cache.released[slot]);
   const Summaries summaries = summaries_of(a.cache, slot, g);
   const int n = c.end - c.first;
   const float scale = a.shape.sm_scale;

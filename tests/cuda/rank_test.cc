@@ -125,6 +125,7 @@ class World {
     const Sequence& s = *state().find(seqs_[i]);
     return state().summary.at(state().forms_of(s.pages[static_cast<size_t>(page)], 0)[g].summary);
   }
+  int64_t released(size_t i) const { return state().find(seqs_[i])->released[0]; }
   int64_t pages(size_t i) const { return pages_for(scene_.growths[i].s_kv()); }
 
   Selection select_on_cpu() {
@@ -174,8 +175,8 @@ struct DeviceBatch {
         summaries(make_summaries(w)),
         slot(slots(w)),
         s_q(each(w, [](const Growth& g) { return g.s_q; })),
-        settled(by_slot(w, [](const Growth& g) { return g.settled; })),
-        s_kv(by_slot(w, [](const Growth& g) { return g.s_kv(); })),
+        s_kv(by_slot(w, [&w](size_t i) { return w.scene().growths[i].s_kv(); })),
+        released(by_slot(w, [&w](size_t i) { return w.released(i); })),
         first_row(rows(w)),
         q(static_cast<size_t>(w.q_size())) {
     EXPECT_EQ(cudaSuccess, cudaMemcpy(q.get(), w.q_bytes(), static_cast<size_t>(w.q_size()), cudaMemcpyHostToDevice));
@@ -187,13 +188,12 @@ struct DeviceBatch {
     cache.fp4 = config.storage == Storage::high_only ? nullptr : summaries.get();  // never read
     cache.residual = config.storage == Storage::residual ? summaries.get() : nullptr;
     cache.block_table = table.get();
-    cache.settled = settled.get();
     cache.s_kv = s_kv.get();
+    cache.released = released.get();
     cache.max_pages = max_pages(w);
     cache.h_kv = s.h_kv;
     cache.all_high = config.storage == Storage::high_only || config.storage == Storage::dual;
     cache.sink = config.sink;
-    cache.recent = config.recent;
     cache.format = config.format;
     cache.centring = config.centring;
     batch = {static_cast<int>(w.scene().growths.size()), slot.get(), s_q.get(), first_row.get()};
@@ -230,8 +230,7 @@ struct DeviceBatch {
   template <class Field>
   static std::vector<int32_t> by_slot(const World& w, Field field) {
     std::vector<int32_t> all(w.scene().growths.size() + 1, -1), slot = slots(w);
-    for (size_t i = 0; i < slot.size(); ++i)
-      all[static_cast<size_t>(slot[i])] = static_cast<int32_t>(field(w.scene().growths[i]));
+    for (size_t i = 0; i < slot.size(); ++i) all[static_cast<size_t>(slot[i])] = static_cast<int32_t>(field(i));
     return all;
   }
   static std::vector<int32_t> rows(const World& w) {
@@ -272,7 +271,7 @@ struct DeviceBatch {
 
   OnDevice<int32_t> table;
   OnDevice<uint8_t> summaries;
-  OnDevice<int32_t> slot, s_q, settled, s_kv, first_row;
+  OnDevice<int32_t> slot, s_q, s_kv, released, first_row;
   OnDevice<uint8_t> q;
   cuda::LayerCache cache = {};
   cuda::Batch batch = {};
@@ -386,7 +385,6 @@ struct Ranked {
         ticket(std::vector<int32_t>(size(1), 0)),
         by_page(size(k_max)),
         by_tier(size(k_max)),
-        by_rank(size(k_max)),
         counts(size(8)) {
     params.cache = on.cache;
     params.batch = on.batch;
@@ -399,7 +397,7 @@ struct Ranked {
     params.q_norm = q_norm.get();
     params.row_weight = row_weight.get();
     params.ticket = ticket.get();
-    params.lists = {k_max, by_page.get(), by_tier.get(), by_rank.get(), counts.get()};
+    params.lists = {k_max, by_page.get(), by_tier.get(), counts.get()};
   }
   size_t size(int64_t each) const { return static_cast<size_t>(units * each); }
 
@@ -409,20 +407,19 @@ struct Ranked {
     const auto add = [&all](const auto& x) {
       for (auto v : x.read()) all.push_back(std::bit_cast<uint32_t>(v));
     };
-    add(q_mean), add(score), add(q_norm), add(row_weight), add(ticket), add(by_page), add(by_tier), add(by_rank),
-        add(counts);
+    add(q_mean), add(score), add(q_norm), add(row_weight), add(ticket), add(by_page), add(by_tier), add(counts);
     return all;
   }
   void poison() {
     q_mean.poison(), score.poison(), q_norm.poison(), row_weight.poison();
-    by_page.poison(), by_tier.poison(), by_rank.poison(), counts.poison();
+    by_page.poison(), by_tier.poison(), counts.poison();
   }
 
   int64_t units;
   int row_stride, k_max;
   OnDevice<float> q_mean, score, q_norm, row_weight;
   OnDevice<int32_t> ticket;
-  OnDevice<uint32_t> by_page, by_tier, by_rank;
+  OnDevice<uint32_t> by_page, by_tier;
   OnDevice<int32_t> counts;
   cuda::RankParams params;
 };
@@ -435,27 +432,21 @@ std::vector<Promoted> promoted(const uint32_t* entries, int64_t n) {
 }
 
 // The unit's pages by page; the other lists must say the same.
-std::vector<Promoted> read_lists(const Ranked& r, size_t u, const Force& force, const BlockPages& block,
-                                 const std::string& what) {
-  const std::vector<uint32_t> by_page = r.by_page.read(), by_tier = r.by_tier.read(), by_rank = r.by_rank.read();
+std::vector<Promoted> read_lists(const Ranked& r, size_t u, const std::string& what) {
+  const std::vector<uint32_t> by_page = r.by_page.read(), by_tier = r.by_tier.read();
   const std::vector<int32_t> counts = r.counts.read();
   const int32_t* count = &counts[u * 8];
   const size_t at = u * static_cast<size_t>(r.k_max);
   const std::vector<Promoted> pages = promoted(&by_page[at], count[0]);
-  std::vector<Promoted> tiers, ranked;
+  std::vector<Promoted> tiers;
   int32_t of_tier[4] = {};
-  for (const Promoted& p : pages) {
-    ++of_tier[static_cast<int>(p.tier)];
-    if (!is_forced(force, block, p.page)) ranked.push_back(p);
-  }
+  for (const Promoted& p : pages) ++of_tier[static_cast<int>(p.tier)];
   for (const Tier tier : {Tier::fp16, Tier::fp4x2, Tier::fp4, Tier::none})
     for (const Promoted& p : pages)
       if (p.tier == tier) tiers.push_back(p);
   EXPECT_TRUE(std::is_sorted(pages.begin(), pages.end(), [](auto a, auto b) { return a.page < b.page; })) << what;
   EXPECT_EQ(promoted(&by_tier[at], count[0]), tiers) << what;
-  EXPECT_EQ(promoted(&by_rank[at], count[6]), ranked) << what;
   for (int i = 0; i < 4; ++i) EXPECT_EQ(count[1 + i], of_tier[3 - i]) << what;
-  EXPECT_EQ(count[7], 0) << what;
   return pages;
 }
 
@@ -527,7 +518,7 @@ void expect_decode(const Scene& scene) {
       continue;
     }
     const Facts f = facts_of(w, i, g, g * w.group(), w.group(), w.first_row(i), grown.s_q, grown.settled);
-    const std::vector<Promoted> got = read_lists(r, u, w.chosen().force, f.block, here);
+    const std::vector<Promoted> got = read_lists(r, u, here);
     const size_t first = static_cast<size_t>(want.first[block]), end = static_cast<size_t>(want.first[block + 1]);
     expect_same(got, {want.pages.data() + first, end - first}, f, here);
     ++block;
@@ -657,8 +648,7 @@ TEST(CudaRank, TakesExactlyTheBestAndBreaksTiesByPage) {
         const OnDevice<uint8_t> records(w.records);
         std::vector<int32_t> ids(static_cast<size_t>(n));
         std::iota(ids.rbegin(), ids.rend(), 0);
-        const OnDevice<int32_t> table(ids), s_kv(std::vector<int32_t>{n * kPageTokens}),
-            settled(std::vector<int32_t>{n * kPageTokens - 1}), zero(std::vector<int32_t>{0}),
+        const OnDevice<int32_t> table(ids), s_kv(std::vector<int32_t>{n * kPageTokens}), zero(std::vector<int32_t>{0}),
             one(std::vector<int32_t>{1}), ticket(std::vector<int32_t>{0});
         const OnDevice<float> q(w.q), score(static_cast<size_t>(n)), q_norm(1);
         const OnDevice<uint32_t> by_page(static_cast<size_t>(n)), by_tier(static_cast<size_t>(n));
@@ -667,7 +657,7 @@ TEST(CudaRank, TakesExactlyTheBestAndBreaksTiesByPage) {
         p.cache.canonical = w.layout;
         p.cache.summary = records.get();
         p.cache.block_table = table.get();
-        p.cache.settled = settled.get();
+        p.cache.released = zero.get();
         p.cache.s_kv = s_kv.get();
         p.cache.max_pages = n;
         p.cache.h_kv = 1;
@@ -679,7 +669,7 @@ TEST(CudaRank, TakesExactlyTheBestAndBreaksTiesByPage) {
         p.score = score.get();
         p.q_norm = q_norm.get();
         p.ticket = ticket.get();
-        p.lists = {n, by_page.get(), by_tier.get(), nullptr, counts.get()};
+        p.lists = {n, by_page.get(), by_tier.get(), counts.get()};
         for (const int k : {0, 1, n / 20, n / 2, n - 1, n}) {
           p.method = method("thrift:policy=block_mean,storage=dual,force=none,budget=top_k:" + std::to_string(k));
           ASSERT_CUDA(cuda::launch_rank(p, nullptr));
@@ -712,7 +702,10 @@ TEST(CudaRank, ChoosesByMassAsTheCpu) {
       const std::vector<float> q_norm = r.q_norm.read(), row_weight = r.row_weight.read();
       const size_t rows = static_cast<size_t>(r.row_stride), pages = static_cast<size_t>(on.cache.max_pages);
       std::vector<Facts> facts(static_cast<size_t>(r.units));
-      std::vector<float2> mass(static_cast<size_t>(r.units) * pages * rows, {NAN, NAN});
+      const bool of_all =
+          w.chosen().budget.kind == Budget::Kind::mass || w.chosen().budget.kind == Budget::Kind::tolerance;
+      const size_t parts = of_all ? 8 : 2;
+      std::vector<float2> mass(static_cast<size_t>(r.units) * pages * parts * rows, {NAN, NAN});
       std::vector<float> state(static_cast<size_t>(r.units) * rows * 4, NAN);
       std::mt19937 random(5);
       std::normal_distribution<float> normal;
@@ -722,7 +715,7 @@ TEST(CudaRank, ChoosesByMassAsTheCpu) {
         const int g = static_cast<int>(u) % 2;
         if (grown.s_q == 0) continue;
         Facts& f = facts[u] = facts_of(w, i, g, g * 4, 4, w.first_row(i), grown.s_q, grown.settled);
-        read_lists(r, u, w.chosen().force, f.block, spec);  // the forced ones
+        read_lists(r, u, spec);  // the forced ones
         std::fill(f.rank.begin(), f.rank.end(), 0.0);
         for (int h = 0; h < 4; ++h) {
           std::vector<double> share(f.rank.size());
@@ -735,11 +728,15 @@ TEST(CudaRank, ChoosesByMassAsTheCpu) {
             double sum = ok ? 0.5 : NAN;  // of the tail and a sink
             std::vector<double> of_row(share.size());
             for (size_t p = 0; p < share.size(); ++p) {
-              float2& ml = mass[(u * pages + static_cast<size_t>(f.block.first_visible) + p) * rows + row];
-              ml = {3 * normal(random), 1 + std::fabs(normal(random))};
-              if (p % 11 == 5) ml.x = -INFINITY;  // not seen by this row; any l
-              if (!ok) ml = {NAN, NAN};
-              of_row[p] = ml.x == -INFINITY ? 0 : static_cast<double>(ml.y) * std::exp2(static_cast<double>(ml.x));
+              if (parts == 2 && f.forced[p]) continue;  // read in 16 bit, which leaves no halves
+              const size_t page = u * pages + static_cast<size_t>(f.block.first_visible) + p;
+              for (size_t part = 0; part < parts; ++part) {
+                float2& ml = mass[(page * parts + part) * rows + row];
+                ml = {3 * normal(random), 1 + std::fabs(normal(random))};
+                if (p % 11 == 5 || (p % 3 == 0 && part % 4 > 0)) ml = {NAN, 0};  // nothing is seen there
+                if (!ok) ml = {NAN, NAN};
+                if (ml.y != 0) of_row[p] += static_cast<double>(ml.y) * std::exp2(static_cast<double>(ml.x));
+              }
               sum += of_row[p];
             }
             float* ml = &state[(u * rows + row) * 4];
@@ -758,7 +755,7 @@ TEST(CudaRank, ChoosesByMassAsTheCpu) {
       }
       const OnDevice<float2> page_mass(mass);
       const OnDevice<float> state_ml(state);
-      const cuda::MassParams params = {r.params, page_mass.get(), state_ml.get()};
+      const cuda::MassParams params = {r.params, state_ml.get(), page_mass.get(), static_cast<int>(parts)};
       std::vector<uint32_t> once;
       for (int run = 0; run < 2; ++run) {
         ASSERT_CUDA(cuda::launch_choose_by_mass(params, nullptr));
@@ -784,7 +781,7 @@ TEST(CudaRank, ChoosesByMassAsTheCpu) {
         std::vector<PageRef> refs(pages, PageRef{});
         for (size_t p = 0; p < f.rank.size(); ++p) {
           const int64_t page = f.block.first_visible + static_cast<int64_t>(p);
-          const bool high = on.cache.has_high(static_cast<int>(page), static_cast<int>(growths[i].settled));
+          const bool high = on.cache.has_high(static_cast<int>(page), static_cast<int>(w.released(i)));
           const uint8_t* summary = w.summary(i, page, static_cast<int>(u) % 2);
           refs[static_cast<size_t>(page)] = {summary, on.cache.residual ? summary : nullptr,
                                              high ? reinterpret_cast<const uint16_t*>(summary) : nullptr, summary};
@@ -794,7 +791,7 @@ TEST(CudaRank, ChoosesByMassAsTheCpu) {
         if (w.chosen().budget.kind == Budget::Kind::tolerance)
           for (size_t p = 0; p < f.rank.size(); ++p)
             f.rank[p] = static_cast<double>(choice.contribution[static_cast<size_t>(f.block.first_visible) + p]);
-        expect_same(read_lists(r, u, w.chosen().force, f.block, here), choice.result(), f, here);
+        expect_same(read_lists(r, u, here), choice.result(), f, here);
         EXPECT_EQ(counts[u * 8 + 5], choice.wanted_not_stored) << here;
       }
     }
