@@ -64,14 +64,14 @@ __global__ void embed_kernel(const void* table, DType type, int64_t hidden, cons
   for (int64_t c = threadIdx.x; c < hidden; c += blockDim.x) x[row * hidden + c] = scale * load(table, type, from + c);
 }
 
-// One block per row, whose threads hold its channels in registers.
-constexpr int kNormThreads = 1024, kHeld = kMaxHidden / kNormThreads;
+// One block per row, whose threads hold its channels in registers; weights are loaded beside them, not after the sums.
+constexpr int kHeld = 8, kNormThreads = kMaxHidden / kHeld;
 
 __global__ void __launch_bounds__(kNormThreads) add_norm_kernel(const AddNorm a) {
-  float* x = a.x + blockIdx.x * a.x_stride;
-  const int64_t at = blockIdx.x * a.hidden;
+  float* x = a.x + blockIdx.x * a.stride;
   const int hidden = static_cast<int>(a.hidden);
-  float v[kHeld] = {};
+  const int64_t at = blockIdx.x * a.hidden, y_at = blockIdx.x * a.stride;
+  float v[kHeld] = {}, w[kHeld] = {};
   const auto for_held = [&](const auto& body) {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
@@ -82,10 +82,11 @@ __global__ void __launch_bounds__(kNormThreads) add_norm_kernel(const AddNorm a)
   const auto norm_scale = [&] {
     float squares = 0;
     for_held([&](int i, int) { squares += v[i] * v[i]; });
-    return 1.0f / sqrtf(block_sum(squares) / static_cast<float>(a.hidden) + a.eps);
+    return 1.0f / sqrtf(block_sum(squares) / static_cast<float>(hidden) + a.eps);
   };
+  if (a.weight) for_held([&](int i, int c) { w[i] = a.weight[c]; });
   if (a.y) {
-    for_held([&](int i, int c) { v[i] = a.y[at + c]; });
+    for_held([&](int i, int c) { v[i] = a.y[y_at + c]; });
     if (a.y_weight) {
       const float scale = norm_scale();
       for_held([&](int i, int c) { v[i] = v[i] * scale * a.y_weight[c]; });
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(kNormThreads) add_norm_kernel(const AddNorm a)
   }
   if (!a.weight) return;
   const float scale = norm_scale();
-  for_held([&](int i, int c) { store(a.out, a.type, at + c, v[i] * scale * a.weight[c]); });
+  for_held([&](int i, int c) { store(a.out, a.type, at + c, v[i] * scale * w[i]); });
 }
 
 // One warp per (row, head): a lane holds channels c and c + d/2 of its pairs.
@@ -153,29 +154,55 @@ __device__ float activate(Activation f, float x) {
   return gated(x, x * (1.59576912f + 0.0713548163f * x * x));
 }
 
-__global__ void gate_multiply_kernel(Activation f, const float* gate_up, int64_t channels, void* y, DType type) {
-  const int64_t row = blockIdx.y;
+constexpr int kGateThreads = 256, kGated = 4;  // channels of one thread, loaded before the first is stored
+
+__global__ void __launch_bounds__(kGateThreads)
+    gate_multiply_kernel(Activation f, const float* gate_up, int64_t channels, void* y, DType type) {
+  const int64_t row = blockIdx.y, first = blockIdx.x * static_cast<int64_t>(kGateThreads * kGated) + threadIdx.x;
   const float *gate = gate_up + row * 2 * channels, *up = gate + channels;
-  const int64_t c = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
-  if (c < channels) store(y, type, row * channels + c, activate(f, gate[c]) * up[c]);
+  float g[kGated], u[kGated];
+#pragma unroll
+  for (int i = 0; i < kGated; ++i) {
+    const int64_t c = first + i * kGateThreads;
+    g[i] = c < channels ? gate[c] : 0;
+    u[i] = c < channels ? up[c] : 0;
+  }
+#pragma unroll
+  for (int i = 0; i < kGated; ++i) {
+    const int64_t c = first + i * kGateThreads;
+    if (c < channels) store(y, type, row * channels + c, activate(f, g[i]) * u[i]);
+  }
 }
 
-// One block per row, which passes over it for the maximum and again for the sum.
-constexpr int kScoreThreads = 1024;
+// One block per row, which passes over it for the maximum and again for the sum, with kAhead loads in flight.
+constexpr int kScoreThreads = 1024, kAhead = 8;
+
+// Calls body(c, x[c]) for every c < n of this thread's, ascending.
+template <class Body>
+__device__ void for_row(const float* x, int64_t n, const Body& body) {
+  const int64_t apart = blockDim.x;
+  for (int64_t c = threadIdx.x; c < n; c += kAhead * apart) {
+    float v[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) v[i] = c + i * apart < n ? x[c + i * apart] : 0;
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i)
+      if (c + i * apart < n) body(c + i * apart, v[i]);
+  }
+}
 
 __global__ void __launch_bounds__(kScoreThreads) score_kernel(const Score s) {
   const int64_t row = blockIdx.x;
   float* x = s.logits + row * s.vocab;
   float top = -FLT_MAX;
   int64_t first = s.vocab;
-  for (int64_t c = threadIdx.x; c < s.vocab; c += blockDim.x) {
-    float v = x[c];
+  for_row(x, s.vocab, [&](int64_t c, float v) {
     if (s.softcap != 0) x[c] = v = s.softcap * tanhf(v / s.softcap);
     if (v > top || first == s.vocab) {
       top = v;
       first = c;
     }
-  }
+  });
   const float high = block_max(top);
   if (s.best) {
     __shared__ int lowest;
@@ -187,7 +214,7 @@ __global__ void __launch_bounds__(kScoreThreads) score_kernel(const Score s) {
   }
   if (!s.targets) return;
   float sum = 0;
-  for (int64_t c = threadIdx.x; c < s.vocab; c += blockDim.x) sum += expf(x[c] - high);
+  for_row(x, s.vocab, [&](int64_t, float v) { sum += expf(v - high); });
   sum = block_sum(sum);
   if (threadIdx.x == 0) s.losses[row] = high + logf(sum) - x[s.targets[row]];
 }
@@ -237,7 +264,7 @@ cudaError_t embed(const void* table, DType type, int64_t hidden, const int32_t* 
 }
 
 cudaError_t add_norm(const AddNorm& a, cudaStream_t stream) {
-  const int64_t warps = std::clamp<int64_t>((a.hidden + 4 * kWarp - 1) / (4 * kWarp), 1, kNormThreads / kWarp);
+  const int64_t warps = std::clamp<int64_t>((a.hidden + kHeld * kWarp - 1) / (kHeld * kWarp), 1, kNormThreads / kWarp);
   add_norm_kernel<<<static_cast<unsigned>(a.rows), static_cast<unsigned>(warps) * kWarp, 0, stream>>>(a);
   return cudaGetLastError();
 }
@@ -250,8 +277,8 @@ cudaError_t turn_qk(const TurnQk& t, cudaStream_t stream) {
 
 cudaError_t gate_multiply(Activation f, const float* gate_up, int64_t rows, int64_t channels, void* y, DType type,
                           cudaStream_t stream) {
-  const dim3 blocks(blocks_for(channels, 256), static_cast<unsigned>(rows));
-  gate_multiply_kernel<<<blocks, 256, 0, stream>>>(f, gate_up, channels, y, type);
+  const dim3 blocks(blocks_for(channels, kGateThreads * kGated), static_cast<unsigned>(rows));
+  gate_multiply_kernel<<<blocks, kGateThreads, 0, stream>>>(f, gate_up, channels, y, type);
   return cudaGetLastError();
 }
 

@@ -21,13 +21,13 @@ cudaError_t embed(const void* table, DType type, int64_t hidden, const int32_t* 
 
 // x += y, and out = rms_norm(x) * weight. Where y has a weight, it is y's RMS norm that is added.
 struct AddNorm {
-  float* x;               // [rows, hidden], rows x_stride apart
-  const float* y;         // [rows, hidden]; null = nothing is added
+  float* x;               // [rows, hidden], rows `stride` apart
+  const float* y;         // the same; null = nothing is added
   const float* y_weight;  // [hidden] or null
   const float* weight;    // [hidden]; null = out is not wanted
   void* out;              // [rows, hidden] of `type`
   DType type;
-  int64_t rows, hidden, x_stride;
+  int64_t rows, hidden, stride;
   float eps;
 };
 cudaError_t add_norm(const AddNorm& a, cudaStream_t stream);
