@@ -63,6 +63,7 @@ Status measure(const BenchModelOptions& o, const model::DeviceModel& model, Timi
   model::SessionOptions options;
   options.max_tokens = o.context + kWarmSteps + o.steps;
   options.max_step = std::min(kFillStep, o.context);
+  options.max_decode = 1;
   const auto batch = model.open(t->schedule, options, o.batch);
   Status status = batch.status();
   if (status.ok()) status = (*batch)->plan(Phase::decode).status();

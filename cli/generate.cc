@@ -60,6 +60,7 @@ Status generate(const GenerateOptions& options) {
   model::SessionOptions session_options;
   session_options.max_tokens = positions;
   session_options.max_step = std::ssize(prompt);
+  session_options.max_decode = 1;
   THRIFTATTN_ASSIGN_OR_RETURN(sequence, runner.open(schedule, session_options));
   model::Sampler sampler(options.temperature, options.top_p, options.run.seed);
   model::TextStream stream(runner.tokenizer);

@@ -59,6 +59,11 @@ Result<SessionPlan> plan_session(const ModelConfig& c, const Schedule& schedule,
     return invalid_argument(
         fmt::format("max_step {} is not supported: 1 to max_tokens {} are", out.max_step, out.max_tokens));
   }
+  const int64_t most = std::min<int64_t>(out.max_step, kMaxDecodeRows);
+  out.max_decode = options.max_decode ? options.max_decode : most;
+  if (out.max_decode < 1 || out.max_decode > most) {
+    return invalid_argument(fmt::format("max_decode {} is not supported: 1 to {} are", out.max_decode, most));
+  }
   THRIFTATTN_ASSIGN_OR_RETURN(cache, schedule.cache_config(c.d, c.d_v));
   THRIFTATTN_ASSIGN_OR_RETURN(prefill_needs, out.prefill_schedule.cache_config(c.d, c.d_v));
   out.cache = std::move(cache);
@@ -85,7 +90,7 @@ Result<SessionPlan> plan_session(const ModelConfig& c, const Schedule& schedule,
     return plan_layers(c, of_phase, problem, machine);
   };
   out.prefill = plan_phase(Phase::prefill, out.prefill_schedule, out.max_step);
-  out.decode = plan_phase(Phase::decode, schedule, std::min<int64_t>(out.max_step, kMaxDecodeRows));
+  out.decode = plan_phase(Phase::decode, schedule, out.max_decode);
   if (!out.prefill.first_or_refused().ok() && !out.decode.first_or_refused().ok() && !options.attention)
     return out.prefill.first_or_refused().status();
   return out;

@@ -30,10 +30,11 @@ struct PhasePlans {
 
 struct SessionPlan {
   Schedule schedule, prefill_schedule;
-  int64_t max_tokens = 0, max_step = 0;
+  int64_t max_tokens = 0, max_step = 0, max_decode = 0;
   CacheConfig cache;
   PhasePlans prefill, decode;
 
+  int64_t most(Phase phase) const { return phase == Phase::decode ? max_decode : max_step; }  // tokens of one step
   const PhasePlans& of(Phase phase) const { return phase == Phase::decode ? decode : prefill; }
 };
 

@@ -221,7 +221,7 @@ Result<SeqId> Session::State::adopt(SeqId seq, std::span<const int32_t> tokens) 
 Status Session::State::check(SeqId seq, std::span<const int32_t> tokens, Phase phase) {
   THRIFTATTN_RETURN_IF_ERROR(check_whole(seq));
   const int64_t n = std::ssize(tokens), past = cache.length(seq);
-  const int64_t limit = phase == Phase::decode ? std::min<int64_t>(plan.max_step, kMaxDecodeRows) : plan.max_step;
+  const int64_t limit = plan.most(phase);
   if (n < 1 || n > limit) {
     return invalid_argument(fmt::format("a step of {} tokens is not supported: 1 to {} are", n, limit));
   }

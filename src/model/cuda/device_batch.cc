@@ -298,7 +298,7 @@ Status Batch::count_decoded() {
 Status Batch::check_step(int64_t n, Phase phase) const {
   if (!whole_) return invalid_argument("a step has failed: the sequences cannot go on");
   if (!plan(phase).ok()) return plan(phase).status();
-  const int64_t limit = phase == Phase::decode ? std::min<int64_t>(plan_.max_step, kMaxDecodeRows) : plan_.max_step;
+  const int64_t limit = plan_.most(phase);
   if (n < 1 || n > limit) {
     return invalid_argument(fmt::format("a step of {} tokens is not supported: 1 to {} are", n, limit));
   }
