@@ -511,7 +511,8 @@ Status bench_attention_gpu(const BenchOptions& o, int device) {
   const std::span<const float> rule = bench.inputs.table();
   THRIFTATTN_ASSIGN_OR_RETURN(on_device, DeviceMemory::take(std::ssize(rule) * 4, device, "the inputs' table"));
   bench.table = std::move(on_device);
-  RETURN_IF_CUDA_ERROR(cudaMemcpy(bench.table.data(), rule.data(), rule.size_bytes(), cudaMemcpyHostToDevice));
+  RETURN_IF_CUDA_ERROR(
+      cudaMemcpyAsync(bench.table.data(), rule.data(), rule.size_bytes(), cudaMemcpyHostToDevice, timer.stream()));
 
   std::vector<GpuRow> rows;
   for (const int64_t s_kv : o.s_kv)

@@ -8,13 +8,13 @@
 //     tile --> the same once more --> residual record
 //
 // A block takes K or V of one page and head; both are [depth, lanes] as in format/page_layout.h, K [dk, 64 tokens], V
-// [64 tokens, dv], so that one body serves both. A thread encodes one group of depths of one lane at a time. Bytes are
-// those of encode_page (format/page_codec.cc) in the device's order, for every sum stands in its order; this file is
-// compiled without fused multiply-add.
+// [64 tokens, dv], so that one body serves both. Bytes are those of encode_page (format/page_codec.cc) in the device's
+// order: every sum stands in its order, and this file is compiled without fused multiply-add.
 //
-// Shared memory of a block: tile, pairs of codes, a float for each group: 42 KB at d = 128, 82 KB at 256. What binds: a
-// step of one token is a chain of three trips to memory, and where a page fills three more through shared memory; a
-// prompt is bound by instructions, some 70 for a value with two planes.
+// A thread encodes 32 depths of one lane, half of the codes of 8 words; the lane 8 further holds the other half.
+//
+// Shared memory of a block: the tile and a float for each group, 39 KB at d = 128 and 78 KB at 256. What binds: a step
+// of one token is a chain of three trips to memory; a prompt and a page that fills are bound by instructions.
 #include <cuda_fp16.h>
 
 #include "cuda/params.h"
@@ -31,129 +31,182 @@ static_assert(kMaxChannels <= kThreads, "a thread summarises one channel");
 // One matrix of one page and head.
 struct Tile {
   bool is_v;
-  int channels;       // that hold data; multiples of 32 are stored
-  int depth, lanes;   // padded
-  int stride;         // floats from one depth to the next
-  float* values;      // [depth, stride]
-  uint8_t* codes;     // [depth / 2, lanes], two depths a byte, the even one in the low nibble
-  float* group_sums;  // [groups, lanes]
+  int channels;      // that hold data; multiples of 32 are stored
+  int depth, lanes;  // padded
+  int stride;        // floats from one depth to the next
+  float* values;     // [depth, stride]
+  float*
+      squares[2];  // [lanes / 16, groups, 16]: sums over groups, of V as it came and of what the first plane got wrong
 
-  __device__ float& at(int token, int channel) const {
-    return values[is_v ? token * stride + channel : channel * stride + token];
+  __device__ float* at(int token, int channel) const {
+    return values + (is_v ? token * stride + channel : channel * stride + token);
   }
-  __device__ int padded_channels() const { return is_v ? lanes : depth; }
+  __device__ int blocks() const { return (is_v ? lanes : depth) / 32; }  // of 32 channels
 };
 
-__host__ __device__ constexpr int shared_bytes(int depth, int lanes) {
-  return depth * (lanes + kPad) * 4 + depth * lanes / 2 + depth / 16 * lanes * 4;
+__host__ __device__ constexpr int tile_floats(int depth, int lanes) { return depth * (lanes + kPad); }
+__host__ __device__ constexpr int group_floats(int depth, int lanes) { return depth / 16 * lanes; }
+constexpr int shared_bytes(int depth, int lanes) {
+  return 4 * (tile_floats(depth, lanes) + 2 * group_floats(depth, lanes));
 }
 
-// Four values from `at` on, an element index.
-__device__ float4 load4(const void* data, DType dtype, int64_t at, bool aligned) {
-  if (dtype == DType::f32) {
-    const float* x = static_cast<const float*>(data) + at;
-    return aligned ? *reinterpret_cast<const float4*>(x) : float4{x[0], x[1], x[2], x[3]};
+// Pairs (i, j), j in [0, width), row after row from (i0, 0): those that one warp meets, every kWarps-th.
+struct Walk {
+  int i, j, width;
+
+  __device__ Walk(int i0, int width_)
+      : i(i0 + threadIdx.x / 32 / width_), j(threadIdx.x / 32 % width_), width(width_) {}
+  __device__ void step() {
+    for (j += kWarps; j >= width; j -= width) ++i;
+  }
+};
+
+// --- 16 bit
+
+__device__ uint32_t pack(float even, float odd) {
+  const __half2 halves = __floats2half2_rn(even, odd);
+  return __half_as_ushort(__low2half(halves)) | static_cast<uint32_t>(__half_as_ushort(__high2half(halves))) << 16;
+}
+__device__ float low_half(uint32_t halves) { return __half2float(__ushort_as_half(static_cast<uint16_t>(halves))); }
+__device__ float high_half(uint32_t halves) {
+  return __half2float(__ushort_as_half(static_cast<uint16_t>(halves >> 16)));
+}
+
+// Four elements of a caller's tensor as they stand there, those of 16 bit two a word.
+__device__ uint4 load_bits(const void* data, bool is_f32, int64_t at, bool aligned) {
+  if (is_f32) {
+    const uint32_t* x = static_cast<const uint32_t*>(data) + at;
+    return aligned ? *reinterpret_cast<const uint4*>(x) : uint4{x[0], x[1], x[2], x[3]};
   }
   const uint16_t* x = static_cast<const uint16_t*>(data) + at;
-  const ushort4 bits = aligned ? *reinterpret_cast<const ushort4*>(x) : ushort4{x[0], x[1], x[2], x[3]};
-  if (dtype == DType::bf16) return {bf16_decode(bits.x), bf16_decode(bits.y), bf16_decode(bits.z), bf16_decode(bits.w)};
-  return {__half2float(__ushort_as_half(bits.x)), __half2float(__ushort_as_half(bits.y)),
-          __half2float(__ushort_as_half(bits.z)), __half2float(__ushort_as_half(bits.w))};
+  const uint2 bits =
+      aligned ? *reinterpret_cast<const uint2*>(x) : uint2{x[0] | uint32_t{x[1]} << 16, x[2] | uint32_t{x[3]} << 16};
+  return {bits.x, bits.y, 0, 0};
 }
 
-// The value that the 16-bit form keeps of x: what it cannot hold becomes NaN, never an infinity, which a softmax would
-// take for a score.
-__device__ float to_high(float x, bool& good) {
-  const float high = __half2float(__float2half_rn(x));
-  const bool finite = (bits_of(high) & 0x7fffffffu) < 0x7f800000u;
-  good &= finite;
-  return finite ? high : float_of(0x7fc00000u);
+// Two halves; what 16 bit cannot hold becomes NaN, never an infinity, which a softmax would take for a score.
+__device__ uint32_t without_infinities(uint32_t halves, bool& good) {
+  const uint32_t bad = ((halves & 0x7fff7fffu) + 0x04000400u) & 0x80008000u;  // an exponent of all ones carries
+  if (bad == 0) return halves;
+  good = false;
+  return halves | (bad >> 15) * 0x7fffu;
 }
 
 // Tokens [first, last) of the page from the caller's rows, of which `row` is the first token's. A warp takes 8 tokens x
-// 16 channels at a time. False where a value is beyond 16 bit.
+// 16 channels at a time, four times before it waits. False where a value is beyond 16 bit.
 __device__ bool load_rows(const Tile& tile, const Rows<const void*>& rows, int head, int64_t row, int first, int last) {
-  const int element = rows.dtype == DType::f32 ? 4 : 2;
+  constexpr int kAhead = 4;
+  const bool is_f32 = rows.dtype == DType::f32;
+  const int element = is_f32 ? 4 : 2;
+  const auto address = reinterpret_cast<uint64_t>(rows.data);
   const bool aligned =
-      (reinterpret_cast<uint64_t>(rows.data) | static_cast<uint64_t>((rows.row_stride | rows.head_stride) * element)) %
-          (4 * element) ==
-      0;
-  const int blocks = tile.padded_channels() / 16, lane = threadIdx.x % 32;
+      (address | static_cast<uint64_t>((rows.row_stride | rows.head_stride) * element)) % (4 * element) == 0;
+  const int64_t from = (row + threadIdx.x % 8) * rows.row_stride + head * rows.head_stride;
+  const int channel_step = tile.is_v ? 1 : tile.stride, groups = (last - first + 7) / 8;
   bool good = true;
-  for (int item = threadIdx.x / 32; item < (last - first + 7) / 8 * blocks; item += kWarps) {
-    const int token = first + item / blocks * 8 + lane % 8, channel = item % blocks * 16 + lane / 8 * 4;
-    if (token >= last) continue;
-    float4 x = {0, 0, 0, 0};
-    if (channel < tile.channels)
-      x = load4(rows.data, rows.dtype, (row + token - first) * rows.row_stride + head * rows.head_stride + channel,
-                aligned);
-    tile.at(token, channel) = to_high(x.x, good);
-    tile.at(token, channel + 1) = to_high(x.y, good);
-    tile.at(token, channel + 2) = to_high(x.z, good);
-    tile.at(token, channel + 3) = to_high(x.w, good);
+  for (Walk walk(0, 2 * tile.blocks()); walk.i < groups;) {
+    uint4 bits[kAhead];
+    float* to[kAhead];
+#pragma unroll
+    for (int n = 0; n < kAhead; ++n, walk.step()) {
+      const int token = first + walk.i * 8 + threadIdx.x % 8, channel = walk.j * 16 + threadIdx.x % 32 / 8 * 4;
+      to[n] = token < last ? tile.at(token, channel) : nullptr;
+      bits[n] = {0, 0, 0, 0};
+      if (token < last && channel < tile.channels)
+        bits[n] = load_bits(rows.data, is_f32, from + walk.i * 8 * rows.row_stride + channel, aligned);
+    }
+#pragma unroll
+    for (int n = 0; n < kAhead; ++n) {
+      if (!to[n]) continue;
+      uint32_t x01 = bits[n].x, x23 = bits[n].y;
+      if (is_f32) {
+        x01 = pack(float_of(bits[n].x), float_of(bits[n].y));
+        x23 = pack(float_of(bits[n].z), float_of(bits[n].w));
+      } else if (rows.dtype == DType::bf16) {
+        x01 = pack(float_of(bits[n].x << 16), float_of(bits[n].x & 0xffff0000u));
+        x23 = pack(float_of(bits[n].y << 16), float_of(bits[n].y & 0xffff0000u));
+      }
+      x01 = without_infinities(x01, good);
+      x23 = without_infinities(x23, good);
+      to[n][0] = low_half(x01);
+      to[n][channel_step] = high_half(x01);
+      to[n][2 * channel_step] = low_half(x23);
+      to[n][3 * channel_step] = high_half(x23);
+    }
   }
   return good;
 }
 
-// The 16 bytes of a 16-bit item that one lane of a reading warp holds, and the tile's elements in it: K has 8 channels
-// of one token there, V 4 channels of two.
+// What one lane of a warp holds of 32 channels of a 16-bit item: 16 bytes, in which K has 8 channels of one token and V
+// 4 channels of two.
 struct HighChunk {
   int64_t offset;  // in the record
-  int token, channel;
-  bool is_v;
+  float* values;   // the first one's place in the tile
+  int even, odd;   // the tokens of the values in the low halves, and in the high ones
+  int step[3];     // from the first value to the others: value e stands at the sum of the steps of e's bits
 
-  __device__ HighChunk(const DeviceLayout& layout, const Tile& tile, int index) : is_v(tile.is_v) {
-    const int per_item = tile.padded_channels(), item = index / per_item, lane = index % 32;
-    const int block = index % per_item / 32 * 32;
-    token = is_v ? lane % 4 * 2 : lane / 4;
-    channel = block + (is_v ? lane / 4 : lane % 4 * 2);
+  __device__ HighChunk(const DeviceLayout& layout, const Tile& tile, int item, int block) {
+    const int lane = threadIdx.x % 32;
+    const int token = tile.is_v ? lane % 4 * 2 : lane / 4, channel = block * 32 + (tile.is_v ? lane / 4 : lane % 4 * 2);
     offset = item * int64_t{layout.high_item_bytes} +
-             (is_v ? layout.high_v_at(channel, token) : layout.high_k(channel, token));
-    token += item * kHighItemTokens;
+             (tile.is_v ? layout.high_v_at(channel, token) : layout.high_k(channel, token));
+    even = item * kHighItemTokens + token;
+    odd = even + (tile.is_v ? 1 : 0);
+    values = tile.at(even, channel);
+    step[0] = tile.stride;  // the next channel of K, the next token of V
+    step[1] = tile.is_v ? 8 : 16 * tile.stride;
+    step[2] = tile.is_v ? 16 : 8 * tile.stride;
   }
-  __device__ int token_at(int e) const { return token + (is_v ? e % 2 : 0); }
-  __device__ int channel_at(int e) const {
-    return channel + (is_v ? e / 4 * 16 + e / 2 % 2 * 8 : e / 4 * 8 + e / 2 % 2 * 16 + e % 2);
+  __device__ float& value(int e) const {
+    return values[(e & 1) * step[0] + (e >> 1 & 1) * step[1] + (e >> 2) * step[2]];
   }
 };
 
 // Tokens [first, last) of the tile into the record, and zeros after them up to the end of their item.
 __device__ void store_high(const Tile& tile, const DeviceLayout& layout, int first, int last, uint8_t* record) {
-  const int per_item = tile.padded_channels();
-  const int begin = first / kHighItemTokens * per_item, end = (last + kHighItemTokens - 1) / kHighItemTokens * per_item;
-  for (int index = begin + threadIdx.x; index < end; index += kThreads) {
-    const HighChunk chunk(layout, tile, index);
-    if (chunk.token_at(1) < first) continue;
-    uint16_t x[8];
+  for (Walk walk(first / kHighItemTokens, tile.blocks()); walk.i * kHighItemTokens < last; walk.step()) {
+    const HighChunk chunk(layout, tile, walk.i, walk.j);
+    if (chunk.odd < first) continue;
+    uint32_t x[4];
 #pragma unroll
-    for (int e = 0; e < 8; ++e)
-      x[e] = chunk.token_at(e) < last
-                 ? __half_as_ushort(__float2half_rn(tile.at(chunk.token_at(e), chunk.channel_at(e))))
-                 : uint16_t{0};
-    if (chunk.token < first) {  // the even token of these pairs was there before
-#pragma unroll
-      for (int e = 1; e < 8; e += 2) *reinterpret_cast<uint16_t*>(record + chunk.offset + 2 * e) = x[e];
-      continue;
+    for (int w = 0; w < 4; ++w)
+      x[w] = pack(chunk.even < last ? chunk.value(2 * w) : 0.0f, chunk.odd < last ? chunk.value(2 * w + 1) : 0.0f);
+    uint8_t* const to = record + chunk.offset;
+    if (chunk.even < first) {  // these tokens were there before
+      for (int w = 0; w < 4; ++w) reinterpret_cast<uint16_t*>(to)[2 * w + 1] = static_cast<uint16_t>(x[w] >> 16);
+    } else {
+      *reinterpret_cast<uint4*>(to) = {x[0], x[1], x[2], x[3]};
     }
-    *reinterpret_cast<uint4*>(record + chunk.offset) = {x[0] | uint32_t{x[1]} << 16, x[2] | uint32_t{x[3]} << 16,
-                                                        x[4] | uint32_t{x[5]} << 16, x[6] | uint32_t{x[7]} << 16};
   }
 }
 
 // Tokens [0, end) of the record into the tile.
 __device__ void load_high(const Tile& tile, const DeviceLayout& layout, const uint8_t* record, int end) {
-  const int count = (end + kHighItemTokens - 1) / kHighItemTokens * tile.padded_channels();
-  for (int index = threadIdx.x; index < count; index += kThreads) {
-    const HighChunk chunk(layout, tile, index);
-    const uint4 words = *reinterpret_cast<const uint4*>(record + chunk.offset);
-    const uint32_t x[4] = {words.x, words.y, words.z, words.w};
+  constexpr int kAhead = 4;
+  const int items = (end + kHighItemTokens - 1) / kHighItemTokens;
+  for (Walk walk(0, tile.blocks()); walk.i < items;) {
+    uint4 words[kAhead];
+    Walk ahead = walk;
 #pragma unroll
-    for (int e = 0; e < 8; ++e)
-      if (chunk.token_at(e) < end)
-        tile.at(chunk.token_at(e), chunk.channel_at(e)) =
-            __half2float(__ushort_as_half(static_cast<uint16_t>(x[e / 2] >> e % 2 * 16)));
+    for (int n = 0; n < kAhead; ++n, ahead.step())
+      if (ahead.i < items)
+        words[n] = *reinterpret_cast<const uint4*>(record + HighChunk(layout, tile, ahead.i, ahead.j).offset);
+#pragma unroll
+    for (int n = 0; n < kAhead; ++n, walk.step()) {
+      const HighChunk to(layout, tile, walk.i, walk.j);
+      const uint32_t x[4] = {words[n].x, words[n].y, words[n].z, words[n].w};
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        if (to.even < end) to.value(2 * w) = low_half(x[w]);
+        if (to.odd < end) to.value(2 * w + 1) = high_half(x[w]);
+      }
+    }
   }
 }
+
+// --- A full page
+
+__device__ uint32_t abs_bits(float x) { return bits_of(x) & 0x7fffffffu; }
 
 // The largest of the block's values; every thread calls it.
 __device__ uint32_t block_max(uint32_t x) {
@@ -166,15 +219,13 @@ __device__ uint32_t block_max(uint32_t x) {
   return x;
 }
 
-__device__ uint32_t abs_bits(float x) { return bits_of(x) & 0x7fffffffu; }
-
 // Summarises K, [dk, 64], and takes the mean away. Returns the largest |value| of what stays, as bits.
 __device__ uint32_t summarise(const Tile& tile, const PageLayout& layout, bool centring, uint8_t* summary) {
   uint32_t largest = 0;
   const int c = threadIdx.x;
   if (c < layout.d) {
     auto* row = reinterpret_cast<float4*>(tile.values + c * tile.stride);
-    float sum = 0, low = tile.at(0, c), top = low;
+    float sum = 0, low = *tile.at(0, c), top = low;
     const auto see = [&](float x) {
       sum += x;
       low = x < low ? x : low;
@@ -193,11 +244,11 @@ __device__ uint32_t summarise(const Tile& tile, const PageLayout& layout, bool c
     if (layout.variance) {
       double squares = 0, exact = 0;
 #pragma unroll 4
-      for (int t = 0; t < kPageTokens; ++t) exact += static_cast<double>(tile.at(t, c));
+      for (int t = 0; t < kPageTokens; ++t) exact += static_cast<double>(*tile.at(t, c));
       exact /= kPageTokens;
 #pragma unroll 4
       for (int t = 0; t < kPageTokens; ++t) {
-        const double from_mean = static_cast<double>(tile.at(t, c)) - exact;
+        const double from_mean = static_cast<double>(*tile.at(t, c)) - exact;
         squares += from_mean * from_mean;
       }
       reinterpret_cast<float*>(summary + layout.variance)[c] = static_cast<float>(squares / kPageTokens);
@@ -214,158 +265,153 @@ __device__ uint32_t summarise(const Tile& tile, const PageLayout& layout, bool c
   return largest;
 }
 
-// Square root of the mean over tokens of the sum of group_sums, in the order that rms_over_tokens in page_codec.cc
-// makes law. The first warp calls it; its lanes get the result.
-__device__ float rms_over_tokens(const Tile& tile, int groups) {
+// What a thread encodes: depths [depth, depth + 32) of one lane. A warp has 32 lanes side by side; the block's warps go
+// through both items of the page and through its blocks of 32 channels.
+struct Column {
+  int depth, lane;
+  float* values;  // depths are tile.stride apart
+
+  __device__ Column(const Tile& tile, int index) {
+    const int item = index % 2, block = index / 2;
+    depth = (tile.is_v ? item : block) * 32;
+    lane = (tile.is_v ? block : item) * 32 + threadIdx.x % 32;
+    values = tile.values + depth * tile.stride + lane;
+  }
+  template <int kGroup>
+  __device__ int group(const Tile& tile, int half) const {  // its place in Tile::squares
+    return (lane / 16 * (tile.depth / kGroup) + (depth + 16 * half) / kGroup) * 16 + lane % 16;
+  }
+};
+
+// Square root of the mean over tokens of the sum of `squares`, in the order that rms_over_tokens in page_codec.cc makes
+// law. A warp calls it; all its lanes get the result.
+__device__ float rms_over_tokens(const float* squares, int groups) {
   double sum = 0;
-  if (threadIdx.x < 16)
-    for (int column = 0; column < tile.lanes; column += 16)
-      for (int g = 0; g < groups; ++g)
-        sum += static_cast<double>(tile.group_sums[g * tile.lanes + column + threadIdx.x]);
+  if (threadIdx.x % 32 < 16)
+#pragma unroll 4
+    for (int i = 0; i < groups; ++i) sum += static_cast<double>(squares[i * 16 + threadIdx.x % 32]);
   double total = 0;
+#pragma unroll
   for (int j = 0; j < 16; ++j) total += __shfl_sync(~0u, sum, j);
   return static_cast<float>(sqrt(total / kPageTokens));
 }
 
-// The tile's values as they are: squares of each group, and the largest |value|, as bits.
+// Squares of the tile's groups as they are; returns the largest |value| as bits.
 template <int kGroup>
 __device__ uint32_t measure(const Tile& tile) {
   uint32_t largest = 0;
-  for (int index = threadIdx.x; index < tile.depth / kGroup * tile.lanes; index += kThreads) {
-    const float* x = tile.values + index / tile.lanes * kGroup * tile.stride + index % tile.lanes;
+  for (int index = threadIdx.x / 32; index < 2 * tile.blocks(); index += kWarps) {
+    const Column column(tile, index);
     float squares = 0;
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      const float value = x[i * tile.stride];
+    for (int i = 0; i < 32; ++i) {
+      if (i % kGroup == 0) squares = 0;
+      const float value = column.values[i * tile.stride];
       squares += value * value;
       largest = max(largest, abs_bits(value));
+      if (i % kGroup == kGroup - 1) tile.squares[0][column.group<kGroup>(tile, i / 16)] = squares;
     }
-    tile.group_sums[index] = squares;
   }
   return largest;
 }
 
-// The midpoints between E2M1's values, times s.
-struct Midpoints {
-  float at[7];
-  __device__ explicit Midpoints(float s)
-      : at{0.25f * s, 0.75f * s, 1.25f * s, 1.75f * s, 2.5f * s, 3.5f * s, 5.0f * s} {}
-};
-
-// e2m1_encode(x / s) without the division, for s > 0 of 4 significant bits. A midpoint times s is exact. An x beside it
-// is at least 2^-24 of itself away, and so is the quotient from the midpoint: more than half of the distance to the
-// midpoint's neighbours, so that rounding the quotient moves it neither onto the midpoint nor across.
-__device__ uint32_t encode_e2m1(float x, const Midpoints& midpoints) {
-  const float(&m)[7] = midpoints.at;
-  const float a = fabsf(x);
-  const bool b2 = a >= m[3];
-  const bool b1 = a >= (b2 ? m[5] : m[1]);
-  const bool b0 = a > (b2 ? (b1 ? m[6] : m[4]) : (b1 ? m[2] : m[0]));
-  return (bits_of(x) >> 28 & 8u) | (b2 ? 4u : 0u) | (b1 ? 2u : 0u) | (b0 ? 1u : 0u);
-}
-
-// Encodes block_size(kFormat) values as encode_block does. Two codes a byte, four bytes a word.
+// The scale byte that encode_block gives the group at x.
 template <Fp4Format kFormat, Scales kScales>
-__device__ uint8_t encode_group(const float (&x)[block_size(kFormat)], uint32_t (&codes)[block_size(kFormat) / 8]) {
-  constexpr int kGroup = block_size(kFormat);
-  const auto pack = [&](auto code_of) {
-#pragma unroll
-    for (int w = 0; w < kGroup / 8; ++w) {
-      codes[w] = 0;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) codes[w] |= code_of(8 * w + i) << 4 * i;
-    }
-  };
+__device__ uint8_t choose_scale(const float (&x)[block_size(kFormat)], uint32_t amax) {
   if constexpr (kScales == Scales::four_over_six) {
-    uint8_t each[kGroup];
-    const uint8_t scale = encode_block(kFormat, kScales, x, each);
-    pack([&](int i) { return static_cast<uint32_t>(each[i]); });
-    return scale;
+    uint8_t codes[block_size(kFormat)];
+    return encode_block(kFormat, kScales, x, codes);
   }
-  uint32_t amax = 0;
-#pragma unroll
-  for (int i = 0; i < kGroup; ++i) amax = max(amax, abs_bits(x[i]));
-  const bool is_nan = amax > 0x7f800000u;
-  const uint8_t scale = kFormat == Fp4Format::nvfp4 ? e4m3_encode(float_of(amax) / 6.0f)
-                        : is_nan                    ? uint8_t{255}
-                        : amax == 0                 ? uint8_t{0}
-                                                    : e8m0_encode_exponent(static_cast<int>(amax >> 23) - 127 - 2);
-  const float s = decode_scale(kFormat, scale);
-  if (amax == 0 || !(s > 0.0f)) {
-    pack([](int) { return 0u; });
-  } else {
-    const Midpoints midpoints(s);
-    pack([&](int i) { return encode_e2m1(x[i], midpoints); });
-  }
-  return scale;
+  if constexpr (kFormat == Fp4Format::nvfp4) return e4m3_encode(float_of(amax) / 6.0f);
+  if (amax > 0x7f800000u) return 255;
+  return amax == 0 ? uint8_t{0} : e8m0_encode_exponent(static_cast<int>(amax >> 23) - 127 - 2);
 }
 
-// Encodes the tile, multiplied by 2^exponent: codes to tile.codes, scales to the record. With `keep_error` the tile
-// then holds what the codes got wrong, and group_sums its squares. Returns the largest |error| as bits.
+// The magnitude of e2m1_encode(x / s) without the division, for s > 0 of 4 significant bits, in bits 11 to 9. The
+// midpoints between E2M1's values, times s, are exact. An x beside one is at least 2^-24 of it away, and so is the
+// quotient from the midpoint: half of the way to its neighbours at least, and more where half is 2^-24. So the
+// quotient's rounding moves it neither onto the midpoint nor across.
+__device__ uint32_t magnitude_of(float x, float s) {
+  const float a = fabsf(x);
+  const bool b2 = a >= 1.75f * s;
+  const bool b1 = a >= (b2 ? 3.5f : 0.75f) * s;
+  const bool b0 = a > (b2 ? (b1 ? 5.0f : 2.5f) : (b1 ? 1.25f : 0.25f)) * s;
+  return (b2 ? 0x800u : 0u) | (b1 ? 0x400u : 0u) | (b0 ? 0x200u : 0u);
+}
+
+// Both codes as FP16 values, 2^-14 times what they mean; the first one in the low half.
+__device__ uint32_t encode_pair(float even, float odd, float s) {
+  const uint32_t signs = __byte_perm(bits_of(even), bits_of(odd), 0x7632) & 0x80008000u;
+  return signs | magnitude_of(even, s) | magnitude_of(odd, s) << 16;
+}
+
+// Encodes the tile, multiplied by 2^exponent, into a record. With `keep_error` the tile then holds what the codes got
+// wrong, squares[1] its squares; returns the largest |error| as bits.
 template <Fp4Format kFormat, Scales kScales>
 __device__ uint32_t encode_plane(const Tile& tile, const DeviceLayout& layout, int exponent, bool keep_error,
                                  uint8_t* record) {
   constexpr int kGroup = block_size(kFormat);
   const float up = pow2(exponent), down = pow2(-exponent);
   uint32_t largest = 0;
-  for (int index = threadIdx.x; index < tile.depth / kGroup * tile.lanes; index += kThreads) {
-    const int r0 = index / tile.lanes * kGroup, lane = index % tile.lanes;
-    float* values = tile.values + r0 * tile.stride + lane;
-    float x[kGroup];
+#pragma unroll 1
+  for (int index = threadIdx.x / 32; index < 2 * tile.blocks(); index += kWarps) {
+    const Column column(tile, index);
+    uint8_t* const item = record + index % 2 * int64_t{layout.item_bytes};
+    const auto code_place = [&](int depth, int lane) {
+      return tile.is_v ? layout.v_code(lane, depth % kItemTokens) : layout.k_code(depth, lane % kItemTokens);
+    };
+    uint32_t words[8] = {};
+    float x[kGroup], s = 0, squares = 0;
+    uint32_t kept = 0;
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) x[i] = values[i * tile.stride] * up;
-    uint32_t codes[kGroup / 8];
-    const uint8_t scale = encode_group<kFormat, kScales>(x, codes);
+    for (int half = 0; half < 2; ++half) {
+      float* const values = column.values + 16 * half * tile.stride;
+      if (16 * half % kGroup == 0) {
+        uint32_t amax = 0;
 #pragma unroll
-    for (int i = 0; i < kGroup / 2; ++i)
-      tile.codes[(r0 / 2 + i) * tile.lanes + lane] = static_cast<uint8_t>(codes[i / 4] >> 8 * (i % 4));
+        for (int i = 0; i < kGroup; ++i) {
+          x[i] = values[i * tile.stride] * up;
+          amax = max(amax, abs_bits(x[i]));
+        }
+        const uint8_t scale = choose_scale<kFormat, kScales>(x, amax);
+        s = decode_scale(kFormat, scale);
+        kept = s > 0.0f && amax > 0 ? ~0u : 0u;  // else all codes are 0, without a sign
+        squares = 0;
 #pragma unroll
-    for (int r = r0; r < r0 + kGroup; r += 16) {  // a scale of 32 stands twice
-      const int token = tile.is_v ? r : lane, channel = tile.is_v ? lane : r;
-      const int at =
-          tile.is_v ? layout.v_scale(channel, token % kItemTokens) : layout.k_scale(channel, token % kItemTokens);
-      record[token / kItemTokens * int64_t{layout.item_bytes} + at] = scale;
+        for (int i = 0; i < kGroup; i += 16) {  // a scale of 32 stands twice
+          const int depth = column.depth + 16 * half + i;
+          item[tile.is_v ? layout.v_scale(column.lane, depth % kItemTokens)
+                         : layout.k_scale(depth, column.lane % kItemTokens)] = scale;
+        }
+      }
+      const CodePlace place = code_place(16 * half, column.lane);
+#pragma unroll
+      for (int i = 0; i < 16; i += 2) {
+        const float even = x[(16 * half + i) % kGroup], odd = x[(16 * half + i + 1) % kGroup];
+        const uint32_t pair = encode_pair(even, odd, s) & kept;
+        words[i / 2] |= (pair & 0x0e000e00u) >> (9 - place.magnitude) | (pair & 0x80008000u) >> (15 - place.sign);
+        if (!keep_error) continue;
+        const auto error_of = [&](float value, float code) {
+          const float error = (value - code * (s * 0x1p14f)) * down;  // a power of two moves no rounding
+          squares += error * error;
+          largest = max(largest, abs_bits(error));
+          return error;
+        };
+        values[i * tile.stride] = error_of(even, low_half(pair));
+        values[(i + 1) * tile.stride] = error_of(odd, high_half(pair));
+      }
+      if (keep_error && 16 * (half + 1) % kGroup == 0) tile.squares[1][column.group<kGroup>(tile, half)] = squares;
     }
-    if (!keep_error) continue;
-    const float s = decode_scale(kFormat, scale) * down;
-    float squares = 0;
+    // Words 0-3 for the lower lane of two, 4-7 for the other: depths 2t, 2t + 1 and those 16 further, from 0 or from 8.
+    const int upper = column.lane / 8 % 2;
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      const float error = values[i * tile.stride] - e2m1_decode(codes[i / 8] >> 4 * (i % 8) & 15) * s;
-      values[i * tile.stride] = error;
-      squares += error * error;
-      largest = max(largest, abs_bits(error));
+    for (int t = 0; t < 4; ++t) {
+      const uint32_t theirs = __shfl_xor_sync(~0u, upper ? words[t] : words[4 + t], 8);
+      const int word = code_place(column.depth + 8 * upper + 2 * t, column.lane).word;
+      *reinterpret_cast<uint32_t*>(item + word) = (upper ? words[4 + t] : words[t]) | theirs;
     }
-    tile.group_sums[index] = squares;
   }
   return largest;
-}
-
-// tile.codes into the words of a record: 16 bytes a lane of each 32 x 32 codes.
-__device__ void store_codes(const Tile& tile, const DeviceLayout& layout, uint8_t* record) {
-  const int tiles_across = tile.lanes / 32;
-  for (int index = threadIdx.x; index < tile.depth / 32 * tile.lanes; index += kThreads) {
-    const int r0 = index / 32 / tiles_across * 32 + index % 4 * 2,
-              lane0 = index / 32 % tiles_across * 32 + index % 32 / 4;
-    uint32_t words[4];
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      words[w] = 0;
-#pragma unroll
-      for (int a = 0; a < 4; ++a) {
-        const int r = r0 + w % 2 * 8 + a / 2 * 16, lane = lane0 + w / 2 * 16 + a % 2 * 8;
-        const uint32_t pair = tile.codes[r / 2 * tile.lanes + lane];
-        const uint32_t both = (pair & 0xfu) | (pair & 0xf0u) << 12;
-        const CodePlace place = tile.is_v ? layout.v_code(a % 2 * 8, a / 2 * 16) : layout.k_code(a / 2 * 16, a % 2 * 8);
-        words[w] |= (both & 0x00070007u) << place.magnitude | (both >> 3 & 0x00010001u) << place.sign;
-      }
-    }
-    const int token = tile.is_v ? r0 : lane0, channel = tile.is_v ? lane0 : r0;
-    const int at =
-        tile.is_v ? layout.v_code(channel, token % kItemTokens).word : layout.k_code(channel, token % kItemTokens).word;
-    *reinterpret_cast<uint4*>(record + token / kItemTokens * int64_t{layout.item_bytes} + at) = {words[0], words[1],
-                                                                                                 words[2], words[3]};
-  }
 }
 
 // A full page in the tile into its records; each may be null, as in encode_page.
@@ -374,21 +420,10 @@ __device__ void encode_page(const Tile& tile, const AppendParams& p, uint8_t* fp
                             uint8_t* summary) {
   constexpr int kGroup = block_size(kFormat);
   const LayerCache& cache = p.cache;
-  const int groups = tile.depth / kGroup;
-  auto* facts = reinterpret_cast<PageSummary*>(summary);
-  uint32_t largest;
-  if (tile.is_v) {
-    largest = measure<kGroup>(tile);
-    __syncthreads();
-    if (threadIdx.x < 32) {
-      const float norm = rms_over_tokens(tile, groups);
-      if (threadIdx.x == 0) facts->v_norm = norm;
-    }
-  } else {
-    largest = summarise(tile, cache.canonical, fp4 && cache.centring, summary);
-  }
+  const int groups = tile.depth / kGroup * (tile.lanes / 16);
+  uint32_t largest =
+      tile.is_v ? measure<kGroup>(tile) : summarise(tile, cache.canonical, fp4 && cache.centring, summary);
   int8_t exponents[2] = {0, 0};
-  float eps = 0;
   uint8_t* const planes[2] = {fp4, residual};
 #pragma unroll
   for (int plane = 0; plane < 2; ++plane) {
@@ -397,15 +432,23 @@ __device__ void encode_page(const Tile& tile, const AppendParams& p, uint8_t* fp
     const int exponent = p.page_scale ? page_exponent(amax, kFormat, kScales) : 0;
     exponents[plane] = static_cast<int8_t>(exponent);
     largest = encode_plane<kFormat, kScales>(tile, cache.layout, exponent, plane == 0, planes[plane]);
-    __syncthreads();
-    store_codes(tile, cache.layout, planes[plane]);
-    if (plane == 0 && threadIdx.x < 32) eps = rms_over_tokens(tile, groups);
   }
-  if (threadIdx.x == 0) {
-    int8_t* const to = tile.is_v ? facts->v_exponent : facts->k_exponent;
-    to[0] = exponents[0];
-    to[1] = exponents[1];
-    (tile.is_v ? facts->eps_v : facts->eps_k) = eps;
+  __syncthreads();
+
+  auto* const facts = reinterpret_cast<PageSummary*>(summary);
+  const int warp = threadIdx.x / 32;
+  if (warp == 0) {
+    const float eps = fp4 ? rms_over_tokens(tile.squares[1], groups) : 0.0f;
+    if (threadIdx.x == 0) {
+      (tile.is_v ? facts->eps_v : facts->eps_k) = eps;
+      int8_t* const to = tile.is_v ? facts->v_exponent : facts->k_exponent;
+      to[0] = exponents[0];
+      to[1] = exponents[1];
+    }
+  }
+  if (warp == 1 && tile.is_v) {
+    const float norm = rms_over_tokens(tile.squares[0], groups);
+    if (threadIdx.x == 32) facts->v_norm = norm;
   }
 }
 
@@ -427,8 +470,8 @@ __global__ void __launch_bounds__(kThreads, 4) append_kernel(const __grid_consta
   tile.lanes = tile.is_v ? cache.layout.dv : kPageTokens;
   tile.stride = tile.lanes + kPad;
   tile.values = reinterpret_cast<float*>(shared);
-  tile.group_sums = tile.values + tile.depth * tile.stride;
-  tile.codes = reinterpret_cast<uint8_t*>(tile.group_sums + tile.depth / 16 * tile.lanes);
+  tile.squares[0] = tile.values + tile_floats(tile.depth, tile.lanes);
+  tile.squares[1] = tile.squares[0] + group_floats(tile.depth, tile.lanes);
 
   const int id = cache.block_table[int64_t{slot} * cache.max_pages + page];
   const int64_t record = int64_t{id} * cache.h_kv + head;

@@ -1,16 +1,16 @@
 // Choosing the pages of one query block by one CTA, from scores that stand in memory (global or shared): what
 // src/cpu/select.cc does on a CPU.
 //
-//   scores -> [shares -> contributions] -> smallest and largest key -> histograms of 8 bits at a time -> Cut -> tiers
+//   scores -> [shares -> contributions] -> keys, in shared memory -> histograms of 8 bits at a time -> Cut -> tiers
 //
-// A score becomes a key, an unsigned integer of the same order. The bits in which the candidates' keys differ are
-// looked at from the top, 8 at a time: a histogram in shared memory, every warp finds the digit of the last page taken,
-// and those of other digits drop out. Keys of real scores spread over the first digit, so two or three digits decide.
-// The result is a Cut, which says of any page by itself whether it is taken: whoever writes the result goes through the
-// pages in their order, without a sort. Budgets of mass and of error weigh a page by its share in units of 2^-31; all
-// sums that a cut hangs on are sums of integers, so the same scores give the same pages, whatever the order of threads.
+// A key is an unsigned integer that orders as the scores do; that of a forced page is 0, which takes no part. The bits
+// in which keys differ are looked at from the top, 8 at a time: a histogram, the digit of the last page taken, and keys
+// with other digits drop out; three digits decide most choices. The result is a Cut, which says of any page by its key
+// whether it is taken: whoever writes the result goes through the pages in their order, without a sort. Budgets of mass
+// and of error weigh a page by its share in units of 2^-31; all sums that a cut hangs on are sums of integers, so the
+// same scores give the same pages, whatever the order of threads.
 //
-// Cost: one reading of the scores for each digit and two more, one barrier each; about 2 us for 2048 pages.
+// What binds it is latency: some 30 instructions for each page and digit over the CTA's warps, two barriers a digit.
 #pragma once
 
 #include <algorithm>
@@ -22,8 +22,7 @@
 
 namespace thriftattn::cuda {
 
-inline constexpr int kThreads = 256, kWarps = kThreads / 32;  // of a CTA that chooses
-inline constexpr unsigned kAll = 0xffffffffu;                 // lanes of a warp
+inline constexpr unsigned kAll = 0xffffffffu;  // lanes of a warp
 
 // What a method says of choosing, without its name.
 struct Choosing {
@@ -82,6 +81,8 @@ THRIFTATTN_HD inline Candidates candidates(const BlockPages& block, const Force&
           cache.residual != nullptr};
 }
 
+inline constexpr uint32_t kForcedKey = 0;  // below any score's
+
 // What becomes of one page.
 struct Verdict {
   Tier tier;
@@ -89,13 +90,13 @@ struct Verdict {
   bool wanted;  // and not stored
 };
 THRIFTATTN_HD inline Verdict judge(const Choosing& how, const Candidates& c, const Cut& cut, int page, uint32_t key) {
-  const bool forced = c.forced(page);
-  const bool taken = !forced && (key > cut.key || (key == cut.key && page < cut.page_limit));
-  Tier tier = how.rest;
-  if (forced) tier = forced_tier(how.rest, c.has_high(page), c.residual);
-  if (taken && how.high != Tier::none) tier = how.high;
-  const bool wanted = forced ? tier == how.rest && tier != Tier::fp16 : taken && how.high == Tier::none;
-  return {tier, tier != how.rest, wanted};
+  if (key == kForcedKey) {
+    const Tier tier = forced_tier(how.rest, c.has_high(page), c.residual);
+    return {tier, tier != how.rest, tier == how.rest && tier != Tier::fp16};
+  }
+  const bool taken = key > cut.key || (key == cut.key && page < cut.page_limit);
+  return {taken && how.high != Tier::none ? how.high : how.rest, taken && how.high != Tier::none,
+          taken && how.high == Tier::none};
 }
 
 #ifdef __CUDACC__
@@ -106,19 +107,27 @@ struct Summaries {
   int64_t page_stride;   // bytes
   const int32_t* table;  // [max_pages]
 
-  __device__ const uint8_t* of(int page) const { return pool + table[page] * page_stride; }
+  __device__ const uint8_t* record(int id) const { return pool + id * page_stride; }
 };
 __device__ inline Summaries summaries_of(const LayerCache& cache, int slot, int kv_head) {
   return {cache.summary + kv_head * cache.canonical.summary_bytes, cache.h_kv * cache.canonical.summary_bytes,
           cache.block_table + static_cast<int64_t>(slot) * cache.max_pages};
 }
 
+// The bin of a histogram in which the sum from the top reaches what is needed.
+struct Bin {
+  uint32_t index, above, in;
+};
+
+template <int kThreads>
 struct ChooseShared {
+  static constexpr int kWarps = kThreads / 32;
   uint32_t histogram[4][256];
   uint32_t low[kWarps], high[kWarps], total[kWarps];
   double sums[3][kWarps];
   float top[kWarps];
   uint32_t need;
+  Bin bin;
   int limit;
   int counts[kWarps][3];
 };
@@ -128,12 +137,13 @@ __device__ inline int warp_id() { return static_cast<int>(threadIdx.x) / 32; }
 __device__ inline unsigned lanes_before() { return (1u << lane_id()) - 1; }
 
 // The sum over all threads, in an order that is always the same. `slots` may be used once between two barriers.
-__device__ inline double sum_of_cta(double x, double (&slots)[kWarps]) {
+template <int kThreads>
+__device__ double sum_of_cta(double x, double (&slots)[kThreads / 32]) {
   for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(kAll, x, i);
   if (lane_id() == 0) slots[warp_id()] = x;
   __syncthreads();
   double sum = 0;
-  for (int w = 0; w < kWarps; ++w) sum += slots[w];
+  for (double of_warp : slots) sum += of_warp;
   return sum;
 }
 
@@ -143,17 +153,17 @@ struct Weighing {
   float factor = 0, top = 0, softcap = 0;
 
   __device__ float capped(float score) const { return softcap > 0 ? softcap * tanhf(score / softcap) : score; }
-  __device__ uint32_t of(float score) const {
-    if (form == one) return 1;
-    return __float2uint_rn(factor * (form == linear ? score : expf(capped(score) - top)));
-  }
+  __device__ float unscaled(float score) const { return form == linear ? score : expf(capped(score) - top); }
+  __device__ uint32_t of(float score) const { return form == one ? 1 : __float2uint_rn(factor * unscaled(score)); }
 };
 
 // For budgets of mass and tolerance: how pages weigh, and in `need` how much is wanted of the candidates. Under
 // tolerance the scores are replaced by the pages' contributions to the error, by which they are then ranked.
-__device__ inline Weighing weigh(const Choosing& how, const Candidates& c, float* score, float q_norm,
-                                 const Summaries& summaries, ChooseShared& s, double& need) {
+template <int kThreads>
+__device__ Weighing weigh(const Choosing& how, const Candidates& c, float* score, float q_norm,
+                          const Summaries& summaries, ChooseShared<kThreads>& s, double& need) {
   constexpr double kUnits = 0x1p31;
+  const int n = c.end - c.first, t = static_cast<int>(threadIdx.x);
   const bool by_mass = how.budget.kind == Budget::Kind::mass;
   Weighing share;
   share.form = how.policy == Policy::fp4_mass ? Weighing::linear : Weighing::softmax;
@@ -161,25 +171,20 @@ __device__ inline Weighing weigh(const Choosing& how, const Candidates& c, float
   share.factor = 1;
   if (share.form == Weighing::softmax) {
     float top = -INFINITY;
-    for (int p = c.first + static_cast<int>(threadIdx.x); p < c.end; p += kThreads)
-      top = fmaxf(top, share.capped(score[p - c.first]));
+    for (int i = t; i < n; i += kThreads) top = fmaxf(top, share.capped(score[i]));
     for (int i = 16; i > 0; i /= 2) top = fmaxf(top, __shfl_xor_sync(kAll, top, i));
     if (lane_id() == 0) s.top[warp_id()] = top;
     __syncthreads();
-    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, s.top[w]);
+    for (float of_warp : s.top) top = fmaxf(top, of_warp);
     share.top = top;
   }
-  const auto unscaled = [&share](float x) {
-    return share.form == Weighing::linear ? x : expf(share.capped(x) - share.top);
-  };
   double all = 0, of_forced = 0;
-  for (int p = c.first + static_cast<int>(threadIdx.x); p < c.end; p += kThreads) {
-    const float x = unscaled(score[p - c.first]);
-    all += x;
-    if (c.forced(p)) of_forced += x;
+  for (int i = t; i < n; i += kThreads) {
+    all += share.unscaled(score[i]);
+    if (c.forced(c.first + i)) of_forced += share.unscaled(score[i]);
   }
-  all = sum_of_cta(all, s.sums[0]);
-  of_forced = sum_of_cta(of_forced, s.sums[1]);
+  all = sum_of_cta<kThreads>(all, s.sums[0]);
+  of_forced = sum_of_cta<kThreads>(of_forced, s.sums[1]);
   const double each = all > 0 ? 1 / all : 0;
   if (by_mass) {
     share.factor = static_cast<float>(each * kUnits);
@@ -187,13 +192,12 @@ __device__ inline Weighing weigh(const Choosing& how, const Candidates& c, float
     return share;
   }
   double left = 0;
-  for (int p = c.first + static_cast<int>(threadIdx.x); p < c.end; p += kThreads) {
-    float& x = score[p - c.first];
-    const auto& facts = *reinterpret_cast<const PageSummary*>(summaries.of(p));
-    x = error_contribution(facts, unscaled(x) * static_cast<float>(each), how.sm_scale, q_norm);
-    if (!c.forced(p)) left += x;
+  for (int i = t; i < n; i += kThreads) {
+    const auto& facts = *reinterpret_cast<const PageSummary*>(summaries.record(summaries.table[c.first + i]));
+    score[i] = error_contribution(facts, share.unscaled(score[i]) * static_cast<float>(each), how.sm_scale, q_norm);
+    if (!c.forced(c.first + i)) left += score[i];
   }
-  left = sum_of_cta(left, s.sums[2]);
+  left = sum_of_cta<kThreads>(left, s.sums[2]);
   // Enough is taken once what is left is below the budget's value.
   need = left < how.budget.value ? 0 : left > 0 ? floor((left - how.budget.value) / left * kUnits) + 1 : 2 * kUnits;
   Weighing contribution;
@@ -202,10 +206,7 @@ __device__ inline Weighing weigh(const Choosing& how, const Candidates& c, float
   return contribution;
 }
 
-// The bin of a histogram in which the sum from the top reaches `need`; the same in all lanes of a warp.
-struct Bin {
-  uint32_t index, above, in;
-};
+// Called by one warp; the result is the same in all lanes.
 __device__ inline Bin find_bin(const uint32_t (&histogram)[256], uint32_t need) {
   const int lane = lane_id();
   uint32_t bins[8], sum = 0;  // of this lane, from the top: 255 - 8 lane and below
@@ -229,19 +230,32 @@ __device__ inline Bin find_bin(const uint32_t (&histogram)[256], uint32_t need) 
           __shfl_sync(kAll, found.in, source)};
 }
 
-// The cut that takes the fewest candidates, best first, whose weights sum to s.need. Thread 0 may have written s.need
-// just before; the histogram must be unused since a barrier.
-__device__ inline Cut find_cut(const Candidates& c, const float* score, const Weighing& weigh, ChooseShared& s) {
-  const int t = static_cast<int>(threadIdx.x);
-  for (auto& histogram : s.histogram) histogram[t] = 0;
+// Chooses by score[i] of page c.first + i, which it may overwrite, and leaves the pages' keys, which may take the
+// scores' place. The caller puts a barrier before the next use of `s`. (The method ranks.)
+template <int kThreads>
+__device__ Cut choose(const Choosing& how, const Candidates& c, float* score, uint32_t* keys, float q_norm,
+                      const Summaries& summaries, ChooseShared<kThreads>& s) {
+  const int n = c.end - c.first, t = static_cast<int>(threadIdx.x);
+  Weighing weigh_page;
+  if (how.budget.kind == Budget::Kind::mass || how.budget.kind == Budget::Kind::tolerance) {
+    double need = 0;
+    weigh_page = weigh(how, c, score, q_norm, summaries, s, need);
+    if (t == 0) s.need = need > 0 ? static_cast<uint32_t>(fmin(need, 0x1.8p31)) : 0;
+  } else if (t == 0) {
+    const int64_t forced = forced_pages(how.force, c.block).count(c.block);
+    s.need = static_cast<uint32_t>(budget_pages(how.budget, c.block, forced, how.one_k) - forced);
+  }
+
+  for (int i = t; i < 4 * 256; i += kThreads) s.histogram[i / 256][i % 256] = 0;
   uint32_t low = UINT32_MAX, high = 0, total = 0;
-  for (int p = c.first + t; p < c.end; p += kThreads) {
-    if (c.forced(p)) continue;
-    const float x = score[p - c.first];
-    const uint32_t key = key_of(x);
+  for (int i = t; i < n; i += kThreads) {
+    const float x = score[i];
+    const uint32_t key = c.forced(c.first + i) ? kForcedKey : key_of(x);
+    keys[i] = key;
+    if (key == kForcedKey) continue;
     low = min(low, key);
     high = max(high, key);
-    total += weigh.of(x);
+    total += weigh_page.of(x);
   }
   low = __reduce_min_sync(kAll, low);
   high = __reduce_max_sync(kAll, high);
@@ -253,13 +267,13 @@ __device__ inline Cut find_cut(const Candidates& c, const float* score, const We
   }
   __syncthreads();
   total = 0;
-  for (int w = 0; w < kWarps; ++w) {
+  for (int w = 0; w < s.kWarps; ++w) {
     low = min(low, s.low[w]);
     high = max(high, s.high[w]);
     total += s.total[w];
   }
   const uint32_t need = s.need;
-  const bool counts = weigh.form == Weighing::one;
+  const bool counts = weigh_page.form == Weighing::one;
   if (need == 0) return {};
   if (total < need || (counts && total == need)) return Cut::all();
 
@@ -269,30 +283,34 @@ __device__ inline Cut find_cut(const Candidates& c, const float* score, const We
   for (auto* histogram = s.histogram; bits > 0; ++histogram) {
     const int shift = max(bits - 8, 0);
     const uint32_t digits = (1u << (bits - shift)) - 1;
-    for (int p = c.first + t; p < c.end; p += kThreads) {
-      const float x = score[p - c.first];
-      const uint32_t k = key_of(x);
-      if ((k & decided) == key && !c.forced(p)) atomicAdd(&(*histogram)[(k >> shift) & digits], weigh.of(x));
+    for (int i = t; i < n; i += kThreads) {
+      const uint32_t k = keys[i];
+      if ((k & decided) == key && k != kForcedKey)
+        atomicAdd(&(*histogram)[(k >> shift) & digits], counts ? 1 : weigh_page.of(score_of(k)));
     }
     __syncthreads();
-    const Bin bin = find_bin(*histogram, need - above);
-    key |= bin.index << shift;
-    above += bin.above;
-    in = bin.in;
+    if (warp_id() == 0) {
+      const Bin bin = find_bin(*histogram, need - above);
+      if (lane_id() == 0) s.bin = bin;
+    }
+    __syncthreads();
+    key |= s.bin.index << shift;
+    above += s.bin.above;
+    in = s.bin.in;
     if (counts && above + in == need) return {key, INT_MAX};  // all that begin with these digits
     bits = shift;
     decided = ~((1u << bits) - 1);
   }
-  const uint32_t each = weigh.of(score_of(key));
+  const uint32_t each = weigh_page.of(score_of(key));
   const int ties = static_cast<int>((need - above + each - 1) / each);
   if (static_cast<uint32_t>(ties) >= in / each) return {key, INT_MAX};
   if (warp_id() == 0) {  // the first `ties` pages with this very key
     int seen = 0;
-    for (int first = c.first; seen < ties; first += 32) {
-      const int p = first + lane_id();
-      const bool tie = p < c.end && key_of(score[p - c.first]) == key && !c.forced(p);
+    for (int first = 0; seen < ties; first += 32) {
+      const int i = first + lane_id();
+      const bool tie = i < n && keys[i] == key;
       const unsigned all = __ballot_sync(kAll, tie);
-      if (tie && seen + __popc(all & lanes_before()) == ties - 1) s.limit = p + 1;
+      if (tie && seen + __popc(all & lanes_before()) == ties - 1) s.limit = c.first + i + 1;
       seen += __popc(all);
     }
   }
@@ -300,62 +318,48 @@ __device__ inline Cut find_cut(const Candidates& c, const float* score, const We
   return {key, s.limit};
 }
 
-// Chooses by score[page - c.first], which it may overwrite. Begins and, unless the method does not rank, ends within
-// the reach of a barrier: the caller puts one before the next use of `s`.
-__device__ inline Cut choose(const Choosing& how, const Candidates& c, float* score, float q_norm,
-                             const Summaries& summaries, ChooseShared& s) {
-  if (!how.ranks) return {};
-  Weighing weighing;
-  if (how.budget.kind == Budget::Kind::mass || how.budget.kind == Budget::Kind::tolerance) {
-    double need = 0;
-    weighing = weigh(how, c, score, q_norm, summaries, s, need);
-    if (threadIdx.x == 0) s.need = need > 0 ? static_cast<uint32_t>(fmin(need, 0x1.8p31)) : 0;
-  } else if (threadIdx.x == 0) {
-    const ForcedPages pages = forced_pages(how.force, c.block);
-    const int64_t forced = pages.count(c.block);
-    s.need =
-        static_cast<uint32_t>(min(c.block.n() - forced, budget_pages(how.budget, c.block, forced, how.one_k) - forced));
-  }
-  return find_cut(c, score, weighing, s);
-}
-
-// Writes the lists and counts of unit u. Each warp goes through pages of its own, first counting, then writing.
-__device__ inline void write_lists(const Choosing& how, const Candidates& c, const Cut& cut, const float* score,
-                                   const Lists& lists, int64_t u, ChooseShared& s) {
+// Writes the lists and counts of unit u; keys are null where the method does not rank. Each warp goes through pages of
+// its own, first counting, then writing.
+template <int kThreads>
+__device__ void write_lists(const Choosing& how, const Candidates& c, const Cut& cut, const uint32_t* keys,
+                            const Lists& lists, int64_t u, ChooseShared<kThreads>& s) {
   enum { fp16, fp4x2, wanted, kinds };
-  const int n = c.end - c.first, strips = (n + 31) / 32, per_warp = (strips + kWarps - 1) / kWarps;
-  const int first = c.first + warp_id() * per_warp * 32, end = min(c.end, first + per_warp * 32);
-  const auto verdict = [&](int page) {
-    return page < end ? judge(how, c, cut, page, how.ranks ? key_of(score[page - c.first]) : 0)
-                      : Verdict{how.rest, false, false};
+  const int n = c.end - c.first, strips = (n + 31) / 32, per_warp = (strips + s.kWarps - 1) / s.kWarps;
+  const int first = warp_id() * per_warp * 32, end = min(n, first + per_warp * 32);
+  const auto verdict = [&](int i) {
+    if (i >= end) return Verdict{how.rest, false, false};
+    const uint32_t key = keys ? keys[i] : c.forced(c.first + i) ? kForcedKey : 1;
+    return judge(how, c, cut, c.first + i, key);
   };
   int count[kinds] = {};
-  for (int p0 = first; p0 < end; p0 += 32) {
-    const Verdict v = verdict(p0 + lane_id());
+  for (int i = first + lane_id(); i - lane_id() < end; i += 32) {
+    const Verdict v = verdict(i);
     count[fp16] += __popc(__ballot_sync(kAll, v.listed && v.tier == Tier::fp16));
     count[fp4x2] += __popc(__ballot_sync(kAll, v.listed && v.tier == Tier::fp4x2));
     count[wanted] += __popc(__ballot_sync(kAll, v.wanted));
   }
-  if (lane_id() == 0)
-    for (int i = 0; i < kinds; ++i) s.counts[warp_id()][i] = count[i];
+#pragma unroll
+  for (int kind = 0; kind < kinds; ++kind)
+    if (lane_id() == 0) s.counts[warp_id()][kind] = count[kind];
   __syncthreads();
-  int before[kinds] = {}, all[kinds] = {};
-  for (int w = 0; w < kWarps; ++w)
-    for (int i = 0; i < kinds; ++i) {
-      if (w < warp_id()) before[i] += s.counts[w][i];
-      all[i] += s.counts[w][i];
-    }
+  // Sums over warps, one a lane: those before this one, and all.
+  int before[kinds], all[kinds];
+#pragma unroll
+  for (int kind = 0; kind < kinds; ++kind) {
+    const int of_warp = lane_id() < s.kWarps ? s.counts[lane_id()][kind] : 0;
+    before[kind] = __reduce_add_sync(kAll, lane_id() < warp_id() ? of_warp : 0);
+    all[kind] = __reduce_add_sync(kAll, of_warp);
+  }
   uint32_t* by_page = lists.by_page + u * lists.k_max;
   uint32_t* by_tier = lists.by_tier + u * lists.k_max;
-  for (int p0 = first; p0 < end; p0 += 32) {
-    const int p = p0 + lane_id();
-    const Verdict v = verdict(p);
-    const bool high = v.listed && v.tier == Tier::fp16, planes = v.listed && v.tier == Tier::fp4x2;
-    const unsigned highs = __ballot_sync(kAll, high), pairs = __ballot_sync(kAll, planes);
+  for (int i = first + lane_id(); i - lane_id() < end; i += 32) {
+    const Verdict v = verdict(i);
+    const bool high = v.listed && v.tier == Tier::fp16;
+    const unsigned highs = __ballot_sync(kAll, high), pairs = __ballot_sync(kAll, v.listed && !high);
     const int highs_before = before[fp16] + __popc(highs & lanes_before());
     const int pairs_before = before[fp4x2] + __popc(pairs & lanes_before());
-    const uint32_t entry = static_cast<uint32_t>(p) * 4 + static_cast<uint32_t>(v.tier);
     if (v.listed) {
+      const uint32_t entry = static_cast<uint32_t>(c.first + i) * 4 + static_cast<uint32_t>(v.tier);
       by_page[highs_before + pairs_before] = entry;
       by_tier[high ? highs_before : all[fp16] + pairs_before] = entry;
     }

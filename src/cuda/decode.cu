@@ -7,8 +7,7 @@ namespace thriftattn::cuda {
 namespace {
 
 cudaError_t launch(const DecodeParams& params, const DecodeConfig& config, Pass pass, cudaStream_t stream) {
-  const void* kernel =
-      config.d_bucket == 128 ? decode_kernel_d128(config.columns) : decode_kernel_d256(config.columns);
+  const void* kernel = config.d_bucket == 128 ? decode_kernel_d128(config.columns) : decode_kernel_d256(config.columns);
   if (const cudaError_t error =
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, config.shared_bytes);
       error != cudaSuccess)
@@ -37,10 +36,10 @@ DecodeConfig decode_config(const Problem& problem, const Gpu& gpu) {
   config.d_bucket = problem.d == 128 && problem.d_v == 128 ? 128 : 256;
   config.columns = rows <= 4 ? 4 : rows <= 8 || config.d_bucket == 256 ? 8 : 16;
   config.tiles = static_cast<int>((rows + config.columns - 1) / config.columns);
-  config.slots = kRingSlots;
+  config.slots = static_cast<int>(kRingSlots);
   config.blocks = gpu.multiprocessors;
   config.programmatic = gpu.compute_capability >= 90;
-  config.warps = max_warps(config.d_bucket);
+  config.warps = max_warps(config.d_bucket, config.columns);
   const auto bytes = [&] { return shared_layout(layout, config.columns, config.warps, config.blocks).bytes; };
   while (config.warps > 1 && bytes() > gpu.shared_bytes) --config.warps;
   config.shared_bytes = bytes();

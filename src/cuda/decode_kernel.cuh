@@ -4,9 +4,9 @@
 //                                                                                          warps, then CTAs: merged
 //
 // One CTA of 12 warps per multiprocessor; each warp reads items of its own (decode_units.cuh) and knows nothing of the
-// others until the CTA's part of a unit ends. Memory: 9216 bytes of a page of 64 tokens and one head at d = 128, and its
-// exponents and q.k_mean, 32 bytes. Shared memory at d = 128 and 4 rows: 12 x 2 slots of 4656 bytes, 26 KB of merge.
-// Binds on DRAM where there is much to read, else on its set-up: shares, first addresses, merge.
+// others until the CTA's part of a unit ends. Memory: 9216 bytes of a page of 64 tokens and one head at d = 128, and
+// its exponents and q.k_mean, 32 bytes. Shared memory at d = 128 and 4 rows: 12 x 2 slots of 4656 bytes, 26 KB of
+// merge. Binds on DRAM where there is much to read, else on its set-up: shares, first addresses, merge.
 #pragma once
 
 #include <cstdint>
@@ -19,94 +19,116 @@ namespace thriftattn::cuda {
 const void* decode_kernel_d128(int columns);
 const void* decode_kernel_d256(int columns);
 
-THRIFTATTN_HD constexpr int max_warps(int d_bucket) { return d_bucket == 128 ? 12 : 8; }
+// Eight where a lane holds so much of q and o that twelve would not have the registers.
+THRIFTATTN_HD constexpr int max_warps(int d_bucket, int columns) { return d_bucket == 128 && columns <= 8 ? 12 : 8; }
 
-// Offsets in dynamic shared memory.
+// Offsets in dynamic shared memory; rings are at 0. Segments: two of each warp, and the CTA's first.
 struct SharedLayout {
-  int merge, units, scan, barriers, bytes;  // rings are at 0
+  int queries, merge, barriers, scan, share, segments, bytes;
 };
 THRIFTATTN_HD constexpr SharedLayout shared_layout(const DeviceLayout& layout, int columns, int warps, int blocks) {
   SharedLayout s{};
-  s.merge = warps * kRingSlots * slot_layout(layout, columns).bytes;
-  s.units = s.merge + merge_layout(warps, columns, layout.dv, blocks).floats * static_cast<int>(sizeof(float));
-  s.scan = static_cast<int>(round_up(s.units + warps * static_cast<int>(sizeof(FeedPlace) + sizeof(Unit)), 16));
-  s.barriers = s.scan + 32 * 8 + static_cast<int>(round_up(sizeof(Share), 16));
-  s.bytes = s.barriers + warps * kRingSlots * 8;
+  s.queries = warps * static_cast<int>(kRingSlots) * slot_layout(layout, columns).bytes;
+  s.merge = s.queries + 2 * columns * layout.dk;
+  s.barriers = static_cast<int>(
+      round_up(s.merge + merge_layout(warps, columns, layout.dv, blocks).floats * static_cast<int>(sizeof(float)), 16));
+  s.scan = s.barriers + warps * static_cast<int>(kRingSlots) * 8;
+  s.share = s.scan + warps * 8;
+  s.segments = s.share + static_cast<int>(sizeof(Share));
+  s.bytes = s.segments + (2 * warps + 1) * static_cast<int>(sizeof(Segment));
   return s;
 }
 
 template <int D, int N>
-__global__ void __launch_bounds__(32 * max_warps(D), 1) decode_kernel(const __grid_constant__ DecodeArgs args) {
+__global__ void __launch_bounds__(32 * max_warps(D, N), 1) decode_kernel(const __grid_constant__ DecodeArgs args) {
   using Rows = DecodeRows<D, N, D == 128>;
   extern __shared__ __align__(128) uint8_t shared[];
   const DeviceLayout& device = args.p.cache.layout;
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const SharedLayout layout = shared_layout(device, N, warps, gridDim.x);
   const SlotLayout slot = slot_layout(device, N);
-  FeedPlace* places = reinterpret_cast<FeedPlace*>(shared + layout.units);
-  Unit& unit = reinterpret_cast<Unit*>(places + warps)[warp];  // that is being read
-  const Share& share = *reinterpret_cast<const Share*>(shared + layout.scan + 32 * 8);
+  uint16_t* queries = reinterpret_cast<uint16_t*>(shared + layout.queries);
+  Share& share = *reinterpret_cast<Share*>(shared + layout.share);
+  Segment* segments = reinterpret_cast<Segment*>(shared + layout.segments);
+  Segment& segment = segments[2 * warp];  // that is being read; the next one is the feed's
   Ring ring(shared + warp * kRingSlots * slot.bytes,
             reinterpret_cast<uint64_t*>(shared + layout.barriers) + kRingSlots * warp, slot.bytes);
   wait_for_previous_kernel();
   let_next_kernel_start();
 
-  if (!find_share(args, reinterpret_cast<int64_t*>(shared + layout.scan), const_cast<Share*>(&share))) return;
-  Feed feed(args, slot, places + warp);
-  feed.start(args.pass, share.unit, share.unit_begin, share.begin, share.end);
-  Merge<Rows> merge(args, merge_layout(warps, N, device.dv, gridDim.x), reinterpret_cast<float*>(shared + layout.merge));
+  Segment& first_segment = segments[2 * warps];
+  if (!find_share(args, reinterpret_cast<int64_t*>(shared + layout.scan), share, first_segment)) return;
+  Feed<N> feed(args, slot, share, segments[2 * warp + 1]);
+  feed.start(first_segment);
+  copy_segment(segment, first_segment);
+  Merge<Rows> merge(args, merge_layout(warps, N, device.dv, gridDim.x),
+                    reinterpret_cast<float*>(shared + layout.merge));
   Rows rows(args);
 
-  Pass pass = args.pass;
-  int number = share.unit, end_number = 0;
-  int64_t begin = share.unit_begin;
-  bool cancelled = false, first_unit = true;
+  bool cancelled = false, ring_is_full = false;
+  int end_number = 0;
   while (true) {
-    if (first_unit) {
-      for (int i = 0; i < kRingSlots; ++i) feed.fill(ring);
-      first_unit = false;
-    }
-    enter_unit(args, pass, number, unit);
-    rows.start(unit);
-    const bool whole = pass == Pass::again;
-    const int first = whole ? 0 : unit.items.before(share.begin - begin);
-    const int end = unit.items.before(whole ? INT64_MAX : share.end - begin);
+    int i = segment.first + warp;
+    bool started = false;
 #pragma unroll 1
-    for (int i = first + warp; i < end; i += warps) {
-      const uint32_t word = *reinterpret_cast<const uint32_t*>(ring.wait() + slot.word);
-      const Tier tier = Item::tier(word);
-      const int planes = tier == Tier::fp4x2 ? 2 : 1;
+    while (true) {
+      Tier tier = Tier::none;
+      const uint8_t *first = nullptr, *second = nullptr;
+      int slots = kRingSlots;  // to fill before anything is read, where the ring is empty
       typename Rows::Columns p[2];
-      float second = 1;
-      if (tier == Tier::fp16)
-        rows.read_high(ring, unit, pass, word);
-      else if (tier != Tier::none)
-        second = rows.read_keys(ring, unit, pass, word, planes, p);
+      uint32_t second_factor = 0;
+      if (ring_is_full) {
+        if (!started) rows.start(segment.unit, queries);
+        started = true;
+        if (i >= segment.end) break;
+        i += warps;
+        first = ring.wait();
+        const uint32_t word = *reinterpret_cast<const uint32_t*>(first + slot.word);
+        tier = Item::tier(word);
+        slots = tier == Tier::fp4x2 ? 2 : 1;
+        if (slots == 2) second = ring.wait(1);
+        if (tier == Tier::fp16)
+          rows.read_high(first, segment, word);
+        else if (tier != Tier::none)
+          second_factor = rows.read_keys(first, second, segment, word, slots, p);
+      }
 #pragma unroll 1
-      for (int plane = 0; plane < planes; ++plane) {
-        if (tier == Tier::fp4 || tier == Tier::fp4x2) rows.read_values(ring, plane == 0 ? 1.0f : second, p);
-        ring.release();
+      for (int k = 0; k < slots; ++k) {
+        if (tier == Tier::fp4 || tier == Tier::fp4x2) {
+          if (k == 1) rows.scale(p, second_factor);
+          rows.read_values(k == 0 ? first : second, p);
+        }
+        if (ring_is_full) ring.release();
         feed.fill(ring);
       }
+      ring_is_full = true;
     }
-    cancelled |= merge.finish(rows, unit, pass, number, share, begin);
+    cancelled |= merge.finish(rows, segment, share);
 
-    if (pass != Pass::again) {
-      begin += unit.items.weight();
-      ++number;
-      if (begin < share.end) continue;
+    // The next segment; after all of them the units whose exchange cancelled, whole.
+    int number = segment.number + 1;
+    if (segment.pass != Pass::again) {
+      if (segment.next() < share.end) {
+        if (feed.segment().number == number)
+          copy_segment(segment, feed.segment());
+        else
+          next_segment(args, share, segment);
+        continue;
+      }
       if (!cancelled) return;
-      pass = Pass::again;
       end_number = number;
-      number = share.unit;
-    } else {
-      if (threadIdx.x == 0) args.p.tickets[number] = 0;
-      ++number;
+      number = first_segment.number;
+    } else if (threadIdx.x == 0) {
+      args.p.tickets[segment.number] = 0;
     }
     while (number < end_number && args.p.tickets[number] != cancelled_ticket(blockIdx.x)) ++number;
     if (number == end_number) return;
-    feed.start(pass, number, 0, 0, INT64_MAX);
-    first_unit = true;
+    const Segment whole = whole_unit(unit_at(args, Pass::again, number), Pass::again, number);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) segment = whole;
+    __syncwarp();
+    feed.start(segment);
+    ring_is_full = false;
   }
 }
 

@@ -11,9 +11,9 @@
 //   N >= 8   a product of depth 8 for each scale group.
 //
 // Scores are in units of log2. A row's reference m is an integer above -inf and p = 2^(x - v_exponent - m): the page's
-// exponent of V rides on p, so that V's codes need no further factor; sums of p take it out again. Scores are rounded to
-// multiples of 2^-16, so that x - v_exponent - m is exact and p's rounding to 16 bit is the same whatever m is: what an
-// exchange takes out is what went in. m moves when a score passes it by kSlack.
+// exponent of V rides on p, so that V's codes need no further factor; sums of p take it out again. Scores are rounded
+// to multiples of 2^-16, so that x - v_exponent - m is exact and p's rounding to 16 bit is the same whatever m is: what
+// an exchange takes out is what went in. m moves when a score passes it by kSlack.
 #pragma once
 
 #include <cstdint>
@@ -24,10 +24,14 @@
 
 namespace thriftattn::cuda {
 
-inline constexpr float kNothing = -1e30f;  // m of a row that has seen nothing; never -inf, so that differences are numbers
-inline constexpr float kMasked = -3e38f;   // a score that is not seen: below every m by more than a float can say
+inline constexpr float kNothing =
+    -1e30f;  // m of a row that has seen nothing; never -inf, so that differences are numbers
+inline constexpr float kMasked = -3e38f;  // a score that is not seen: below every m by more than a float can say
 inline constexpr float kSlack = 6.0f;
 inline constexpr float kLog2E = 1.4426950408889634f;
+
+// 2^e for e in [-127, 127], where -127 gives 0.
+__device__ inline float power_of_2(int e) { return float_of(static_cast<uint32_t>(e + 127) << 23); }
 
 __device__ inline float load_element(const void* data, DType dtype, int64_t i) {
   if (dtype == DType::f32) return static_cast<const float*>(data)[i];
@@ -40,9 +44,9 @@ template <int D, int N, bool kExact>
 class DecodeRows {
  public:
   static constexpr bool kDiagonal = N == 4;
-  static constexpr int kTiles = kDiagonal ? 1 : N / 8;   // of 8 columns of B
-  static constexpr int kGroups = kDiagonal ? 1 : 2;      // scale groups that a lane multiplies by
-  static constexpr int kRows = 2 * kTiles;               // rows of a lane: row(r), r in [0, kRows)
+  static constexpr int kTiles = kDiagonal ? 1 : N / 8;  // of 8 columns of B
+  static constexpr int kGroups = kDiagonal ? 1 : 2;     // scale groups that a lane multiplies by
+  static constexpr int kRows = 2 * kTiles;              // rows of a lane: row(r), r in [0, kRows)
   using Tile = float[kTiles][4];
   using Columns = uint32_t[kTiles][2];
 
@@ -52,9 +56,9 @@ class DecodeRows {
   // The tile's row of this lane's r-th column pair element.
   __device__ int row(int r) const { return kDiagonal ? 2 * (t_ & 1) + r : r / 2 * 8 + 2 * t_ + r % 2; }
 
-  // q of a unit's rows, in 16 bit; the softmax starts anew.
-  __device__ void start(const Unit& u) {
-    const DecodeParams& p = args_.p;
+  // The softmax starts anew, with a unit's rows of q in 16 bit. By the whole CTA; staged: room for [N][dk] halves.
+  __device__ void start(const Unit& u, uint16_t* staged) {
+    stage_queries(u, staged);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) m[r] = kNothing, l[r] = 0, l_high[r] = 0;
 #pragma unroll
@@ -63,43 +67,34 @@ class DecodeRows {
       for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
         for (int e = 0; e < 4; ++e) o[i][tile][e] = 0;
+    __syncthreads();
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      const int row = kDiagonal ? g_ % 4 : tile * 8 + g_;
-      const bool exists = row < u.rows;
-      const int unit_row = u.first_row + row;
-      const int head = u.head * p.shape.group + (exists ? unit_row / u.s_q : 0);
-      const int64_t token = p.batch.first_row[u.sequence] + (exists ? unit_row % u.s_q : 0);
-      const int64_t base = token * p.q.row_stride + head * p.q.head_stride;
+    for (int w = 0; w < D / 16; ++w)
 #pragma unroll
-      for (int w = 0; w < D / 16; ++w)
+      for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int channel = w / 2 * 32 + half * 16 + w % 2 * 8 + 2 * t_;
-          const bool wanted = exists && (!kDiagonal || half == g_ / 4) && channel < p.shape.d;
-          q_[w][tile][half] = wanted ? pack_half2(query(p.q, base + channel), query(p.q, base + channel + 1)) : 0;
+          const int channel = w / 2 * 32 + half * 16 + w % 2 * 8 + 2 * t_, row = kDiagonal ? g_ % 4 : tile * 8 + g_;
+          const bool wanted = (!kDiagonal || half == g_ / 4) && (kExact || channel < layout().dk);
+          q_[w][tile][half] = wanted ? *reinterpret_cast<const uint32_t*>(staged + row * layout().dk + channel) : 0;
         }
-    }
   }
 
-  // Scores and p of an item of 32 tokens whose `planes` planes lie in the ring's next slots. p: B operands of the
-  // product with V, of tokens 8j + {0..7, 16..23} for j = 0, 1. Returns the factor that V of a second plane takes: p
-  // carries the exponent of the first.
-  __device__ float read_keys(const Ring& ring, const Unit& unit, Pass pass, uint32_t word, int planes,
-                             Columns (&columns)[2]) {
-    const DeviceLayout& layout = args_.p.cache.layout;
-    const bool mxfp4 = args_.p.cache.format == Fp4Format::mxfp4;
-    const uint8_t* first = ring.wait();
+  // Scores and p of an item of 32 tokens, whose planes lie in the slots `first` and `second`. p: B operands of the
+  // product with V, of tokens 8j + {0..7, 16..23} for j = 0, 1. Returns the factor that p takes for V of a second
+  // plane, as two halves: it carries the exponent of the first.
+  __device__ uint32_t read_keys(const uint8_t* first, const uint8_t* second, const Segment& segment, uint32_t word,
+                                int planes, Columns (&columns)[2]) {
     const char4 exponents = *reinterpret_cast<const char4*>(first + slot_.summary);  // k, k, v, v
-    float scores[2][kTiles][4] = {};  // of tokens 8 ml + g and 16 + 8 ml + g
+    float scores[2][kTiles][4] = {};  // [ml]: of tokens 16 ml + g and 16 ml + 8 + g
 #pragma unroll 1
     for (int plane = 0; plane < planes; ++plane) {
-      const uint8_t* slot = ring.wait(plane);
+      const uint8_t* slot = plane == 0 ? first : second;
       float sums[2][kTiles][4] = {};
-      multiply(slot, slot + layout.k_scales, layout.dk, mxfp4, 1.0f,
-               [this](int i, int j) -> const Columns& { return q_[2 * i + j]; },
-               [&sums](int, int half) -> Tile& { return sums[half]; });
-      const float scale = score_scale() * kCodeScale * pow2(-(plane == 0 ? exponents.x : exponents.y));
+      multiply(
+          slot, slot + layout().k_scales, layout().dk, [this](int i, int j) -> const Columns& { return q_[2 * i + j]; },
+          [&sums](int, int half) -> Tile& { return sums[half]; });
+      const float scale = score_scale() * kCodeScale * power_of_2(-(plane == 0 ? exponents.x : exponents.y));
       each(scores, [&](int ml, int tile, int e) { scores[ml][tile][e] += scale * sums[ml][tile][e]; });
     }
 
@@ -110,25 +105,22 @@ class DecodeRows {
     };
     if constexpr (kDiagonal) {
 #pragma unroll
-      for (int ml = 0; ml < 2; ++ml) {
-        const float(&s)[4] = scores[ml][0];
+      for (int j = 0; j < 2; ++j)
 #pragma unroll
-        for (int e = 0; e < 2; ++e) x[ml][e] = add_halves(s[e], s[2 + e]);
-      }
+        for (int e = 0; e < 2; ++e) x[j][e] = add_halves(scores[0][0][2 * j + e], scores[1][0][2 * j + e]);
     } else {
-      each(scores, [&](int ml, int tile, int e) { x[(ml * 2 + e / 2) * kTiles + tile][e % 2] = scores[ml][tile][e]; });
+      each(scores, [&](int ml, int tile, int e) { x[(e / 2 * 2 + ml) * kTiles + tile][e % 2] = scores[ml][tile][e]; });
     }
-    float mean[kRows];
+    if (args_.p.q_mean != nullptr) {  // rows that do not exist may add anything: nobody reads what becomes of them
+      const float* mean = reinterpret_cast<const float*>(first + slot_.q_mean);
 #pragma unroll
-    for (int r = 0; r < kRows; ++r)
-      mean[r] = args_.p.q_mean != nullptr && row(r) < unit.rows ? reinterpret_cast<const float*>(first + slot_.q_mean)[row(r)] : 0;
+      for (int cell = 0; cell < kCells; ++cell)
 #pragma unroll
-    for (int cell = 0; cell < kCells; ++cell)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) x[cell][e] += mean[cell % kTiles * 2 + e];
+        for (int e = 0; e < 2; ++e) x[cell][e] += mean[row(cell % kTiles * 2 + e)];
+    }
 
     uint32_t p[kCells];
-    absorb<kCells>(unit, pass, word, exponents.z, planes > 1, token, x, p);
+    absorb<kCells>(segment, word, exponents.z, planes > 1, token, x, p);
 
     if constexpr (kDiagonal) {
 #pragma unroll
@@ -142,26 +134,34 @@ class DecodeRows {
       for (int cell = 0; cell < kCells; ++cell)
         columns[cell / kTiles / 2][cell % kTiles][cell / kTiles % 2] = transpose_8x8(p[cell]);
     }
-    return pow2(max(-127, min(127, exponents.z - exponents.w)));
+    const float factor = power_of_2(max(-127, min(0, exponents.z - exponents.w)));
+    return pack_half2(factor, factor);
   }
 
-  // o += factor * p V for the plane in the ring's next slot.
-  __device__ void read_values(const Ring& ring, float factor, const Columns (&columns)[2]) {
-    const DeviceLayout& layout = args_.p.cache.layout;
-    const uint8_t* slot = ring.wait();
-    multiply(slot + layout.v_codes, slot + layout.v_scales, layout.dv, args_.p.cache.format == Fp4Format::mxfp4, factor,
-             [&columns](int, int j) -> const Columns& { return columns[j]; },
-             [this](int i, int half) -> Tile& { return o[2 * i + half]; });
+  // o += p V for the plane in a slot.
+  __device__ void read_values(const uint8_t* slot, const Columns (&columns)[2]) {
+    multiply(
+        slot + layout().v_codes, slot + layout().v_scales, layout().dv,
+        [&columns](int, int j) -> const Columns& { return columns[j]; },
+        [this](int i, int half) -> Tile& { return o[2 * i + half]; });
+  }
+
+  __device__ static void scale(Columns (&columns)[2], uint32_t factor) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+        for (int group = 0; group < 2; ++group)
+          columns[j][tile][group] = multiply_half2(columns[j][tile][group], factor);
   }
 
   // An item of 8 tokens in 16 bit.
-  __device__ void read_high(const Ring& ring, const Unit& unit, Pass pass, uint32_t word) {
-    const DeviceLayout& layout = args_.p.cache.layout;
-    const uint8_t* slot = ring.wait();
+  __device__ void read_high(const uint8_t* slot, const Segment& segment, uint32_t word) {
     const int exponent = reinterpret_cast<const int8_t*>(slot + slot_.summary)[2];
     float sums[kTiles][4] = {};
     const int lane = threadIdx.x % 32;
-    for_blocks(layout.dk, [&](int i) {
+    for_blocks(layout().dk, [&](int i) {
       const uint4 w = *reinterpret_cast<const uint4*>(slot + i * 512 + lane * 16);
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
@@ -179,16 +179,17 @@ class DecodeRows {
         x[tile][e] = kDiagonal && t_ >= 2 ? kMasked : s * score_scale();
       }
     uint32_t p[kTiles];
-    absorb<kTiles>(unit, pass, word, exponent, true, [this](int) { return g_; }, x, p);
+    absorb<kTiles>(
+        segment, word, exponent, true, [this](int) { return g_; }, x, p);
     uint32_t columns[kTiles];
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       columns[tile] = transpose_8x8(p[tile]);
       if (kDiagonal && g_ >= 4) columns[tile] = 0;
     }
-    const float scale = pow2(exponent) / kCodeScale;  // o is in units of codes
-    for_blocks(layout.dv, [&](int i) {
-      const uint4 w = *reinterpret_cast<const uint4*>(slot + layout.high_v + i * 512 + lane * 16);
+    const float scale = power_of_2(exponent) / kCodeScale;  // o is in units of codes
+    for_blocks(layout().dv, [&](int i) {
+      const uint4 w = *reinterpret_cast<const uint4*>(slot + layout().high_v + i * 512 + lane * 16);
 #pragma unroll
       for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -238,10 +239,24 @@ class DecodeRows {
   float o[D / 16][kTiles][4];               // in units of codes: 2^-14 of what it means
 
  private:
-  __device__ static float query(const Rows<const void*>& q, int64_t i) {
-    const float x = load_element(q.data, q.dtype, i);
-    if (!(fabsf(x) <= 3.4e38f)) return float_of(0x7fc00000u);  // Inf too makes its row NaN
-    return fminf(fmaxf(x, -65504.0f), 65504.0f);
+  // Zero where there is no row or channel. Row by row, a warp each.
+  __device__ void stage_queries(const Unit& u, uint16_t* staged) const {
+    const DecodeParams& p = args_.p;
+#pragma unroll 1
+    for (int row = threadIdx.x / 32; row < N; row += blockDim.x / 32) {
+      const int unit_row = u.first_row + row, s_q = max(u.s_q, 1);
+      const int64_t token = p.batch.first_row[u.sequence] + unit_row % s_q;
+      const int64_t base = token * p.q.row_stride + (u.head * p.shape.group + unit_row / s_q) * p.q.head_stride;
+#pragma unroll
+      for (int i = 0; i < D / 32; ++i) {
+        const int channel = 32 * i + threadIdx.x % 32;
+        if (!kExact && channel >= layout().dk) break;
+        float x = row < u.rows && channel < p.shape.d ? load_element(p.q.data, p.q.dtype, base + channel) : 0;
+        if (!(fabsf(x) <= 3.4e38f)) x = float_of(0x7fc00000u);  // Inf too makes its row NaN
+        if (fabsf(x) > 65504.0f) x = copysignf(65504.0f, x);
+        staged[row * layout().dk + channel] = __half_as_ushort(__float2half_rn(x));
+      }
+    }
   }
 
   template <class Array, class Do>
@@ -262,8 +277,8 @@ class DecodeRows {
       if (kExact || 32 * i < channels) action(i);
   }
 
-  // With B block diagonal, lanes t and t ^ 2 hold the sums of both scale groups for rows g (`low`) and g + 8 (`high`) of
-  // A. Each keeps one of the two: t < 2 the row g, the others g + 8.
+  // With B block diagonal, lanes t and t ^ 2 hold the sums of both scale groups for rows g (`low`) and g + 8 (`high`)
+  // of A. Each keeps one of the two: t < 2 the row g, the others g + 8.
   __device__ float add_halves(float low, float high) const {
     const bool lower = t_ < 2;
     return (lower ? low : high) + __shfl_xor_sync(~0u, lower ? high : low, 2);
@@ -281,11 +296,17 @@ class DecodeRows {
     return x;
   }
 
-  // acc(i, half) += factor * scale * (codes x b) over one plane's K or V, `channels` of it. Block i of 32 channels is 4
+  // acc(i, half) += scale * (codes x b) over one plane's K or V, `channels` of it. Block i of 32 channels is 4
   // fragments: `half` 0 and 1 (the rows of A), j = 0 and 1 along the contraction with b(i, j).
   template <class B, class Acc>
-  __device__ void multiply(const uint8_t* codes, const uint8_t* scales, int channels, bool mxfp4, float factor,
-                           const B& b, const Acc& acc) {
+  __device__ void multiply(const uint8_t* codes, const uint8_t* scales, int channels, const B& b, const Acc& acc) {
+    if (args_.p.cache.format == Fp4Format::mxfp4)
+      multiply<true>(codes, scales, channels, b, acc);
+    else
+      multiply<false>(codes, scales, channels, b, acc);
+  }
+  template <bool kMxfp4, class B, class Acc>
+  __device__ void multiply(const uint8_t* codes, const uint8_t* scales, int channels, const B& b, const Acc& acc) {
     constexpr int kChunk = !kExact || kTiles > 1 ? 1 : kDiagonal ? D / 32 : 2;  // blocks whose scales are made at once
     const int lane = threadIdx.x % 32, stride = (kExact ? D : channels) / 8;
     const uint8_t* own = scales + (kDiagonal ? 2 * g_ + t_ / 2 : 2 * g_) * stride;
@@ -299,14 +320,7 @@ class DecodeRows {
 #pragma unroll
       for (int i = 0; i < kChunk; ++i)
 #pragma unroll
-        for (int group = 0; group < kGroups; ++group) unpack_scales(mxfp4, words[group][i], scale[i][group]);
-      if (factor != 1.0f)
-#pragma unroll
-        for (int i = 0; i < kChunk; ++i)
-#pragma unroll
-          for (int group = 0; group < kGroups; ++group)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) scale[i][group][e] *= factor;
+        for (int group = 0; group < kGroups; ++group) unpack_scales<kMxfp4>(words[group][i], scale[i][group]);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
         const uint4 w = *reinterpret_cast<const uint4*>(codes + (first + i) * 512 + lane * 16);
@@ -351,7 +365,7 @@ class DecodeRows {
   // Scores of one item to p, rounded, two rows a word; l and l_high take them unrounded. token(cell) counts from the
   // item's first; rows of cell c are row(c % kTiles * 2) and the next.
   template <int kCells, class Token>
-  __device__ void absorb(const Unit& unit, Pass pass, uint32_t word, int v_exponent, bool above_fp4, const Token& token,
+  __device__ void absorb(const Segment& segment, uint32_t word, int v_exponent, bool above_fp4, const Token& token,
                          float (&x)[kCells][2], uint32_t (&p)[kCells]) {
     if (args_.p.shape.softcap > 0) {
       const float cap = args_.p.shape.softcap * kLog2E;
@@ -368,6 +382,7 @@ class DecodeRows {
         constexpr float kGrid = 192.0f;  // numbers near it are multiples of 2^-16
         x[i][e] = __fsub_rn(__fadd_rn(x[i][e], kGrid), kGrid);
       }
+    const Unit& unit = segment.unit;
     const int first = Item::token(word), tokens = kCells == kTiles ? kHighItemTokens : kItemTokens;
     if (first < unit.first_common || first + tokens > unit.end_common) {
 #pragma unroll
@@ -401,8 +416,9 @@ class DecodeRows {
       }
       p[i] = pack_half2(pair[0], pair[1]) ^ (out ? 0x80008000u : 0);
     }
-    if (args_.p.page_mass != nullptr && pass == Pass::attend) put_mass(unit, first, tokens, exponent, sum);
-    const float weight = out ? -pow2(v_exponent) : pow2(v_exponent);
+    if (args_.p.page_mass != nullptr && segment.pass == Pass::attend)
+      put_mass(segment.unit, first, tokens, exponent, sum);
+    const float weight = out ? -power_of_2(v_exponent) : power_of_2(v_exponent);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       l[r] += weight * sum[r];
@@ -441,10 +457,12 @@ class DecodeRows {
       if (!speaks_for_rows() || row(r) >= unit.rows) continue;
       float2* to = p.page_mass + unit.first_row + row(r) +
                    ((int64_t{unit.index} * p.cache.max_pages + page) * p.mass_parts + part) * p.row_stride;
+#pragma unroll 1
       for (int i = 0; i < spread; ++i) to[int64_t{i} * p.row_stride] = {m[r] + exponent, i == 0 ? mass : 0.0f};
     }
   }
 
+  __device__ const DeviceLayout& layout() const { return args_.p.cache.layout; }
   __device__ float score_scale() const { return args_.p.shape.sm_scale * kLog2E; }
 
   const DecodeArgs& args_;

@@ -33,15 +33,9 @@ struct Items {
   int high = 0, planes = 0, fp4 = 0;  // in 16 bit, in fp4x2, in fp4
 
   __device__ int weight() const { return kUnitWeight + high * kHighWeight + planes * kPlanesWeight + fp4 * kFp4Weight; }
-  // Where the last item begins.
-  __device__ int last() const {
-    if (fp4 > 0) return weight() - kFp4Weight;
-    if (planes > 0) return weight() - kPlanesWeight;
-    return high > 0 ? weight() - kHighWeight : 0;
-  }
-  // How many items begin before `w`.
+  __device__ int count() const { return high + planes + fp4; }
+  // How many items begin before `at`, which lies in the unit.
   __device__ int before(int64_t at) const {
-    if (at >= weight()) return high + planes + fp4;
     int w = max(0, static_cast<int>(at) - kUnitWeight);
     const auto take = [&w](int count, int each) {
       const int n = min(count, (w + each - 1) / each);
@@ -59,8 +53,8 @@ struct Unit {
   int slot;
   int first_row, rows;  // of the tile, among the unit's rows; rows may be 0
   int s_q, s_kv;
-  int first_page, full;   // full pages that some row sees: [first_page, full)
-  int fp16, fp4x2, fp4;   // listed pages by tier
+  int first_page, full;  // full pages that some row sees: [first_page, full)
+  int fp16, fp4x2, fp4;  // listed pages by tier
   int listed, tail_items;
   Items items;
 
@@ -120,19 +114,13 @@ __device__ inline Unit unit_at(const DecodeArgs& args, Pass pass, int number) {
   return u;
 }
 
-// By one warp: the unit into shared memory.
-__device__ inline void enter_unit(const DecodeArgs& args, Pass pass, int number, Unit& unit) {
-  const Unit entered = unit_at(args, pass, number);
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) unit = entered;
-  __syncwarp();
-}
-
-// One item: its first token, the tier to read it in (none: nothing to do) and whether it is to be taken out.
+// One item: its first token, the tier to read it in (none: nothing to do) and whether it is to be taken out; where its
+// record lies (of the first plane, for fp4x2), its page's summary and its rows' q.k_mean, each or null.
 struct Item {
   uint32_t word = 0;  // first token | tier | taken out ? 4 : 0
-  uint32_t record = 0, summary = kNone;
-  static constexpr uint32_t kNone = 0xffffffffu;
+  const uint8_t* record = nullptr;
+  const uint8_t* summary = nullptr;
+  const float* q_mean = nullptr;
 
   __device__ static Tier tier(uint32_t word) { return static_cast<Tier>(word & 3); }
   __device__ static bool taken_out(uint32_t word) { return word & 4; }
@@ -159,7 +147,7 @@ __device__ inline bool is_forced(const Force& force, const Unit& u, int page) {
   return page < first ? page >= first - force.previous : force.diagonal;
 }
 
-// Item i of a unit. The record is that of the unit's head.
+// Item i of a unit.
 __device__ inline Item item_at(const DecodeArgs& args, Pass pass, const Unit& u, int i) {
   const DecodeParams& p = args.p;
   const uint32_t* by_tier = p.lists.by_tier + int64_t{u.index} * p.lists.k_max;
@@ -184,36 +172,84 @@ __device__ inline Item item_at(const DecodeArgs& args, Pass pass, const Unit& u,
                                   : unlisted_page(p.lists, u, n - u.fp4);
   }
 
-  const int tokens = tier == Tier::fp16 ? kHighItemTokens : kItemTokens;
-  const int32_t* table = p.cache.block_table + int64_t{u.slot} * p.cache.max_pages;
-  const auto record_of = [&](int64_t n) { return static_cast<uint32_t>(n * p.shape.h_kv + u.head); };
+  const bool is_high = tier == Tier::fp16;
   Item item;
-  item.word = static_cast<uint32_t>(page * kPageTokens + part * tokens);
+  item.word = static_cast<uint32_t>(page * kPageTokens + part * (is_high ? kHighItemTokens : kItemTokens));
   if (pass == Pass::exchange) {
     if (is_forced(p.force, u, page)) return item;
     if (tier == Tier::fp4) item.word |= 4;
   }
   item.word |= static_cast<uint32_t>(tier);
+
+  const LayerCache& cache = p.cache;
+  const int32_t* table = cache.block_table + int64_t{u.slot} * cache.max_pages;
+  const auto record_of = [&](int64_t n) { return n * cache.h_kv + u.head; };
   const int page_id = table[page];
-  item.record = record_of(tier == Tier::fp16 ? p.cache.high_record(u.slot, page, page_id) : page_id);
+  if (is_high) {
+    item.record = cache.high + record_of(cache.high_record(u.slot, page, page_id)) * cache.layout.high_bytes +
+                  part * cache.layout.high_item_bytes;
+  } else {
+    item.record = cache.fp4 + record_of(page_id) * cache.layout.fp4_bytes + part * cache.layout.item_bytes;
+    if (p.q_mean != nullptr)
+      item.q_mean = p.q_mean + (int64_t{u.index} * cache.max_pages + page) * p.row_stride + u.first_row;
+  }
   // A tail has no summary yet: it borrows the exponent of V of the page before.
-  if (p.cache.summary != nullptr && (page < u.full || page > 0))
-    item.summary = record_of(page < u.full ? page_id : table[page - 1]);
+  if (cache.summary != nullptr && (page < u.full || page > 0))
+    item.summary = cache.summary + record_of(page < u.full ? page_id : table[page - 1]) * cache.canonical.summary_bytes;
   return item;
 }
 
 // --- shares
 
-// Weights [begin, end) of `total`, one of `ctas` parts; the first unit in it and the weight at which that one begins.
+// Weights [begin, end) of all, one of equal parts of `part`.
 struct Share {
-  int64_t begin, end, total;
-  int ctas;
-  int unit;
-  int64_t unit_begin;
+  int64_t begin, end, part;
 
   // The CTA that takes what begins at weight w.
-  __device__ int cta_of(int64_t w) const { return static_cast<int>(((w + 1) * ctas - 1) / total); }
+  __device__ int cta_of(int64_t w) const { return static_cast<int>(w / part); }
 };
+
+// What a CTA reads of one unit: its items [first, end).
+struct Segment {
+  Unit unit;
+  int number;     // of the unit, among all
+  int64_t begin;  // its weight
+  int first, end;
+  bool cut_begin, cut_end;  // other CTAs have items before or after
+  Pass pass;
+
+  __device__ int64_t next() const { return begin + unit.items.weight(); }
+};
+
+__device__ inline Segment segment_of(const Unit& unit, Pass pass, int number, int64_t begin, const Share& share) {
+  const bool cut_begin = begin<share.begin, cut_end = begin + unit.items.weight()> share.end;
+  const int first = cut_begin ? unit.items.before(share.begin - begin) : 0;
+  const int end = cut_end ? unit.items.before(share.end - begin) : unit.items.count();
+  return {unit, number, begin, first, end, cut_begin, cut_end, pass};
+}
+
+// A whole unit, for a pass of its own.
+__device__ inline Segment whole_unit(const Unit& unit, Pass pass, int number) {
+  return {unit, number, 0, 0, unit.items.count(), false, false, pass};
+}
+
+// By one warp: on to the segment after it, in shared memory.
+__device__ inline void next_segment(const DecodeArgs& args, const Share& share, Segment& segment) {
+  const Segment next = segment_of(unit_at(args, segment.pass, segment.number + 1), segment.pass, segment.number + 1,
+                                  segment.next(), share);
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) segment = next;
+  __syncwarp();
+}
+
+// By one warp, from and to shared memory.
+__device__ inline void copy_segment(Segment& to, const Segment& from) {
+  constexpr int kWords = sizeof(Segment) / 4;
+  static_assert(sizeof(Segment) % 4 == 0);
+  for (int i = threadIdx.x % 32; i < kWords; i += 32)
+    reinterpret_cast<uint32_t*>(&to)[i] = reinterpret_cast<const uint32_t*>(&from)[i];
+  __syncwarp();
+}
 
 struct Scan {
   int64_t before, total;
@@ -222,6 +258,7 @@ struct Scan {
 __device__ inline Scan block_scan(int64_t x, int64_t* sums) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   int64_t up_to = x;
+#pragma unroll
   for (int step = 1; step < 32; step *= 2) {
     const int64_t other = __shfl_up_sync(~0u, up_to, step);
     if (lane >= step) up_to += other;
@@ -229,6 +266,7 @@ __device__ inline Scan block_scan(int64_t x, int64_t* sums) {
   if (lane == 31) sums[warp] = up_to;
   __syncthreads();
   Scan scan{up_to - x, 0};
+#pragma unroll 4
   for (int w = 0; w < warps; ++w) {
     if (w < warp) scan.before += sums[w];
     scan.total += sums[w];
@@ -237,39 +275,47 @@ __device__ inline Scan block_scan(int64_t x, int64_t* sums) {
   return scan;
 }
 
-// By the whole CTA, into shared memory; false where the CTA has no part: there is less to do than CTAs.
-__device__ inline bool find_share(const DecodeArgs& args, int64_t* sums, Share* shared) {
+// The CTA's share and its first segment, by the whole CTA, into shared memory; false where there is less to do than
+// CTAs and this one has no part. Units are weighed as many at a time as there are threads, all of them first, then, if
+// there are more, again as far as the CTA's part begins.
+__device__ inline bool find_share(const DecodeArgs& args, int64_t* sums, Share& share, Segment& segment) {
   const int units = args.p.batch.b * args.p.shape.h_kv * args.tiles;
   const int threads = static_cast<int>(blockDim.x);
-  const auto weight = [&](int first) {
-    const int u = first + static_cast<int>(threadIdx.x);
-    return u < units ? unit_at(args, args.pass, u).items.weight() : 0;
-  };
-  int mine = weight(0);
-  Scan scan = block_scan(mine, sums);
-  Share share{0, 0, scan.total, 0, 0, 0};
-  for (int first = threads; first < units; first += threads) share.total += block_scan(weight(first), sums).total;
-
-  const int64_t least = int64_t{threads} / 32 * kFp4Weight;  // an item for every warp
-  share.ctas = static_cast<int>(min(max(share.total / least, int64_t{1}), int64_t{gridDim.x}));
-  if (static_cast<int>(blockIdx.x) >= share.ctas) return false;
-  share.begin = share.total * blockIdx.x / share.ctas;
-  share.end = share.total * (blockIdx.x + 1) / share.ctas;
-
-  int64_t begin = 0;
-  for (int first = 0;; first += threads) {
-    if (first > 0) {
-      mine = weight(first);
-      scan = block_scan(mine, sums);
+  int64_t total = 0, before = 0;
+  Share mine{0, 0, 0};
+#pragma unroll 1
+  for (int first = 0;;) {
+    const int number = first + static_cast<int>(threadIdx.x);
+    Unit unit;
+    int weight = 0;
+    if (number < units) {
+      unit = unit_at(args, args.pass, number);
+      weight = unit.items.weight();
     }
-    const int64_t at = begin + scan.before;
-    if (at <= share.begin && share.begin < at + mine) {
-      share.unit = first + static_cast<int>(threadIdx.x);
-      share.unit_begin = at;
-      *shared = share;
+    const Scan scan = block_scan(weight, sums);
+    if (mine.part == 0) {
+      total += scan.total;
+      first += threads;
+      if (first < units) continue;
+      const int64_t least = int64_t{threads} / 32 * kFp4Weight;  // an item for every warp
+      mine.part = max((total + gridDim.x - 1) / gridDim.x, least);
+      mine.begin = mine.part * blockIdx.x;
+      mine.end = min(mine.begin + mine.part, total);
+      if (mine.begin >= total) return false;
+      first -= threads;
+      if (first > 0) {
+        first = 0;
+        continue;
+      }
     }
-    begin += scan.total;
-    if (begin > share.begin) break;
+    const int64_t begin = before + scan.before;
+    if (begin <= mine.begin && mine.begin < begin + weight) {
+      share = mine;
+      segment = segment_of(unit, args.pass, number, begin, mine);
+    }
+    before += scan.total;
+    if (before > mine.begin) break;
+    first += threads;
   }
   __syncthreads();
   return true;

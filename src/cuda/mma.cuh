@@ -36,8 +36,12 @@ __device__ inline uint32_t pack_half2(float low, float high) {
   return y;
 }
 
-__device__ inline float2 unpack_half2(uint32_t x) {
-  return __half22float2(*reinterpret_cast<const __half2*>(&x));
+__device__ inline float2 unpack_half2(uint32_t x) { return __half22float2(*reinterpret_cast<const __half2*>(&x)); }
+
+__device__ inline uint32_t multiply_half2(uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
 }
 
 // 2^x to 2 units in the last place; exact for integers. NaN stays NaN.

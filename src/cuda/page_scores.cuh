@@ -4,11 +4,10 @@
 //   q --RowInWarp--> Tile [rows, d]
 //   summaries: 8 lanes a page, 8 channels of 64 a lane --Product--> sums of 4 rows at a time --reduce_four--> emit
 //
-// A warp has 4 pages at once for each of kPages, all loads of which are under way together: DRAM binds, or its latency
-// where there are few pages. An FMA for each row and channel, a conversion for each channel and 4 rows.
+// A warp has 4 kPages pages at once, all loads of which are under way together: DRAM binds, or its latency where there
+// are few pages. An FMA for each row and channel, a conversion for each channel and 4 rows.
 #pragma once
 
-#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include "cuda/choose.cuh"
@@ -16,12 +15,6 @@
 namespace thriftattn::cuda {
 
 // --- rows
-
-__device__ inline float load_element(DType type, const void* data, int64_t i) {
-  if (type == DType::f32) return static_cast<const float*>(data)[i];
-  if (type == DType::f16) return __half2float(static_cast<const __half*>(data)[i]);
-  return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
-}
 
 // Rows in shared memory, 64 kSteps channels each, those beyond d zero. Channels stand so that 8 lanes, each with 8
 // channels of 64, read 128 bytes without a conflict.
@@ -46,12 +39,21 @@ struct RowInWarp {
 
   __device__ void load(const Rows<const void*>& q, int64_t row, int head, int d) {
     const int64_t at = row * q.row_stride + head * q.head_stride;
+    if (q.dtype == DType::f32) {
 #pragma unroll
-    for (int i = 0; i < 2 * kSteps; ++i) {
-      const int c = lane_id() + 32 * i;
-      x[i] = c < d ? load_element(q.dtype, q.data, at + c) : 0.0f;
+      for (int i = 0; i < 2 * kSteps; ++i)
+        x[i] = channel(i) < d ? static_cast<const float*>(q.data)[at + channel(i)] : 0;
+      return;
     }
+    uint16_t bits[2 * kSteps];  // all loads under way before the first is used
+#pragma unroll
+    for (int i = 0; i < 2 * kSteps; ++i)
+      bits[i] = channel(i) < d ? static_cast<const uint16_t*>(q.data)[at + channel(i)] : 0;
+#pragma unroll
+    for (int i = 0; i < 2 * kSteps; ++i)
+      x[i] = q.dtype == DType::f16 ? __half2float(__ushort_as_half(bits[i])) : bf16_decode(bits[i]);
   }
+  __device__ static int channel(int i) { return lane_id() + 32 * i; }
   // Whether the row is free of NaN and Inf; the same in all lanes.
   __device__ bool finite() const {
     bool all = true;
@@ -86,7 +88,6 @@ __device__ inline uint2 half_of(const uint4& x, int half) { return half ? uint2{
 // What a policy sums over channels, before sm_scale. load() reads the lane's 8 channels from `c` on of a record,
 // part() prepares 4 of them, add() is one channel of one row.
 struct MeanProduct {
-  static constexpr int kRegisters = 4;
   uint4 mean;
   struct Part {
     float mean[4];
@@ -104,7 +105,6 @@ struct MeanProduct {
 };
 
 struct QuestProduct {
-  static constexpr int kRegisters = 8;
   uint4 low, high;
   struct Part {
     float low[4], high[4];
@@ -126,7 +126,6 @@ struct QuestProduct {
 
 // q mean + sm_scale / 2 q^2 variance.
 struct MomentProduct {
-  static constexpr int kRegisters = 12;
   uint4 mean;
   float4 variance[2];
   struct Part {
@@ -162,36 +161,36 @@ __device__ inline float reduce_four(const float (&x)[4]) {
   return sum + __shfl_xor_sync(kAll, sum, 1);
 }
 
-// Pages that a lane has at once, one for each index k.
-template <class Product, int kSteps>
-inline constexpr int kPagesAtOnce = 8 / kSteps / (Product::kRegisters > 4 ? 2 : 1);
-
-// Goes through the pages [first, end): emit(k, page, row, sum) for every row of a page, then done(k, page). Both are
-// called in all lanes, with the lane's page and row, which may lie beyond the last ones; a page belongs to 8 lanes, and
-// pairs of them get the same row. k < kPagesAtOnce counts the lane's pages.
-template <class Product, int kSteps, class Emit, class Done>
+// Goes through the pages [first, end) with all warps: emit(k, page, row, sum) for every row of a page, then done(k,
+// page). Both are called in all lanes, with the lane's page and row, which may lie beyond the last ones; a page belongs
+// to 8 lanes, and pairs of them get the same row. k < kPages counts the pages that a lane has at once. prepare(),
+// called once by all threads, brings the tile's rows while the first summaries are under way.
+template <class Product, int kPages, int kSteps, class Prepare, class Emit, class Done>
 __device__ void for_each_product(const Summaries& summaries, const PageLayout& layout, float sm_scale, int first,
-                                 int end, Tile<kSteps> tile, int rows, const Emit& emit, const Done& done) {
-  constexpr int kPages = kPagesAtOnce<Product, kSteps>;
-  for (int p0 = first + warp_id() * 4 * kPages; p0 < end; p0 += kWarps * 4 * kPages) {
-    int page[kPages];
-    const uint8_t* record[kPages];
+                                 int end, Tile<kSteps> tile, int rows, const Prepare& prepare, const Emit& emit,
+                                 const Done& done) {
+  const int warps = static_cast<int>(blockDim.x) / 32;
+  bool prepared = false;
+  for (int p0 = first + warp_id() * 4 * kPages; p0 < end || !prepared; p0 += warps * 4 * kPages) {
+    int page[kPages], id[kPages];
     Product x[kPages][kSteps];
 #pragma unroll
     for (int k = 0; k < kPages; ++k) {
       page[k] = p0 + 4 * k + lane_id() / 8;
-      record[k] = page[k] < end ? summaries.of(page[k]) : nullptr;
+      id[k] = page[k] < end ? summaries.table[page[k]] : -1;
     }
 #pragma unroll
     for (int k = 0; k < kPages; ++k)
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         const int c = 64 * step + lane_id() % 8 * 8;
-        if (record[k] && c < layout.d)
-          x[k][step].load(record[k], layout, c);
+        if (id[k] >= 0 && c < layout.d)
+          x[k][step].load(summaries.record(id[k]), layout, c);
         else
           x[k][step].clear();
       }
+    if (!prepared) prepare();
+    prepared = true;
     for (int row = 0; row < rows; row += 4) {
       float sum[kPages][4] = {};
 #pragma unroll

@@ -178,10 +178,13 @@ struct PrefillParams {
   int tier_words;
   bool tiers_given;     // an injected selection: rank_prefill leaves tiers alone
   int32_t* counts;      // [b, h_q, max_blocks, 2]: promoted, wanted but not stored
-  float* row_mass_high; // [rows, h_q]: share of a row's mass read above fp4, or null
-  float* scratch;       // prefill.cu's own, prefill_scratch_bytes() of it
+  float* row_mass_high;  // [rows, h_q]: share of a row's mass read above fp4, or null
+  int high_room;        // prefill_high_room() of the problem
+  void* scratch;        // prefill_scratch_bytes() of it
 };
 
+// Pages of one sequence that scratch has room for in 16 bit.
+int prefill_high_room(const Problem& problem);
 int64_t prefill_scratch_bytes(const Problem& problem, const Gpu& gpu);
 cudaError_t launch_rank_prefill(const PrefillParams& params, cudaStream_t stream);
 cudaError_t launch_expand(const PrefillParams& params, cudaStream_t stream);

@@ -59,7 +59,7 @@ struct Attend {
 
 // One form of one page, for the units (bits) that read it.
 struct Entry {
-  const uint8_t* record;
+  const uint8_t* page_at;
   int page;
   uint32_t readers;
 };
@@ -72,7 +72,8 @@ struct Work {
   int end_page;     // pages that some row sees, tail included
 };
 
-struct Control {
+// The front of shared memory; then the ring, then the fragments of q.
+struct alignas(128) Control {
   uint64_t full[kMaxStages];
   uint32_t left[kMaxStages];  // warps that have left the page
   int page[kMaxStages];
@@ -89,8 +90,7 @@ struct Tile {
   static constexpr int kRowTiles = D <= 128 ? 2 : 1;  // of 16 rows, of a warp
   static constexpr int kRows = 16 * kRowTiles;
   static constexpr int kUnitWarps = kPageTokens / kRows;
-  static constexpr int kItemBytes = 4 * kHighItemTokens * D;  // K, then V
-  static constexpr int kPageBytes = kPageTokens / kHighItemTokens * kItemBytes;
+  static constexpr ExpandedPage kPage = expanded_page(D, D);
   static constexpr int kQBytes = kRows * D * 2;  // of a warp
 };
 
@@ -205,17 +205,12 @@ __device__ void look_up(const Attend& a, Control& c, int lane) {
   int at = 0;
 #pragma unroll
   for (int i = 0; i < 3; ++i) at += __popc(listed[i] & ((1u << lane) - 1));
-  const int64_t expanded = a.expanded.at(w.sequence, w.g, page);
-  if (readers[0]) c.window[at++] = {a.expanded.fp4 + expanded, page, readers[0]};
-  if (readers[1]) c.window[at++] = {a.expanded.fp4x2 + expanded, page, readers[1] | kHigh};
-  if (readers[2]) {
-    const uint8_t* record = a.expanded.tail + a.expanded.tail_at(w.sequence, w.g);
-    if (page < w.s_kv / kPageTokens) {
-      const int id = a.cache.block_table[static_cast<int64_t>(w.slot) * a.cache.max_pages + page];
-      record = a.cache.high + (a.cache.high_record(w.slot, page, id) * a.cache.h_kv + w.g) * a.cache.layout.high_bytes;
-    }
-    c.window[at] = {record, page, readers[2] | kHigh};
-  }
+  if (readers[0]) c.window[at++] = {a.expanded.fp4_at(w.sequence, w.g, page), page, readers[0]};
+  if (readers[1]) c.window[at++] = {a.expanded.fp4x2_at(w.sequence, w.g, page), page, readers[1] | kHigh};
+  if (readers[2])
+    c.window[at] = {
+        page < w.s_kv / kPageTokens ? a.expanded.fp16_at(w.sequence, w.g, page) : a.expanded.tail_at(w.sequence, w.g),
+        page, readers[2] | kHigh};
   __syncwarp();
   if (lane == 0) {
     c.next = 0;
@@ -263,17 +258,22 @@ __device__ void fill(const Attend& a, Control& c, uint8_t* ring, int stage, int 
     if (!end) ++c.next;
   }
   __syncwarp();
-  const DeviceLayout& l = a.cache.layout;
-  const uint32_t to = shared_address(ring + stage * Tile<D>::kPageBytes);
+  const int dk = a.cache.layout.dk, dv = a.cache.layout.dv;
+  const uint32_t to = shared_address(ring + stage * Tile<D>::kPage.bytes);
   if (end) {
     copy_to_ring(to, nullptr, 0, 0, c.full[stage], lane);
-  } else if (l.dk == D && l.dv == D) {
-    copy_to_ring(to, entry.record, lane == 0 ? Tile<D>::kPageBytes : 0, Tile<D>::kPageBytes, c.full[stage], lane);
-  } else {  // K and V of each item to where they stand with D channels; the rest of the ring is zero
-    const int item = lane / 2, is_v = lane % 2, bytes = 2 * kHighItemTokens * (is_v ? l.dv : l.dk);
-    copy_to_ring(to + item * Tile<D>::kItemBytes + is_v * (Tile<D>::kItemBytes / 2),
-                 entry.record + item * l.high_item_bytes + (is_v ? l.high_v : 0),
-                 item < kPageTokens / kHighItemTokens ? bytes : 0, static_cast<int>(l.high_bytes), c.full[stage], lane);
+  } else if (dk == D && dv == D) {
+    constexpr int kBytes = Tile<D>::kPage.bytes;
+    copy_to_ring(to, entry.page_at, lane == 0 ? kBytes : 0, kBytes, c.full[stage], lane);
+  } else {  // each item to where it stands with D channels; the rest of the ring is zero
+    const ExpandedPage from = expanded_page(dk, dv);
+    const bool is_k = lane < 8, is_v = lane >= 8 && lane < 12;
+    copy_to_ring(to + (is_k ? lane * Tile<D>::kPage.k_item : Tile<D>::kPage.v + (lane - 8) * Tile<D>::kPage.v_item),
+                 entry.page_at + (is_k ? lane * from.k_item : from.v + (lane - 8) * from.v_item),
+                 is_k   ? from.k_item
+                 : is_v ? from.v_item
+                        : 0,
+                 from.bytes, c.full[stage], lane);
   }
 }
 
@@ -283,22 +283,30 @@ __device__ float to_float(float x) { return x; }
 __device__ float to_float(__half x) { return __half2float(x); }
 __device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-// Two neighbours at p, which need not stand at a multiple of two.
-template <class T>
-__device__ float2 load_two(const T* p) {
+// Neighbours at p, p + 8, ...; those at or beyond `end` are zero. All loads are on their way before the first is used.
+template <class T, int n>
+__device__ void load_twos(const T* p, const T* end, float2 (&x)[n]) {
   struct alignas(2 * sizeof(T)) Pair {
     T x, y;
   };
   if (reinterpret_cast<uintptr_t>(p) % sizeof(Pair) == 0) {
-    const Pair pair = *reinterpret_cast<const Pair*>(p);
-    return {to_float(pair.x), to_float(pair.y)};
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      const Pair pair = p + 8 * i < end ? *reinterpret_cast<const Pair*>(p + 8 * i) : Pair{};
+      x[i] = {to_float(pair.x), to_float(pair.y)};
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < n; ++i)
+      x[i] = p + 8 * i < end ? float2{to_float(p[8 * i]), to_float(p[8 * i + 1])} : float2{0, 0};
   }
-  return {to_float(p[0]), to_float(p[1])};
 }
-__device__ float2 load_two(const Rows<const void*>& rows, int64_t at) {
-  if (rows.dtype == DType::f32) return load_two(static_cast<const float*>(rows.data) + at);
-  if (rows.dtype == DType::f16) return load_two(static_cast<const __half*>(rows.data) + at);
-  return load_two(static_cast<const __nv_bfloat16*>(rows.data) + at);
+template <int n>
+__device__ void load_twos(const Rows<const void*>& rows, int64_t at, int count, float2 (&x)[n]) {
+  const auto load = [&]<class T>(const T* data) { load_twos(data + at, data + at + count, x); };
+  if (rows.dtype == DType::f32) return load(static_cast<const float*>(rows.data));
+  if (rows.dtype == DType::f16) return load(static_cast<const __half*>(rows.data));
+  load(static_cast<const __nv_bfloat16*>(rows.data));
 }
 
 template <class T>
@@ -331,7 +339,7 @@ struct Warp {
 
   const Attend& a;
   const int lane;
-  const uint32_t q;          // its fragments in shared memory
+  const uint32_t q;          // the lane's part of its first fragment in shared memory
   float* const l_high;       // [kRows], in shared memory: of a lane, where somebody asks for it
   const int position, s_kv;  // of its first row, tokens of the sequence
   int exponents = 0;  // of q, a byte for a row: it was multiplied by 2^-exponent; kNotFinite where it has NaN or Inf
@@ -354,28 +362,25 @@ struct Warp {
       const int p = position + row(r);
       const bool exists = p >= first && p < s_kv;
       const int64_t at = exists ? (first_row + (p - first)) * a.q.row_stride + head * a.q.head_stride : 0;
-      const auto load = [&](int channel) {
-        return exists && channel < a.shape.d ? load_two(a.q, at + channel) : float2{0, 0};
-      };
+      float2 x[D / 8];  // channels 8i + 2t and the next
+      load_twos(a.q, at + lane % 4 * 2, exists ? a.shape.d - lane % 4 * 2 : 0, x);
       uint32_t largest = 0;  // by bits, where NaN is the largest
-      for (int i = 0; i < D / 8; ++i) {
-        const float2 x = load(i * 8 + lane % 4 * 2);
-        largest = max(largest, max(bits_of(x.x) & 0x7fffffffu, bits_of(x.y) & 0x7fffffffu));
-      }
+#pragma unroll
+      for (int i = 0; i < D / 8; ++i)
+        largest = max(largest, max(bits_of(x[i].x) & 0x7fffffffu, bits_of(x[i].y) & 0x7fffffffu));
       largest = max(largest, __shfl_xor_sync(~0u, largest, 1));
       largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
       const bool finite = largest < 0x7f800000u;
       const int e = largest == 0 ? 0 : max(-90, min(120, static_cast<int>(largest >> 23) - 127 - 8));
       const float factor = a.shape.sm_scale < 0 ? -pow2(-e) : pow2(-e);
       exponents |= ((finite ? e : kNotFinite) & 0xff) << (8 * r);
-      for (int i = 0; i < D / 16; ++i)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float2 x = load(i / 2 * 32 + i % 2 * 8 + half * 16 + lane % 4 * 2);
-          const uint32_t packed = finite ? pack(x.x * factor, x.y * factor) : 0u;
-          const uint32_t to = q + (i * kRowTiles + r / 2) * 512 + lane * 16 + (half * 2 + r % 2) * 4;
-          asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(packed) : "memory");
-        }
+      for (int i = 0; i < D / 8; ++i) {
+        const int fragment = i / 4 * 2 + i % 2, half = i / 2 % 2;
+        const uint32_t packed = finite ? pack(x[i].x * factor, x[i].y * factor) : 0u;
+        const uint32_t to = q + (fragment * kRowTiles + r / 2) * 512 + (half * 2 + r % 2) * 4;
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(packed) : "memory");
+      }
     }
     __syncwarp();
   }
@@ -411,12 +416,12 @@ struct Warp {
       for (int j = 0; j < 2; ++j)
 #pragma unroll
         for (int mt = 0; mt < kRowTiles; ++mt) {
-          const uint4 f = load_shared(q + ((i * 2 + j) * kRowTiles + mt) * 512 + lane * 16);
+          const uint4 f = load_shared(q + ((i * 2 + j) * kRowTiles + mt) * 512);
           x[j][mt][0] = f.x, x[j][mt][1] = f.y, x[j][mt][2] = f.z, x[j][mt][3] = f.w;
         }
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
-        const uint4 k = load_shared(page + n * Tile<D>::kItemBytes + i * 512 + lane * 16);
+        const uint4 k = load_shared(page + n * Tile<D>::kPage.k_item + i * 512);
 #pragma unroll
         for (int mt = 0; mt < kRowTiles; ++mt) mma(s[mt][n], x[0][mt], k.x, k.y);
 #pragma unroll
@@ -471,7 +476,7 @@ struct Warp {
     }
   }
 
-  // The page in the ring at `at`; `high`: it counts as above fp4.
+  // A page in the ring; at: the lane's part of the first fragment. `high`: it counts as above fp4.
   __device__ void attend(uint32_t at, int page, bool high) {
     float s[kRowTiles][8][4];
     scores(at, s);
@@ -515,23 +520,19 @@ struct Warp {
     };
 #pragma unroll
     for (int part = 0; part < kParts; ++part) make_p(0, part);
+    constexpr int kTiles = D / 16;
 #pragma unroll
     for (int tokens = 0; tokens < 4; ++tokens)
 #pragma unroll
-      for (int block = 0; block < kChannelBlocks; ++block) {
-        const uint32_t v = at + 2 * tokens * Tile<D>::kItemBytes + Tile<D>::kItemBytes / 2 + block * 512 + lane * 16;
-        const uint4 v0 = load_shared(v), v1 = load_shared(v + Tile<D>::kItemBytes);
+      for (int tile = 0; tile < kTiles; ++tile) {  // 16 channels
+        const uint4 v = load_shared(at + Tile<D>::kPage.v + tokens * Tile<D>::kPage.v_item + tile * 512);
 #pragma unroll
-        for (int mt = 0; mt < kRowTiles; ++mt) {
-          mma(o[mt][block * 4], p[tokens % 2][mt], v0.x, v1.x);
-          mma(o[mt][block * 4 + 1], p[tokens % 2][mt], v0.y, v1.y);
-          mma(o[mt][block * 4 + 2], p[tokens % 2][mt], v0.z, v1.z);
-          mma(o[mt][block * 4 + 3], p[tokens % 2][mt], v0.w, v1.w);
-        }
+        for (int mt = 0; mt < kRowTiles; ++mt) mma(o[mt][tile * 2], p[tokens % 2][mt], v.x, v.y);
+#pragma unroll
+        for (int mt = 0; mt < kRowTiles; ++mt) mma(o[mt][tile * 2 + 1], p[tokens % 2][mt], v.z, v.w);
         if (tokens < 3)
 #pragma unroll
-          for (int part = block * kParts / kChannelBlocks; part < (block + 1) * kParts / kChannelBlocks; ++part)
-            make_p(tokens + 1, part);
+          for (int part = tile * kParts / kTiles; part < (tile + 1) * kParts / kTiles; ++part) make_p(tokens + 1, part);
       }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -562,17 +563,11 @@ struct Warp {
       }
       if (lane % 4 != 0) continue;
       if (a.lse)
-        a.lse[to * a.shape.h_q + head] = !finite     ? scale(r)
-                                         : mass == 0 ? -INFINITY
-                                                     : (reference[r] + log2f(mass)) * kLn2;
+        a.lse[to * a.shape.h_q + head] = !finite ? kNaN : mass == 0 ? -INFINITY : (reference[r] + log2f(mass)) * kLn2;
       if (a.row_mass_high) a.row_mass_high[to * a.shape.h_q + head] = finite && mass > 0 ? high / mass : 0.0f;
     }
   }
 };
-
-__device__ int floor_page(int position) {
-  return position >= 0 ? position / kPageTokens : -((kPageTokens - 1 - position) / kPageTokens);
-}
 
 // The last query blocks come first: they see most pages. False where there is nothing to do.
 __device__ bool find_work(const Attend& a, int chunks, Work& w) {
@@ -583,10 +578,10 @@ __device__ bool find_work(const Attend& a, int chunks, Work& w) {
   w.slot = a.batch.slot[w.sequence];
   w.s_q = a.batch.s_q[w.sequence];
   w.s_kv = a.cache.s_kv[w.slot];
-  w.first_block = floor_page(w.s_kv - w.s_q) * kPageTokens;
-  const int blocks = w.s_q == 0 ? 0 : floor_page(w.s_kv - 1) - w.first_block / kPageTokens + 1;
+  const QueryBlocks blocks = query_blocks(w.s_q, w.s_kv);
+  w.first_block = blocks.first_position;
   w.first_unit = chunk * a.units;
-  w.units = min(a.units, blocks * a.shape.group - w.first_unit);
+  w.units = min(a.units, blocks.count * a.shape.group - w.first_unit);
   if (w.units <= 0) return false;
   const auto block_position = [&](int unit) { return w.first_block + unit / a.shape.group * kPageTokens; };
   const int last = min(block_position(w.first_unit + w.units - 1) + kPageTokens, w.s_kv) - 1;
@@ -597,10 +592,10 @@ __device__ bool find_work(const Attend& a, int chunks, Work& w) {
 template <int D>
 __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(const __grid_constant__ Attend a, int chunks) {
   extern __shared__ __align__(128) uint8_t shared[];
-  uint8_t* ring = shared;
+  Control& c = *reinterpret_cast<Control*>(shared);
+  uint8_t* ring = shared + sizeof(Control);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = a.units * Tile<D>::kUnitWarps;
-  uint8_t* q = ring + a.stages * Tile<D>::kPageBytes + warp * Tile<D>::kQBytes;
-  Control& c = *reinterpret_cast<Control*>(ring + a.stages * Tile<D>::kPageBytes + warps * Tile<D>::kQBytes);
+  const uint32_t first_fragment = shared_address(ring) + lane * 16;
 
   Work work;
   if (!find_work(a, chunks, work)) return;
@@ -618,7 +613,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(const __grid_
     c.window_page = first / kPageTokens / kWindow * kWindow;
   }
   if (a.cache.layout.dk != D || a.cache.layout.dv != D)
-    for (int i = threadIdx.x * 16; i < a.stages * Tile<D>::kPageBytes; i += blockDim.x * 16)
+    for (int i = threadIdx.x * 16; i < a.stages * Tile<D>::kPage.bytes; i += blockDim.x * 16)
       *reinterpret_cast<uint4*>(ring + i) = uint4{};
 #if __CUDA_ARCH__ >= 900
   asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
@@ -632,8 +627,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(const __grid_
   const int64_t first_row = a.batch.first_row[work.sequence];
   const bool exists = u < work.units;
   const int block = work.first_block + unit / a.shape.group * kPageTokens;
-  Warp<D> rows(a, lane, shared_address(q), c.l_high[threadIdx.x], block + warp % Tile<D>::kUnitWarps * Tile<D>::kRows,
-               work.s_kv);
+  Warp<D> rows(a, lane, first_fragment + a.stages * Tile<D>::kPage.bytes + warp * Tile<D>::kQBytes,
+               c.l_high[threadIdx.x], block + warp % Tile<D>::kUnitWarps * Tile<D>::kRows, work.s_kv);
   if (exists) {
     rows.load_q(first, first_row, head);
     rows.start(head);
@@ -644,7 +639,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(const __grid_
     const int page = c.page[stage];
     const uint32_t readers = c.readers[stage];
     if (page == kEnd) break;
-    if (readers >> u & 1) rows.attend(shared_address(ring) + stage * Tile<D>::kPageBytes, page, readers & kHigh);
+    if (readers >> u & 1) rows.attend(first_fragment + stage * Tile<D>::kPage.bytes, page, readers & kHigh);
     if (last_to_leave(c.left[stage], warps, lane)) fill<D>(a, c, ring, stage, lane);
     if (++stage == a.stages) {
       stage = 0;
@@ -677,14 +672,14 @@ cudaError_t launch(const PrefillParams& p, cudaStream_t stream) {
   // As many rows as there are warps for, unless that leaves no room to load a page while another is read.
   const auto pages_beside = [&](int units) {
     return (shared - static_cast<int>(sizeof(Control)) - units * Tile<D>::kUnitWarps * Tile<D>::kQBytes) /
-           Tile<D>::kPageBytes;
+           Tile<D>::kPage.bytes;
   };
   a.units = kMaxWarps / Tile<D>::kUnitWarps;
   while (a.units > 1 && pages_beside(a.units) < 2) a.units /= 2;
   a.stages = std::min(kMaxStages, pages_beside(a.units));
   if (a.stages < 1) return cudaErrorInvalidConfiguration;
   const int warps = a.units * Tile<D>::kUnitWarps;
-  const size_t bytes = a.stages * Tile<D>::kPageBytes + warps * Tile<D>::kQBytes + sizeof(Control);
+  const size_t bytes = a.stages * Tile<D>::kPage.bytes + warps * Tile<D>::kQBytes + sizeof(Control);
   error = cudaFuncSetAttribute(attend_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (error != cudaSuccess) return error;
   const int64_t chunks = (static_cast<int64_t>(p.max_blocks) * p.shape.group + a.units - 1) / a.units;

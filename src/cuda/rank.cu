@@ -9,7 +9,8 @@
 // A unit's pages are dealt to several CTAs, contiguously: at least kPagesOfCta each, so that one sequence fills the
 // GPU, and no more CTAs than run at once. Binds on DRAM with many sequences (a summary is 272 bytes at d = 128, 3 % of
 // what attend reads); with one, on the latency of some ten dependent steps: tables, q and summaries, the ticket, the
-// digits of the cut. Shared memory: 43 KB of query rows, 5 KB of choosing.
+// digits of the cut. Shared memory: 43 KB of query rows, in whose
+// place keys stand later, and 6 KB.
 #include "cuda/choose.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/mma.cuh"
@@ -18,8 +19,13 @@
 namespace thriftattn::cuda {
 namespace {
 
-constexpr int kPagesOfCta = 128;  // at least, where there are as many
-constexpr int kTileRows = 80;     // of 128 channels
+#ifndef RANK_THREADS
+#define RANK_THREADS 1024
+#endif
+constexpr int kThreads = RANK_THREADS, kWarps = kThreads / 32;
+constexpr int kPagesOfCta = 128;                                      // at least, where there are as many
+constexpr int kTileRows = 80;                                         // of 128 channels
+constexpr int kTileBytes = (kTileRows * 128 + 3 * kMaxChannels) * 4;  // rows are read by fours
 
 struct RankArgs {
   LayerCache cache;
@@ -42,11 +48,11 @@ struct UnitPlace {
   int ctas, first, end;  // this CTA takes the pages [first, end)
 };
 
-__device__ UnitPlace unit_place(const RankArgs& a, int pages_of_cta) {
-  UnitPlace at;
-  at.u = blockIdx.y;
-  const int i = static_cast<int>(at.u) / a.shape.h_kv;
-  at.g = static_cast<int>(at.u) % a.shape.h_kv;
+// One thread finds it for all: it takes many steps and few results.
+__device__ void find_unit(const RankArgs& a, UnitPlace& at) {
+  const int i = static_cast<int>(blockIdx.z);
+  at.g = static_cast<int>(blockIdx.y);
+  at.u = static_cast<int64_t>(i) * a.shape.h_kv + at.g;
   at.slot = a.batch.slot[i];
   at.s_q = a.batch.s_q[i];
   at.first_row = a.batch.first_row[i];
@@ -54,32 +60,39 @@ __device__ UnitPlace unit_place(const RankArgs& a, int pages_of_cta) {
   const BlockPages block = block_pages(s_kv - at.s_q, s_kv - 1, s_kv, {a.shape.causal, a.shape.window});
   at.pages = candidates(block, a.how.force, a.cache, released);
   const int n = at.pages.end - at.pages.first;
-  at.ctas = max(1, min(static_cast<int>(gridDim.x), (n + pages_of_cta - 1) / pages_of_cta));
+  at.ctas = max(1, min(static_cast<int>(gridDim.x), (n + kPagesOfCta - 1) / kPagesOfCta));
   const int each = (n + at.ctas - 1) / at.ctas;
   at.first = min(at.pages.end, at.pages.first + static_cast<int>(blockIdx.x) * each);
   at.end = min(at.pages.end, at.first + each);
-  return at;
 }
 
 // True in the CTA of a unit that comes last; it sees what the others wrote.
 __device__ bool comes_last(int32_t* ticket, int ctas, bool& last) {
   __syncthreads();
+  if (ctas == 1) return true;
   if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicAdd(ticket, 1) == ctas - 1;
+    int before;
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(ticket) : "memory");
+    last = before == ctas - 1;
     if (last) *ticket = 0;
-    __threadfence();
   }
   __syncthreads();
   return last;
 }
 
+// By the scores of all of the unit's pages.
+__device__ void choose_and_list(const RankArgs& a, const UnitPlace& at, float q_norm, uint32_t* keys,
+                                ChooseShared<kThreads>& s) {
+  float* score = a.score + at.u * a.cache.max_pages + at.pages.first;
+  const Cut cut = choose(a.how, at.pages, score, keys, q_norm, summaries_of(a.cache, at.slot, at.g), s);
+  write_lists(a.how, at.pages, cut, keys, a.lists, at.u, s);
+}
+
 struct RankShared {
-  float q[kTileRows * 128 + 3 * kMaxChannels];  // rows are read by fours
   float norm[kTileRows];
   bool finite[kTileRows], valid[kTileRows];  // of rows / whether a head has a finite row
   bool last;
-  ChooseShared choose;
+  ChooseShared<kThreads> choose;
 };
 
 // Brings the rows of `heads` heads of the group from h0 on into the tile, [heads, s_q], those with NaN or Inf as zeros,
@@ -129,15 +142,15 @@ struct Uses {
   bool first_heads;       // of the group: the score starts here
 };
 
-template <class Product, int kSteps>
+template <class Product, int kPages, int kSteps, class Prepare>
 __device__ void score_pages(const RankArgs& a, const UnitPlace& at, const Tile<kSteps>& tile, const Uses& use,
-                            const RankShared& s) {
+                            const RankShared& s, const Prepare& prepare) {
   const float scale = a.shape.sm_scale, log2_scale = scale * 1.44269504f;
-  float best[kPagesAtOnce<Product, kSteps>];
+  float best[kPages];
 #pragma unroll
   for (float& x : best) x = -INFINITY;
-  for_each_product<Product>(
-      summaries_of(a.cache, at.slot, at.g), a.cache.canonical, scale, at.first, at.end, tile, use.rows,
+  for_each_product<Product, kPages>(
+      summaries_of(a.cache, at.slot, at.g), a.cache.canonical, scale, at.first, at.end, tile, use.rows, prepare,
       [&](int k, int page, int row, float sum) {
         if (row < use.q_rows && page < at.end && lane_id() % 2 == 0)
           use.q_mean[static_cast<int64_t>(page) * a.row_stride + row] = sum * log2_scale;
@@ -152,69 +165,70 @@ __device__ void score_pages(const RankArgs& a, const UnitPlace& at, const Tile<k
       });
 }
 
-// Products of all rows of the unit with the summaries of the CTA's pages. Returns the norm of the longest mean row.
+// Products of all rows of the unit with the summaries of the CTA's pages, as many heads at a time as the tile holds.
+// Returns the norm of the longest mean row.
 template <int kSteps>
-__device__ float rank_pages(const RankArgs& a, const UnitPlace& at, RankShared& s) {
-  const Tile<kSteps> tile{s.q};
+__device__ float rank_pages(const RankArgs& a, const UnitPlace& at, const Tile<kSteps>& tile, RankShared& s) {
+  constexpr int kPages = RANK_THREADS == 1024 ? 2 / kSteps + (kSteps == 4) : 4 / kSteps;  // at once
   const int s_q = at.s_q, group = a.shape.group;
   const int room = kTileRows * 128 / Tile<kSteps>::kStride / (s_q + (s_q > 1));
-  const Policy policy = a.how.policy;
-  const bool by_means = a.how.ranks && policy == Policy::block_mean;
+  const Policy policy = a.how.ranks ? a.how.policy : Policy::none;
   float* score = a.how.ranks ? a.score + at.u * a.cache.max_pages : nullptr;
   float q_norm = 0;
   bool any_valid = false;
   for (int h0 = 0; h0 < group; h0 += room) {
-    const int heads = min(room, group - h0), means = s_q > 1 ? heads * s_q : 0;
-    __syncthreads();  // of the heads before
-    load_heads(a, at, h0, heads, tile, s);
+    const int heads = min(room, group - h0), rows = heads * s_q, means = s_q > 1 ? rows : 0;
+    const Tile<kSteps> mean_rows{tile.q + means * Tile<kSteps>::kStride};
+    bool loaded = false;
+    const auto prepare = [&] {
+      if (loaded) return;
+      __syncthreads();  // the heads before are done with
+      load_heads(a, at, h0, heads, tile, s);
+      loaded = true;
+    };
+    const Uses scores{heads, 0, 0, heads, nullptr, score, h0 == 0};
+    if (a.q_mean) {
+      const bool rank = policy == Policy::block_mean;
+      float* q_mean = a.q_mean + at.u * a.cache.max_pages * a.row_stride + h0 * s_q;
+      const Uses products{rank ? means + heads : rows, rows, means, heads, q_mean, rank ? score : nullptr, h0 == 0};
+      score_pages<MeanProduct, kPages>(a, at, tile, products, s, prepare);
+    } else if (policy == Policy::block_mean) {
+      score_pages<MeanProduct, kPages>(a, at, mean_rows, scores, s, prepare);
+    }
+    if (policy == Policy::quest) score_pages<QuestProduct, 1>(a, at, mean_rows, scores, s, prepare);
+    if (policy == Policy::second_moment) score_pages<MomentProduct, 1>(a, at, mean_rows, scores, s, prepare);
+    prepare();  // where nothing was multiplied
     for (int h = 0; h < heads; ++h) {
       any_valid |= s.valid[h];
       if (s.valid[h]) q_norm = fmaxf(q_norm, s.norm[h]);
     }
-    float* q_mean = a.q_mean ? a.q_mean + at.u * a.cache.max_pages * a.row_stride + h0 * s_q : nullptr;
-    const Tile<kSteps> mean_rows{tile.q + means * Tile<kSteps>::kStride};
-    const Uses scores{heads, 0, 0, heads, nullptr, score, h0 == 0};
-    if (q_mean) {
-      const Uses products{by_means ? means + heads : heads * s_q,
-                          heads * s_q,
-                          means,
-                          heads,
-                          q_mean,
-                          by_means ? score : nullptr,
-                          h0 == 0};
-      score_pages<MeanProduct>(a, at, tile, products, s);
-    } else if (by_means) {
-      score_pages<MeanProduct>(a, at, mean_rows, scores, s);
-    }
-    if (a.how.ranks && policy == Policy::quest) score_pages<QuestProduct>(a, at, mean_rows, scores, s);
-    if (a.how.ranks && policy == Policy::second_moment) score_pages<MomentProduct>(a, at, mean_rows, scores, s);
   }
-  if (a.how.ranks && policy == Policy::recent)
+  if (policy == Policy::recent)
     for (int p = at.first + static_cast<int>(threadIdx.x); p < at.end; p += kThreads)
       score[p] = any_valid ? static_cast<float>(p - at.pages.first) : -INFINITY;
   return q_norm;
 }
 
 template <int kSteps>
-__global__ __launch_bounds__(kThreads, 2) void rank_kernel(const __grid_constant__ RankArgs a) {
+__global__ __launch_bounds__(kThreads, 1) void rank_kernel(const __grid_constant__ RankArgs a) {
   __shared__ RankShared s;
+  __shared__ UnitPlace at;
+  extern __shared__ float memory[];  // rows of q, then keys
   let_next_kernel_start();
   wait_for_previous_kernel();
-  const UnitPlace at = unit_place(a, kPagesOfCta);
+  if (threadIdx.x == 0) find_unit(a, at);
+  __syncthreads();
   if (static_cast<int>(blockIdx.x) >= at.ctas) return;
   float q_norm = 0;
-  if (at.s_q > 0) q_norm = rank_pages<kSteps>(a, at, s);
+  if (at.s_q > 0) q_norm = rank_pages(a, at, Tile<kSteps>{memory}, s);
   if (a.q_norm && blockIdx.x == 0 && threadIdx.x == 0) a.q_norm[at.u] = q_norm;
   if (!a.write_lists) return;
-  float* score = a.score + at.u * a.cache.max_pages + at.pages.first;
   if (at.s_q == 0) {
     if (threadIdx.x < 8) a.lists.counts[at.u * 8 + threadIdx.x] = 0;
   } else if (!a.how.ranks) {
-    if (static_cast<int>(blockIdx.x) == at.ctas - 1) write_lists(a.how, at.pages, {}, score, a.lists, at.u, s.choose);
+    if (static_cast<int>(blockIdx.x) == at.ctas - 1) write_lists(a.how, at.pages, {}, nullptr, a.lists, at.u, s.choose);
   } else if (comes_last(a.ticket + at.u, at.ctas, s.last)) {
-    const Summaries summaries = summaries_of(a.cache, at.slot, at.g);
-    const Cut cut = choose(a.how, at.pages, score, q_norm, summaries, s.choose);
-    write_lists(a.how, at.pages, cut, score, a.lists, at.u, s.choose);
+    choose_and_list(a, at, q_norm, reinterpret_cast<uint32_t*>(memory), s.choose);
   }
 }
 
@@ -227,70 +241,71 @@ struct MassArgs {
   int mass_parts;
 };
 
-// A row's softmax sum as a power of two, and its weight in the mean over its head.
-struct RowFacts {
-  float log2_sum, weight;
-};
-
-__global__ __launch_bounds__(kThreads) void mass_kernel(const __grid_constant__ MassArgs args) {
-  __shared__ ChooseShared s;
+// Eight lanes have a page: as many as there are heads take a head each, the others its other parts.
+__global__ __launch_bounds__(kThreads, 1) void mass_kernel(const __grid_constant__ MassArgs args) {
+  __shared__ ChooseShared<kThreads> s;
+  __shared__ UnitPlace at;
   __shared__ bool last;
-  extern __shared__ RowFacts facts[];  // [row_stride]
+  extern __shared__ uint32_t keys[];
   let_next_kernel_start();
   wait_for_previous_kernel();
   const RankArgs& a = args.rank;
-  const UnitPlace at = unit_place(a, kThreads);
+  if (threadIdx.x == 0) find_unit(a, at);
+  __syncthreads();
   if (static_cast<int>(blockIdx.x) >= at.ctas) return;
   if (at.s_q == 0) {
     if (threadIdx.x < 8) a.lists.counts[at.u * 8 + threadIdx.x] = 0;
     return;
   }
-  const int64_t first_row = at.u * a.row_stride;
-  for (int r = static_cast<int>(threadIdx.x); r < a.shape.group * at.s_q; r += kThreads) {
-    const float m = args.state_ml[(first_row + r) * 4], l = args.state_ml[(first_row + r) * 4 + 1];
-    facts[r] = {l > 0 ? m + log2f(l) : INFINITY, a.row_weight[first_row + r]};
-  }
-  __syncthreads();
-  float* score = a.score + at.u * a.cache.max_pages;
+  const int group = a.shape.group, heads = group > 4 ? 8 : group > 2 ? 4 : group;  // at once
+  const int lane = lane_id() % 8, head = lane % heads, part = lane / heads;
   const bool of_all = a.how.budget.kind == Budget::Kind::mass || a.how.budget.kind == Budget::Kind::tolerance;
-  for (int p = at.first + static_cast<int>(threadIdx.x); p < at.end; p += kThreads) {
-    if (!of_all && at.pages.forced(p)) continue;
-    const float2* mass = args.page_mass + (at.u * a.cache.max_pages + p) * args.mass_parts * a.row_stride;
+  const float* weight = a.row_weight + at.u * a.row_stride;
+  const float* state = args.state_ml + at.u * a.row_stride * 4;
+  for (int p0 = at.first; p0 < at.end; p0 += kThreads / 8) {
+    const int page = p0 + static_cast<int>(threadIdx.x) / 8;
+    const bool wanted = page < at.end && (of_all || !at.pages.forced(page));
+    const float2* mass = args.page_mass + (at.u * a.cache.max_pages + page) * args.mass_parts * a.row_stride;
     float best = 0;
-    for (int h = 0; h < a.shape.group; ++h) {
+    for (int h = head; h - head < group; h += heads) {
       float share = 0;
-      for (int r = h * at.s_q; r < (h + 1) * at.s_q; ++r) {
-        const RowFacts row = facts[r];
+      for (int r = h * at.s_q; wanted && h < group && r < (h + 1) * at.s_q; ++r) {
+        const float m = state[4 * r], factor = __fdividef(weight[r], state[4 * r + 1]);
         float of_row = 0;
-        for (int part = 0; part < args.mass_parts; ++part) {
-          const float2 ml = mass[part * a.row_stride + r];
-          if (ml.y != 0) of_row = fmaf(ml.y, exp2_fast(ml.x - row.log2_sum), of_row);
+        for (int i = part; i < args.mass_parts; i += 8 / heads) {
+          const float2 ml = mass[i * a.row_stride + r];
+          if (ml.y != 0) of_row = fmaf(ml.y, exp2_fast(ml.x - m), of_row);
         }
-        if (row.weight > 0) share = fmaf(row.weight, of_row, share);
+        if (factor > 0) share = fmaf(factor, of_row, share);
       }
+      for (int i = heads; i < 8; i *= 2) share += __shfl_xor_sync(kAll, share, i);
       best = fmaxf(best, share);
     }
-    score[p] = best;
+    for (int i = 1; i < heads; i *= 2) best = fmaxf(best, __shfl_xor_sync(kAll, best, i));
+    if (wanted && lane == 0) a.score[at.u * a.cache.max_pages + page] = best;
   }
-  if (!comes_last(a.ticket + at.u, at.ctas, last)) return;
-  score += at.pages.first;
-  const Cut cut = choose(a.how, at.pages, score, a.q_norm[at.u], summaries_of(a.cache, at.slot, at.g), s);
-  write_lists(a.how, at.pages, cut, score, a.lists, at.u, s);
+  if (comes_last(a.ticket + at.u, at.ctas, last)) choose_and_list(a, at, a.q_norm[at.u], keys, s);
 }
 
-// CTAs of one unit: as many as its pages keep busy, and together no more than run at once.
-cudaError_t ctas_of_unit(const RankParams& p, int pages_of_cta, int& ctas) {
+// How the CTAs of a step's units are launched: as many for a unit as its pages keep busy, and together no more than run
+// at once; shared memory for the rows of q and, in their place, for the keys of the pages that a unit sees.
+struct Launch {
+  dim3 grid;
+  int key_bytes;
+};
+cudaError_t launch_of(const RankParams& p, Launch& launch) {
   int device = 0, multiprocessors = 0;
   if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
   if (const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
       error != cudaSuccess)
     return error;
-  constexpr int64_t kAtOnce = 4;  // on one multiprocessor
-  const int64_t seen = p.shape.window > 0 ? (p.shape.window + p.shape.max_s_q) / kPageTokens + 2 : p.cache.max_pages;
+  const int64_t in_window = p.shape.window > 0 ? (p.shape.window + p.shape.max_s_q) / kPageTokens + 2 : INT64_MAX;
+  const int64_t pages = std::min<int64_t>(in_window, p.cache.max_pages);
   const int64_t units = static_cast<int64_t>(p.batch.b) * p.shape.h_kv;
-  ctas = static_cast<int>(std::clamp<int64_t>(
-      kAtOnce * multiprocessors / units, 1,
-      std::max<int64_t>(1, (std::min<int64_t>(seen, p.cache.max_pages) + pages_of_cta - 1) / pages_of_cta)));
+  const int64_t busy = std::max<int64_t>(1, (pages + kPagesOfCta - 1) / kPagesOfCta);
+  launch.grid = {static_cast<unsigned>(std::clamp<int64_t>(multiprocessors / units, 1, busy)),
+                 static_cast<unsigned>(p.shape.h_kv), static_cast<unsigned>(p.batch.b)};
+  launch.key_bytes = static_cast<int>(pages) * 4;
   return cudaSuccess;
 }
 
@@ -300,29 +315,24 @@ RankArgs rank_args(const RankParams& p) {
           p.row_weight,   p.ticket,     p.lists};
 }
 
-dim3 grid_of(const RankParams& p, int ctas) {
-  return {static_cast<unsigned>(ctas), static_cast<unsigned>(p.batch.b * p.shape.h_kv), 1};
-}
-
 }  // namespace
 
 cudaError_t launch_rank(const RankParams& params, cudaStream_t stream) {
   if (params.batch.b == 0) return cudaSuccess;
   RankArgs args = rank_args(params);
   if (params.lists_given || params.method.policy == Policy::fp4_mass) args.how.ranks = false;
-  int ctas = 0;
-  if (const cudaError_t error = ctas_of_unit(params, kPagesOfCta, ctas); error != cudaSuccess) return error;
-  return launch_early(params.shape.d <= 128 ? rank_kernel<2> : rank_kernel<4>, grid_of(params, ctas), kThreads, 0,
-                      stream, args);
+  Launch launch;
+  if (const cudaError_t error = launch_of(params, launch); error != cudaSuccess) return error;
+  return launch_early(params.shape.d <= 128 ? rank_kernel<2> : rank_kernel<4>, launch.grid, kThreads,
+                      std::max(kTileBytes, args.how.ranks ? launch.key_bytes : 0), stream, args);
 }
 
 cudaError_t launch_choose_by_mass(const MassParams& params, cudaStream_t stream) {
   if (params.rank.batch.b == 0) return cudaSuccess;
-  int ctas = 0;
-  if (const cudaError_t error = ctas_of_unit(params.rank, kThreads, ctas); error != cudaSuccess) return error;
+  Launch launch;
+  if (const cudaError_t error = launch_of(params.rank, launch); error != cudaSuccess) return error;
   const MassArgs args = {rank_args(params.rank), params.state_ml, params.page_mass, params.mass_parts};
-  return launch_early(mass_kernel, grid_of(params.rank, ctas), kThreads,
-                      params.rank.row_stride * static_cast<int>(sizeof(RowFacts)), stream, args);
+  return launch_early(mass_kernel, launch.grid, kThreads, launch.key_bytes, stream, args);
 }
 
 }  // namespace thriftattn::cuda

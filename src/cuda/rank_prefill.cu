@@ -17,6 +17,7 @@
 namespace thriftattn::cuda {
 namespace {
 
+constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kScoreBytes = 40 << 10;  // of a CTA, where one head's scores need no more
 
 struct PrefillRankArgs {
@@ -32,9 +33,8 @@ struct PrefillRankArgs {
 };
 
 struct PrefillRankShared {
-  ChooseShared choose;
+  ChooseShared<kThreads> choose;
   int finite_rows[kWarps];
-  float norm[kWarps];
   int counts[kWarps][2];
 };
 
@@ -74,7 +74,7 @@ __device__ int average(const Rows<const void*>& q, int64_t first, int count, int
 }
 
 // Writes the tiers of all pages and the counts of one block and head.
-__device__ void write_tiers(const PrefillRankArgs& a, const Candidates& c, const Cut& cut, const float* score,
+__device__ void write_tiers(const PrefillRankArgs& a, const Candidates& c, const Cut& cut, const uint32_t* keys,
                             int64_t at, PrefillRankShared& s) {
   uint32_t* words = a.tiers + at * a.tier_words;
   int promoted = 0, wanted = 0;
@@ -82,7 +82,7 @@ __device__ void write_tiers(const PrefillRankArgs& a, const Candidates& c, const
     const int page = w * 16 + lane_id();
     Verdict v = {Tier::none, false, false};
     if (page >= c.first && page < c.end)
-      v = judge(a.how, c, cut, page, a.how.ranks ? key_of(score[page - c.first]) : 0);
+      v = judge(a.how, c, cut, page, keys ? keys[page - c.first] : c.forced(page) ? kForcedKey : 1);
     promoted += __popc(__ballot_sync(kAll, v.listed));
     wanted += __popc(__ballot_sync(kAll, v.wanted));
     const uint32_t code = static_cast<uint32_t>(v.tier) << lane_id() % 16 * 2;
@@ -139,11 +139,14 @@ __global__ __launch_bounds__(kThreads, 2) void rank_prefill_kernel(const __grid_
       };
       const auto done = [](int, int) {};
       if (a.how.policy == Policy::block_mean)
-        for_each_product<MeanProduct>(summaries, a.cache.canonical, scale, c.first, c.end, tile, heads, emit, done);
+        for_each_product<MeanProduct, 8 / kSteps>(
+            summaries, a.cache.canonical, scale, c.first, c.end, tile, heads, [] {}, emit, done);
       if (a.how.policy == Policy::quest)
-        for_each_product<QuestProduct>(summaries, a.cache.canonical, scale, c.first, c.end, tile, heads, emit, done);
+        for_each_product<QuestProduct, 4 / kSteps>(
+            summaries, a.cache.canonical, scale, c.first, c.end, tile, heads, [] {}, emit, done);
       if (a.how.policy == Policy::second_moment)
-        for_each_product<MomentProduct>(summaries, a.cache.canonical, scale, c.first, c.end, tile, heads, emit, done);
+        for_each_product<MomentProduct, 4 / kSteps>(
+            summaries, a.cache.canonical, scale, c.first, c.end, tile, heads, [] {}, emit, done);
       if (a.how.policy == Policy::recent)
         for (int h = 0; h < heads; ++h)
           for (int p = static_cast<int>(threadIdx.x); p < n; p += kThreads)
@@ -152,10 +155,14 @@ __global__ __launch_bounds__(kThreads, 2) void rank_prefill_kernel(const __grid_
     for (int h = 0; h < heads; ++h) {
       __syncthreads();  // the scores are there, and the head before is done with s
       float* score = scores + h * a.max_seen;
-      const float q_norm = a.how.budget.kind == Budget::Kind::tolerance ? row_norm(tile, h) : 0.0f;
-      const Cut cut = choose(a.how, c, score, valid >> h & 1 ? q_norm : 0.0f, summaries, s.choose);
+      uint32_t* keys = a.how.ranks ? reinterpret_cast<uint32_t*>(score) : nullptr;
+      Cut cut;
+      if (a.how.ranks) {
+        const float q_norm = valid >> h & 1 ? row_norm(tile, h) : 0.0f;
+        cut = choose(a.how, c, score, keys, q_norm, summaries, s.choose);
+      }
       const int head = g * a.shape.group + h0 + h;
-      write_tiers(a, c, cut, score, (i * a.shape.h_q + head) * a.max_blocks + block, s);
+      write_tiers(a, c, cut, keys, (i * a.shape.h_q + head) * a.max_blocks + block, s);
     }
     __syncthreads();
   }
@@ -178,9 +185,6 @@ cudaError_t launch_rank_prefill(const PrefillParams& p, cudaStream_t stream) {
   const int shared =
       (kWarps + static_cast<int>(round_up(args.heads_at_once, 4))) * row_bytes + args.heads_at_once * head_bytes;
   const auto kernel = wide ? rank_prefill_kernel<4> : rank_prefill_kernel<2>;
-  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-      error != cudaSuccess)
-    return error;
   const dim3 grid(static_cast<unsigned>(p.max_blocks), static_cast<unsigned>(p.shape.h_kv),
                   static_cast<unsigned>(p.batch.b));
   return launch_early(kernel, grid, kThreads, shared, stream, args);

@@ -1,22 +1,23 @@
-// A warp's ring of shared-memory slots that asynchronous copies fill: bulk copies from sm_90, which one lane starts and
-// the slot's barrier counts in bytes; before, 16 bytes a lane (cp.async). A slot is filled again as soon as the warp has
-// read it, so the copies of the next items are always under way. Warps share nothing and never wait for one another.
+// A warp's ring of shared-memory slots that asynchronous copies fill: a record by one bulk copy from sm_90, by 16 bytes
+// a lane before, and a few bytes beside it by 16 at a time (cp.async). A slot's barrier counts both. A slot is filled
+// again as soon as the warp has read it, so the copies of the next items are always under way. Warps share nothing and
+// never wait for one another.
 #pragma once
 
 #include <cstdint>
 
 namespace thriftattn::cuda {
 
-inline constexpr int kRingSlots = 2;
+inline constexpr uint32_t kRingSlots = 2;  // a power of two
 
 class Ring {
  public:
   // `slots` of slot_bytes each and `barriers`, kRingSlots of both, belong to the calling warp; slot_bytes is a multiple
   // of 16. Called by the whole warp.
-  __device__ Ring(uint8_t* slots, uint64_t* barriers, int slot_bytes)
-      : slots_(slots), slot_bytes_(slot_bytes), barriers_(shared_address(barriers)), lane_(threadIdx.x % 32) {
-    if (lane_ == 0) {
-      for (int i = 0; i < kRingSlots; ++i)
+  __device__ Ring(uint8_t* slots, uint64_t* barriers, uint32_t slot_bytes)
+      : slots_(slots), slot_bytes_(slot_bytes), barriers_(shared_address(barriers)) {
+    if (threadIdx.x % 32 == 0) {
+      for (uint32_t i = 0; i < kRingSlots; ++i)
         asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barriers_ + 8 * i), "r"(kArrivals) : "memory");
 #if __CUDA_ARCH__ >= 900
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -26,46 +27,43 @@ class Ring {
   }
 
   // The slot to fill next. All lanes of the warp have read what it held: a __syncwarp() stands between.
-  __device__ uint8_t* fill_slot() const { return slots_ + fill_ * slot_bytes_; }
+  __device__ uint8_t* fill_slot() const { return slots_ + fill_ % kRingSlots * slot_bytes_; }
 
-  // start, copies (16 bytes or a multiple, both ends aligned to 16), finish: by the whole warp, on the slot to fill.
-  // `bytes` is the sum of the copies.
-  __device__ void start_fill(int bytes) const {
-#if __CUDA_ARCH__ >= 900
-    if (lane_ == 0)
-      asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(fill_barrier()), "r"(bytes) : "memory");
-#endif
+  // To fill a slot, one lane, the leader, copies what stands beside the record; then the whole warp calls fill(), which
+  // copies the leader's record to the front of the slot, or nothing. Both ends of a copy are aligned to 16 bytes, of
+  // which it moves a multiple.
+  __device__ void copy_beside(int to, const void* from) const {
+    copy_16(shared_address(fill_slot()) + to, static_cast<const uint8_t*>(from));
   }
-  __device__ void copy(int to, const void* from, int bytes) const {
-    const uint32_t target = shared_address(fill_slot()) + to;
+  __device__ void fill(bool is_leader, const uint8_t* record, int bytes) {
+    const uint32_t to = shared_address(fill_slot()), barrier = barriers_ + 8 * (fill_ % kRingSlots);
 #if __CUDA_ARCH__ >= 900
-    if (lane_ == 0)
-      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
-                   "l"(from), "r"(bytes), "r"(fill_barrier())
-                   : "memory");
+    if (is_leader) {
+      asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+      if (bytes > 0)
+        asm volatile(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+            "l"(record), "r"(bytes), "r"(barrier)
+            : "memory");
+      asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+    }
 #else
-    for (int i = lane_ * 16; i < bytes; i += 512)
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target + i),
-                   "l"(static_cast<const uint8_t*>(from) + i)
-                   : "memory");
+    const int leader = __ffs(__ballot_sync(~0u, is_leader)) - 1;
+    record = reinterpret_cast<const uint8_t*>(__shfl_sync(~0u, reinterpret_cast<unsigned long long>(record), leader));
+    for (int i = threadIdx.x % 32 * 16; i < bytes; i += 512) copy_16(to + i, record + i);
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 #endif
-  }
-  __device__ void finish_fill() {
-#if __CUDA_ARCH__ < 900
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(fill_barrier()) : "memory");
-#endif
-    fill_ = fill_ + 1 == kRingSlots ? 0 : fill_ + 1;
+    ++fill_;
   }
 
   // Waits for the next slot to read, or for the one after it.
-  __device__ const uint8_t* wait(int ahead = 0) const {
-    const int slot = (read_ + ahead) % kRingSlots;
-    const uint32_t phase = read_ + ahead >= kRingSlots ? phase_ ^ 1 : phase_;
+  __device__ const uint8_t* wait(uint32_t ahead = 0) const {
+    const uint32_t n = read_ + ahead, slot = n % kRingSlots;
     uint32_t done;
     do {
       asm volatile("{.reg .pred p;\n mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;}"
                    : "=r"(done)
-                   : "r"(barriers_ + 8 * slot), "r"(phase)
+                   : "r"(barriers_ + 8 * slot), "r"(n / kRingSlots % 2)
                    : "memory");
     } while (!done);
     return slots_ + slot * slot_bytes_;
@@ -73,29 +71,26 @@ class Ring {
   // All lanes have read the slot.
   __device__ void release() {
     __syncwarp();
-    if (++read_ == kRingSlots) {
-      read_ = 0;
-      phase_ ^= 1;
-    }
+    ++read_;
   }
 
  private:
 #if __CUDA_ARCH__ >= 900
-  static constexpr int kArrivals = 1;
+  static constexpr int kArrivals = 2;  // the leader's, of the bulk copy and of the others
 #else
   static constexpr int kArrivals = 32;
 #endif
   __device__ static uint32_t shared_address(const void* p) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(p));
   }
-  __device__ uint32_t fill_barrier() const { return barriers_ + 8 * fill_; }
+  __device__ static void copy_16(uint32_t to, const uint8_t* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+  }
 
   uint8_t* slots_;
-  int slot_bytes_;
+  uint32_t slot_bytes_;
   uint32_t barriers_;
-  int lane_;
-  int fill_ = 0, read_ = 0;
-  uint32_t phase_ = 0;
+  uint32_t fill_ = 0, read_ = 0;  // slots filled and read since the begin
 };
 
 }  // namespace thriftattn::cuda

@@ -28,19 +28,22 @@ Result<Workspace> Workspace::create(const Plan& plan, int device) {
   if (plan.backend != "cuda")
     return invalid_argument(
         fmt::format("the plan is for backend '{}': thriftattn::Workspace serves the CPU's", plan.backend));
-  THRIFTATTN_ASSIGN_OR_RETURN(here, machine(device));
+  THRIFTATTN_ASSIGN_OR_RETURN(all, gpus());
+  if (device < 0 || device >= std::ssize(all))
+    return not_found(fmt::format("GPU {} does not exist: there are {}", device, all.size()));
+  Gpu gpu = all[static_cast<size_t>(device)];
   const Problem& p = plan.problem;
-  if (const std::string target = fmt::format("sm_{}", here.gpu->compute_capability); target != plan.target)
+  if (const std::string target = fmt::format("sm_{}", gpu.compute_capability); target != plan.target)
     return invalid_argument(fmt::format("the plan is for {}, GPU {} is {}", plan.target, device, target));
   auto state = std::make_unique<State>();
   state->plan = plan;
   state->device = device;
   int64_t scratch_bytes = 0;
   if (p.phase == Phase::prefill) {
-    scratch_bytes = prefill_scratch_bytes(p, *here.gpu);
+    scratch_bytes = prefill_scratch_bytes(p, gpu);
   } else {
-    here.gpu->multiprocessors = plan.splits;
-    state->config = decode_config(p, *here.gpu);
+    gpu.multiprocessors = plan.splits;
+    state->config = decode_config(p, gpu);
   }
   state->at = workspace_layout(p, state->config, scratch_bytes);
   THRIFTATTN_ASSIGN_OR_RETURN(memory, DeviceMemory::take(state->at.bytes, device, "a workspace"));

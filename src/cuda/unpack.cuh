@@ -42,9 +42,10 @@ __device__ inline float2 e8m0_scales(uint32_t x) {
 }
 
 // Both pairs of a word: rows g and g+8 of one tile of 16 rows, and of the next.
-__device__ inline void unpack_scales(bool mxfp4, uint32_t word, float (&scale)[4]) {
-  const float2 first = mxfp4 ? e8m0_scales(word) : e4m3_scales(word);
-  const float2 second = mxfp4 ? e8m0_scales(word >> 16) : e4m3_scales(word >> 16);
+template <bool kMxfp4>
+__device__ void unpack_scales(uint32_t word, float (&scale)[4]) {
+  const float2 first = kMxfp4 ? e8m0_scales(word) : e4m3_scales(word);
+  const float2 second = kMxfp4 ? e8m0_scales(word >> 16) : e4m3_scales(word >> 16);
   scale[0] = first.x, scale[1] = first.y, scale[2] = second.x, scale[3] = second.y;
 }
 

@@ -57,7 +57,7 @@ inline void expect_same_selection(const Selection& got, const oracle::Input& inp
     for (const auto& [a, c] : {std::pair{&ours, &theirs}, std::pair{&theirs, &ours}}) {
       list += list.empty() ? "got" : ", oracle";
       for (const Promoted& p : *a) {
-        list += " " + std::to_string(p.page) + ":" + to_string(p.tier);
+        list.append(" ").append(std::to_string(p.page)).append(":").append(to_string(p.tier));
         const bool in_both = std::find(c->begin(), c->end(), p) != c->end();
         if (in_both || std::fabs(rank[static_cast<size_t>(p.page)] - border) <= tie * largest) continue;
         ADD_FAILURE() << what << ", block " << b << ": page " << p.page << " " << to_string(p.tier)

@@ -51,6 +51,7 @@ class Floats {
     const size_t bytes = std::max<size_t>(16, static_cast<size_t>(count * size_of(dtype)));
     EXPECT_CUDA(cudaMalloc(&data_, bytes));
     EXPECT_CUDA(cudaMemset(data_, 0xff, bytes));
+    EXPECT_CUDA(cudaDeviceSynchronize());
   }
   Floats(const std::vector<float>& from, DType dtype) : Floats(std::ssize(from), dtype) { set(from); }
   ~Floats() { cudaFree(data_); }
@@ -61,6 +62,7 @@ class Floats {
     std::vector<uint8_t> raw(from.size() * static_cast<size_t>(size_of(dtype_)));
     store_row(dtype_, from.data(), std::ssize(from), raw.data());
     EXPECT_CUDA(cudaMemcpy(data_, raw.data(), raw.size(), cudaMemcpyHostToDevice));
+    EXPECT_CUDA(cudaDeviceSynchronize());  // other streams do not wait for the copy's last part
   }
   std::vector<float> get() const {
     std::vector<uint8_t> raw(static_cast<size_t>(count_ * size_of(dtype_)));
