@@ -186,13 +186,13 @@ TEST_F(Device, SequencesOfABatchDoNotMeet) {
 TEST_F(Device, GreedyStepsGoOnFromFilledCaches) {
   const auto model = load("llama-bf16-llama3", Compute::bf16);
   ASSERT_TRUE(model);
-  const auto batch = open(*model, "thrift", 300, 2);
-  ASSERT_TRUE(batch->fill(200, 1).ok());
-  EXPECT_EQ(batch->length(), 200);
+  const auto batch = open(*model, "thrift", 250, 2);
+  ASSERT_TRUE(batch->fill(150, 1).ok());
+  EXPECT_EQ(batch->length(), 150);
   const auto times = batch->decode_greedily(100);
   ASSERT_TRUE(times.ok()) << times.status().message();
   EXPECT_EQ(times->size(), 100);
-  EXPECT_EQ(batch->length(), 300);
+  EXPECT_EQ(batch->length(), 250);
   EXPECT_FALSE(batch->decode_greedily(1).ok());  // no room
 }
 
