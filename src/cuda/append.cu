@@ -38,9 +38,7 @@ struct Tile {
   float*
       squares[2];  // [lanes / 16, groups, 16]: sums over groups, of V as it came and of what the first plane got wrong
 
-  __device__ float* at(int token, int channel) const {
-    return values + (is_v ? token * stride + channel : channel * stride + token);
-  }
+  __device__ int at(int token, int channel) const { return is_v ? token * stride + channel : channel * stride + token; }
   __device__ int blocks() const { return (is_v ? lanes : depth) / 32; }  // of 32 channels
 };
 
@@ -52,12 +50,16 @@ constexpr int shared_bytes(int depth, int lanes) {
 
 // Pairs (i, j), j in [0, width), row after row from (i0, 0): those that one warp meets, every kWarps-th.
 struct Walk {
-  int i, j, width;
+  int i, j;
+  const int width, di, dj;
 
   __device__ Walk(int i0, int width_)
-      : i(i0 + threadIdx.x / 32 / width_), j(threadIdx.x / 32 % width_), width(width_) {}
+      : i(i0 + warp() / width_), j(warp() % width_), width(width_), di(kWarps / width_), dj(kWarps % width_) {}
+  __device__ static int warp() { return threadIdx.x / 32; }
   __device__ void step() {
-    for (j += kWarps; j >= width; j -= width) ++i;
+    i += di;
+    j += dj;
+    if (j >= width) ++i, j -= width;
   }
 };
 
@@ -84,12 +86,10 @@ __device__ uint4 load_bits(const void* data, bool is_f32, int64_t at, bool align
   return {bits.x, bits.y, 0, 0};
 }
 
-// Two halves; what 16 bit cannot hold becomes NaN, never an infinity, which a softmax would take for a score.
-__device__ uint32_t without_infinities(uint32_t halves, bool& good) {
-  const uint32_t bad = ((halves & 0x7fff7fffu) + 0x04000400u) & 0x80008000u;  // an exponent of all ones carries
-  if (bad == 0) return halves;
-  good = false;
-  return halves | (bad >> 15) * 0x7fffu;
+// Bits 0 and 16: which of two halves is beyond the finite. Such a value becomes NaN, never an infinity, which a softmax
+// would take for a score.
+__device__ uint32_t has_infinity(uint32_t halves) {
+  return ((halves & 0x7fff7fffu) + 0x04000400u) >> 15 & 0x00010001u;  // an exponent of all ones carries
 }
 
 // Tokens [first, last) of the page from the caller's rows, of which `row` is the first token's. A warp takes 8 tokens x
@@ -101,23 +101,24 @@ __device__ bool load_rows(const Tile& tile, const Rows<const void*>& rows, int h
   const auto address = reinterpret_cast<uint64_t>(rows.data);
   const bool aligned =
       (address | static_cast<uint64_t>((rows.row_stride | rows.head_stride) * element)) % (4 * element) == 0;
-  const int64_t from = (row + threadIdx.x % 8) * rows.row_stride + head * rows.head_stride;
-  const int channel_step = tile.is_v ? 1 : tile.stride, groups = (last - first + 7) / 8;
+  const int lane_token = threadIdx.x % 8, lane_channel = threadIdx.x % 32 / 8 * 4;
+  const int64_t from = (row + lane_token) * rows.row_stride + head * rows.head_stride + lane_channel;
+  const int step = tile.is_v ? 1 : tile.stride, groups = (last - first + 7) / 8;
   bool good = true;
   for (Walk walk(0, 2 * tile.blocks()); walk.i < groups;) {
     uint4 bits[kAhead];
-    float* to[kAhead];
+    int to[kAhead];
 #pragma unroll
     for (int n = 0; n < kAhead; ++n, walk.step()) {
-      const int token = first + walk.i * 8 + threadIdx.x % 8, channel = walk.j * 16 + threadIdx.x % 32 / 8 * 4;
-      to[n] = token < last ? tile.at(token, channel) : nullptr;
+      const int token = first + walk.i * 8 + lane_token, channel = walk.j * 16 + lane_channel;
+      to[n] = token < last ? tile.at(token, channel) : -1;
       bits[n] = {0, 0, 0, 0};
       if (token < last && channel < tile.channels)
-        bits[n] = load_bits(rows.data, is_f32, from + walk.i * 8 * rows.row_stride + channel, aligned);
+        bits[n] = load_bits(rows.data, is_f32, from + walk.i * 8 * rows.row_stride + walk.j * 16, aligned);
     }
 #pragma unroll
     for (int n = 0; n < kAhead; ++n) {
-      if (!to[n]) continue;
+      if (to[n] < 0) continue;
       uint32_t x01 = bits[n].x, x23 = bits[n].y;
       if (is_f32) {
         x01 = pack(float_of(bits[n].x), float_of(bits[n].y));
@@ -126,53 +127,65 @@ __device__ bool load_rows(const Tile& tile, const Rows<const void*>& rows, int h
         x01 = pack(float_of(bits[n].x << 16), float_of(bits[n].x & 0xffff0000u));
         x23 = pack(float_of(bits[n].y << 16), float_of(bits[n].y & 0xffff0000u));
       }
-      x01 = without_infinities(x01, good);
-      x23 = without_infinities(x23, good);
-      to[n][0] = low_half(x01);
-      to[n][channel_step] = high_half(x01);
-      to[n][2 * channel_step] = low_half(x23);
-      to[n][3 * channel_step] = high_half(x23);
+      if (has_infinity(x01) | has_infinity(x23)) {
+        good = false;
+        x01 |= has_infinity(x01) * 0x7fffu;
+        x23 |= has_infinity(x23) * 0x7fffu;
+      }
+      float* const values = tile.values + to[n];
+      values[0] = low_half(x01);
+      values[step] = high_half(x01);
+      values[2 * step] = low_half(x23);
+      values[3 * step] = high_half(x23);
     }
   }
   return good;
 }
 
-// What one lane of a warp holds of 32 channels of a 16-bit item: 16 bytes, in which K has 8 channels of one token and V
-// 4 channels of two.
-struct HighChunk {
-  int64_t offset;  // in the record
-  float* values;   // the first one's place in the tile
-  int even, odd;   // the tokens of the values in the low halves, and in the high ones
-  int step[3];     // from the first value to the others: value e stands at the sum of the steps of e's bits
+// What the lanes of a warp hold of 32 channels of a 16-bit item: 16 bytes each, in which K has 8 channels of one token
+// and V 4 channels of two.
+struct HighLane {
+  int offset;                 // of its bytes in the first 32 channels of an item
+  int even, odd;              // the tokens of the values in the low halves, and in the high ones
+  int first;                  // place of the first value in the tile, for the first item and its first 32 channels
+  int next_item, next_block;  // from there to the others
+  int step[3];                // from the first value to the others: value e stands at the sum of the steps of e's bits
 
-  __device__ HighChunk(const DeviceLayout& layout, const Tile& tile, int item, int block) {
-    const int lane = threadIdx.x % 32;
-    const int token = tile.is_v ? lane % 4 * 2 : lane / 4, channel = block * 32 + (tile.is_v ? lane / 4 : lane % 4 * 2);
-    offset = item * int64_t{layout.high_item_bytes} +
-             (tile.is_v ? layout.high_v_at(channel, token) : layout.high_k(channel, token));
-    even = item * kHighItemTokens + token;
+  __device__ HighLane(const DeviceLayout& layout, const Tile& tile) {
+    const int lane = threadIdx.x % 32, channel = tile.is_v ? lane / 4 : lane % 4 * 2;
+    even = tile.is_v ? lane % 4 * 2 : lane / 4;
     odd = even + (tile.is_v ? 1 : 0);
-    values = tile.at(even, channel);
+    offset = tile.is_v ? layout.high_v_at(channel, even) : layout.high_k(channel, even);
+    first = tile.at(even, channel);
+    next_item = tile.at(kHighItemTokens, 0);
+    next_block = tile.at(0, 32);
     step[0] = tile.stride;  // the next channel of K, the next token of V
     step[1] = tile.is_v ? 8 : 16 * tile.stride;
     step[2] = tile.is_v ? 16 : 8 * tile.stride;
   }
-  __device__ float& value(int e) const {
-    return values[(e & 1) * step[0] + (e >> 1 & 1) * step[1] + (e >> 2) * step[2]];
+  // Its bytes in a record; a block of 32 channels takes 512.
+  __device__ int64_t bytes(const DeviceLayout& layout, int item, int block) const {
+    return int64_t{item} * layout.high_item_bytes + (block * 512 + offset);
+  }
+  __device__ float& value(const Tile& tile, int item, int block, int e) const {
+    return tile.values[first + item * next_item + block * next_block + (e & 1) * step[0] + (e >> 1 & 1) * step[1] +
+                       (e >> 2) * step[2]];
   }
 };
 
 // Tokens [first, last) of the tile into the record, and zeros after them up to the end of their item.
 __device__ void store_high(const Tile& tile, const DeviceLayout& layout, int first, int last, uint8_t* record) {
+  const HighLane lane(layout, tile);
   for (Walk walk(first / kHighItemTokens, tile.blocks()); walk.i * kHighItemTokens < last; walk.step()) {
-    const HighChunk chunk(layout, tile, walk.i, walk.j);
-    if (chunk.odd < first) continue;
+    const int even = walk.i * kHighItemTokens + lane.even, odd = walk.i * kHighItemTokens + lane.odd;
+    if (odd < first) continue;
     uint32_t x[4];
 #pragma unroll
     for (int w = 0; w < 4; ++w)
-      x[w] = pack(chunk.even < last ? chunk.value(2 * w) : 0.0f, chunk.odd < last ? chunk.value(2 * w + 1) : 0.0f);
-    uint8_t* const to = record + chunk.offset;
-    if (chunk.even < first) {  // these tokens were there before
+      x[w] = pack(even < last ? lane.value(tile, walk.i, walk.j, 2 * w) : 0.0f,
+                  odd < last ? lane.value(tile, walk.i, walk.j, 2 * w + 1) : 0.0f);
+    uint8_t* const to = record + lane.bytes(layout, walk.i, walk.j);
+    if (even < first) {  // these tokens were there before
       for (int w = 0; w < 4; ++w) reinterpret_cast<uint16_t*>(to)[2 * w + 1] = static_cast<uint16_t>(x[w] >> 16);
     } else {
       *reinterpret_cast<uint4*>(to) = {x[0], x[1], x[2], x[3]};
@@ -183,22 +196,23 @@ __device__ void store_high(const Tile& tile, const DeviceLayout& layout, int fir
 // Tokens [0, end) of the record into the tile.
 __device__ void load_high(const Tile& tile, const DeviceLayout& layout, const uint8_t* record, int end) {
   constexpr int kAhead = 4;
+  const HighLane lane(layout, tile);
   const int items = (end + kHighItemTokens - 1) / kHighItemTokens;
   for (Walk walk(0, tile.blocks()); walk.i < items;) {
     uint4 words[kAhead];
     Walk ahead = walk;
 #pragma unroll
     for (int n = 0; n < kAhead; ++n, ahead.step())
-      if (ahead.i < items)
-        words[n] = *reinterpret_cast<const uint4*>(record + HighChunk(layout, tile, ahead.i, ahead.j).offset);
+      if (ahead.i < items) words[n] = *reinterpret_cast<const uint4*>(record + lane.bytes(layout, ahead.i, ahead.j));
 #pragma unroll
     for (int n = 0; n < kAhead; ++n, walk.step()) {
-      const HighChunk to(layout, tile, walk.i, walk.j);
       const uint32_t x[4] = {words[n].x, words[n].y, words[n].z, words[n].w};
+      const bool has_even = walk.i * kHighItemTokens + lane.even < end;
+      const bool has_odd = walk.i * kHighItemTokens + lane.odd < end;
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
-        if (to.even < end) to.value(2 * w) = low_half(x[w]);
-        if (to.odd < end) to.value(2 * w + 1) = high_half(x[w]);
+        if (has_even) lane.value(tile, walk.i, walk.j, 2 * w) = low_half(x[w]);
+        if (has_odd) lane.value(tile, walk.i, walk.j, 2 * w + 1) = high_half(x[w]);
       }
     }
   }
@@ -225,7 +239,7 @@ __device__ uint32_t summarise(const Tile& tile, const PageLayout& layout, bool c
   const int c = threadIdx.x;
   if (c < layout.d) {
     auto* row = reinterpret_cast<float4*>(tile.values + c * tile.stride);
-    float sum = 0, low = *tile.at(0, c), top = low;
+    float sum = 0, low = tile.values[tile.at(0, c)], top = low;
     const auto see = [&](float x) {
       sum += x;
       low = x < low ? x : low;
@@ -244,11 +258,11 @@ __device__ uint32_t summarise(const Tile& tile, const PageLayout& layout, bool c
     if (layout.variance) {
       double squares = 0, exact = 0;
 #pragma unroll 4
-      for (int t = 0; t < kPageTokens; ++t) exact += static_cast<double>(*tile.at(t, c));
+      for (int t = 0; t < kPageTokens; ++t) exact += static_cast<double>(tile.values[tile.at(t, c)]);
       exact /= kPageTokens;
 #pragma unroll 4
       for (int t = 0; t < kPageTokens; ++t) {
-        const double from_mean = static_cast<double>(*tile.at(t, c)) - exact;
+        const double from_mean = static_cast<double>(tile.values[tile.at(t, c)]) - exact;
         squares += from_mean * from_mean;
       }
       reinterpret_cast<float*>(summary + layout.variance)[c] = static_cast<float>(squares / kPageTokens);
@@ -352,14 +366,16 @@ __device__ uint32_t encode_plane(const Tile& tile, const DeviceLayout& layout, i
                                  uint8_t* record) {
   constexpr int kGroup = block_size(kFormat);
   const float up = pow2(exponent), down = pow2(-exponent);
+  const auto code_place = [&](int depth, int lane) {
+    return tile.is_v ? layout.v_code(lane, depth % kItemTokens) : layout.k_code(depth, lane % kItemTokens);
+  };
+  // A lane's half of a word: depths below 16, and above.
+  const CodePlace quarter[2] = {code_place(0, threadIdx.x % 32), code_place(16, threadIdx.x % 32)};
   uint32_t largest = 0;
 #pragma unroll 1
   for (int index = threadIdx.x / 32; index < 2 * tile.blocks(); index += kWarps) {
     const Column column(tile, index);
     uint8_t* const item = record + index % 2 * int64_t{layout.item_bytes};
-    const auto code_place = [&](int depth, int lane) {
-      return tile.is_v ? layout.v_code(lane, depth % kItemTokens) : layout.k_code(depth, lane % kItemTokens);
-    };
     uint32_t words[8] = {};
     float x[kGroup], s = 0, squares = 0;
     uint32_t kept = 0;
@@ -384,12 +400,12 @@ __device__ uint32_t encode_plane(const Tile& tile, const DeviceLayout& layout, i
                          : layout.k_scale(depth, column.lane % kItemTokens)] = scale;
         }
       }
-      const CodePlace place = code_place(16 * half, column.lane);
 #pragma unroll
       for (int i = 0; i < 16; i += 2) {
         const float even = x[(16 * half + i) % kGroup], odd = x[(16 * half + i + 1) % kGroup];
         const uint32_t pair = encode_pair(even, odd, s) & kept;
-        words[i / 2] |= (pair & 0x0e000e00u) >> (9 - place.magnitude) | (pair & 0x80008000u) >> (15 - place.sign);
+        words[i / 2] |=
+            (pair & 0x0e000e00u) >> (9 - quarter[half].magnitude) | (pair & 0x80008000u) >> (15 - quarter[half].sign);
         if (!keep_error) continue;
         const auto error_of = [&](float value, float code) {
           const float error = (value - code * (s * 0x1p14f)) * down;  // a power of two moves no rounding
@@ -404,11 +420,11 @@ __device__ uint32_t encode_plane(const Tile& tile, const DeviceLayout& layout, i
     }
     // Words 0-3 for the lower lane of two, 4-7 for the other: depths 2t, 2t + 1 and those 16 further, from 0 or from 8.
     const int upper = column.lane / 8 % 2;
+    const int word = code_place(column.depth + 8 * upper, column.lane).word;
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
       const uint32_t theirs = __shfl_xor_sync(~0u, upper ? words[t] : words[4 + t], 8);
-      const int word = code_place(column.depth + 8 * upper + 2 * t, column.lane).word;
-      *reinterpret_cast<uint32_t*>(item + word) = (upper ? words[4 + t] : words[t]) | theirs;
+      *reinterpret_cast<uint32_t*>(item + word + 16 * t) = (upper ? words[4 + t] : words[t]) | theirs;
     }
   }
   return largest;

@@ -1,16 +1,17 @@
 // Choosing the pages of one query block by one CTA, from scores that stand in memory (global or shared): what
 // src/cpu/select.cc does on a CPU.
 //
-//   scores -> [shares -> contributions] -> keys, in shared memory -> histograms of 8 bits at a time -> Cut -> tiers
+//   scores -> [shares -> contributions] -> keys, in shared memory -> histogram, the bin of the last page taken, its few
+//   pages in order -> Cut -> tiers
 //
-// A key is an unsigned integer that orders as the scores do; that of a forced page is 0, which takes no part. The bits
-// in which keys differ are looked at from the top, 8 at a time: a histogram, the digit of the last page taken, and keys
-// with other digits drop out; three digits decide most choices. The result is a Cut, which says of any page by its key
-// whether it is taken: whoever writes the result goes through the pages in their order, without a sort. Budgets of mass
-// and of error weigh a page by its share in units of 2^-31; all sums that a cut hangs on are sums of integers, so the
-// same scores give the same pages, whatever the order of threads.
+// A key is an unsigned integer that orders as the scores do; that of a forced page is 0, which takes no part. The range
+// of the keys is cut into 256 bins, all but the bin in which the budget ends drop out, and so on until so few pages are
+// left that each can count those before it: with scores of attention one histogram does. The result is a Cut, which
+// says of any page by its key whether it is taken: whoever writes the result goes through the pages in their order,
+// without a sort. Budgets of mass and of error weigh a page by its share in units of 2^-31; all sums that a cut hangs
+// on are sums of integers, so the same scores give the same pages, whatever the order of threads.
 //
-// What binds it is latency: some 30 instructions for each page and digit over the CTA's warps, two barriers a digit.
+// What binds it is latency: five barriers and some hundred dependent instructions, 1 us for 2048 pages.
 #pragma once
 
 #include <algorithm>
@@ -41,10 +42,11 @@ inline Choosing choosing(const Method& m, const Shape& shape, bool one_k) {
 
 // Taken are the pages whose key is larger than `key`, and of those with this key the ones before page_limit.
 struct Cut {
-  uint32_t key = UINT32_MAX;  // larger than any score's: nothing is taken
-  int page_limit = 0;
+  uint32_t key;
+  int page_limit;
 
-  static constexpr Cut all() { return {0, 0}; }
+  THRIFTATTN_HD static constexpr Cut none() { return {UINT32_MAX, 0}; }  // no score has this key
+  THRIFTATTN_HD static constexpr Cut all() { return {0, 0}; }
 };
 
 // Keys order as scores do: -0 is 0, and NaN, which compares with nothing, is -infinity.
@@ -114,27 +116,35 @@ __device__ inline Summaries summaries_of(const LayerCache& cache, int slot, int 
           cache.block_table + static_cast<int64_t>(slot) * cache.max_pages};
 }
 
-// The bin of a histogram in which the sum from the top reaches what is needed.
-struct Bin {
-  uint32_t index, above, in;
+__device__ inline int lane_id() { return static_cast<int>(threadIdx.x) % 32; }
+__device__ inline int warp_id() { return static_cast<int>(threadIdx.x) / 32; }
+__device__ inline unsigned lanes_before() { return (1u << lane_id()) - 1; }
+
+// How many candidates a budget of a number of pages takes.
+__device__ inline uint32_t pages_wanted(const Choosing& how, const Candidates& c) {
+  const int64_t forced = forced_pages(how.force, c.block).count(c.block);
+  return static_cast<uint32_t>(budget_pages(how.budget, c.block, forced, how.one_k) - forced);
+}
+
+// One of the few pages of which one is the last taken.
+struct Rival {
+  uint32_t key, weight;
+  int page;
 };
 
 template <int kThreads>
 struct ChooseShared {
-  static constexpr int kWarps = kThreads / 32;
-  uint32_t histogram[4][256];
+  static constexpr int kWarps = kThreads / 32, kRivals = 64;
+  uint32_t histogram[256];  // from the top bin down
   uint32_t low[kWarps], high[kWarps], total[kWarps];
   double sums[3][kWarps];
   float top[kWarps];
-  uint32_t need;
-  Bin bin;
-  int limit;
-  int counts[kWarps][3];
+  uint32_t need;        // weight that is wanted of the candidates
+  uint32_t bin, above;  // where the histogram reaches it, and the weight above that bin
+  int rivals;           // pages of the bin; the first kRivals of them, in no order:
+  Rival rival[kRivals];
+  Cut cut;
 };
-
-__device__ inline int lane_id() { return static_cast<int>(threadIdx.x) % 32; }
-__device__ inline int warp_id() { return static_cast<int>(threadIdx.x) / 32; }
-__device__ inline unsigned lanes_before() { return (1u << lane_id()) - 1; }
 
 // The sum over all threads, in an order that is always the same. `slots` may be used once between two barriers.
 template <int kThreads>
@@ -206,32 +216,68 @@ __device__ Weighing weigh(const Choosing& how, const Candidates& c, float* score
   return contribution;
 }
 
-// Called by one warp; the result is the same in all lanes.
-__device__ inline Bin find_bin(const uint32_t (&histogram)[256], uint32_t need) {
+// Finds, with one warp, the bin of the histogram in which the sum from the top reaches `need`.
+template <int kThreads>
+__device__ void find_bin(uint32_t need, ChooseShared<kThreads>& s) {
   const int lane = lane_id();
-  uint32_t bins[8], sum = 0;  // of this lane, from the top: 255 - 8 lane and below
-#pragma unroll
-  for (int i = 0; i < 8; ++i) sum += bins[i] = histogram[255 - 8 * lane - i];
+  const uint4* from = reinterpret_cast<const uint4*>(s.histogram) + 2 * lane;
+  const uint4 x = from[0], y = from[1];
+  const uint32_t bins[8] = {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w};
+  const uint32_t sum = x.x + x.y + x.z + x.w + y.x + y.y + y.z + y.w;
   uint32_t to_here = sum;
   for (int i = 1; i < 32; i *= 2) {
-    const uint32_t x = __shfl_up_sync(kAll, to_here, i);
-    if (lane >= i) to_here += x;
+    const uint32_t before = __shfl_up_sync(kAll, to_here, i);
+    if (lane >= i) to_here += before;
   }
-  Bin found = {0, 0, 0};
   uint32_t above = to_here - sum;
-  const bool here = above < need && need <= to_here;
+  if (above >= need || to_here < need) return;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    if (above < need && need <= above + bins[i]) found = {255u - 8 * lane - i, above, bins[i]};
+    if (above < need && need <= above + bins[i]) {
+      s.bin = 8 * lane + i;
+      s.above = above;
+    }
     above += bins[i];
   }
-  const int source = __ffs(__ballot_sync(kAll, here)) - 1;
-  return {__shfl_sync(kAll, found.index, source), __shfl_sync(kAll, found.above, source),
-          __shfl_sync(kAll, found.in, source)};
+}
+
+// The smallest and the largest of all threads' keys.
+template <int kThreads>
+__device__ void reduce_range(uint32_t& low, uint32_t& high, ChooseShared<kThreads>& s) {
+  low = __reduce_min_sync(kAll, low);
+  high = __reduce_max_sync(kAll, high);
+  if (lane_id() == 0) {
+    s.low[warp_id()] = low;
+    s.high[warp_id()] = high;
+  }
+  __syncthreads();
+  const int w = min(lane_id(), s.kWarps - 1);
+  low = __reduce_min_sync(kAll, s.low[w]);
+  high = __reduce_max_sync(kAll, s.high[w]);
+}
+
+// The first pages of one key, as many as reach `need`; they are more than there are rivals.
+template <int kThreads>
+__device__ Cut cut_ties(uint32_t key, uint32_t weight, uint32_t need, const Candidates& c, const uint32_t* keys,
+                        ChooseShared<kThreads>& s) {
+  const int ties = static_cast<int>((need + weight - 1) / weight), n = c.end - c.first;
+  if (warp_id() == 0) {
+    int seen = 0;
+    for (int first = 0; seen < ties && first < n; first += 32) {
+      const int i = first + lane_id();
+      const bool tie = i < n && keys[i] == key;
+      const unsigned all = __ballot_sync(kAll, tie);
+      if (tie && seen + __popc(all & lanes_before()) == ties - 1) s.cut = {key, c.first + i + 1};
+      seen += __popc(all);
+    }
+  }
+  __syncthreads();
+  return s.cut;
 }
 
 // Chooses by score[i] of page c.first + i, which it may overwrite, and leaves the pages' keys, which may take the
-// scores' place. The caller puts a barrier before the next use of `s`. (The method ranks.)
+// scores' place. s.need holds how many candidates to take, where the budget is a number of pages. The caller puts a
+// barrier before the next use of `s`. (The method ranks.)
 template <int kThreads>
 __device__ Cut choose(const Choosing& how, const Candidates& c, float* score, uint32_t* keys, float q_norm,
                       const Summaries& summaries, ChooseShared<kThreads>& s) {
@@ -241,12 +287,7 @@ __device__ Cut choose(const Choosing& how, const Candidates& c, float* score, ui
     double need = 0;
     weigh_page = weigh(how, c, score, q_norm, summaries, s, need);
     if (t == 0) s.need = need > 0 ? static_cast<uint32_t>(fmin(need, 0x1.8p31)) : 0;
-  } else if (t == 0) {
-    const int64_t forced = forced_pages(how.force, c.block).count(c.block);
-    s.need = static_cast<uint32_t>(budget_pages(how.budget, c.block, forced, how.one_k) - forced);
   }
-
-  for (int i = t; i < 4 * 256; i += kThreads) s.histogram[i / 256][i % 256] = 0;
   uint32_t low = UINT32_MAX, high = 0, total = 0;
   for (int i = t; i < n; i += kThreads) {
     const float x = score[i];
@@ -257,119 +298,118 @@ __device__ Cut choose(const Choosing& how, const Candidates& c, float* score, ui
     high = max(high, key);
     total += weigh_page.of(x);
   }
-  low = __reduce_min_sync(kAll, low);
-  high = __reduce_max_sync(kAll, high);
   total = __reduce_add_sync(kAll, total);
-  if (lane_id() == 0) {
-    s.low[warp_id()] = low;
-    s.high[warp_id()] = high;
-    s.total[warp_id()] = total;
-  }
-  __syncthreads();
-  total = 0;
-  for (int w = 0; w < s.kWarps; ++w) {
-    low = min(low, s.low[w]);
-    high = max(high, s.high[w]);
-    total += s.total[w];
-  }
-  const uint32_t need = s.need;
-  const bool counts = weigh_page.form == Weighing::one;
-  if (need == 0) return {};
-  if (total < need || (counts && total == need)) return Cut::all();
+  if (lane_id() == 0) s.total[warp_id()] = total;
+  for (int i = t; i < 256; i += kThreads) s.histogram[i] = 0;
+  if (t == 0) s.rivals = 0;
+  reduce_range(low, high, s);
+  total = __reduce_add_sync(kAll, lane_id() < s.kWarps ? s.total[lane_id()] : 0);
+  uint32_t need = s.need;  // of the keys in [low, high]
+  if (need == 0) return Cut::none();
+  if (total < need || (weigh_page.form == Weighing::one && total == need)) return Cut::all();
 
-  int bits = low == high ? 0 : 32 - __clz(static_cast<int>(low ^ high));  // not yet decided
-  uint32_t decided = bits == 0 ? kAll : ~(kAll >> (32 - bits));
-  uint32_t key = high & decided, above = 0, in = total;
-  for (auto* histogram = s.histogram; bits > 0; ++histogram) {
-    const int shift = max(bits - 8, 0);
-    const uint32_t digits = (1u << (bits - shift)) - 1;
+  while (low < high) {
+    // Bins of equal width in score, or, where that is not finite, in key.
+    const float bottom = score_of(low), scale = 255.9f / (score_of(high) - bottom);
+    const bool by_score = scale > 0 && scale < INFINITY;
+    const int shift = max(0, 24 - __clz(static_cast<int>(high - low)));
+    const auto bin_of = [&](uint32_t key) {
+      const uint32_t up = by_score ? __float2uint_rz((score_of(key) - bottom) * scale) : (key - low) >> shift;
+      return 255 - min(up, 255u);
+    };
+    for (int i = t; i < n; i += kThreads)
+      if (const uint32_t k = keys[i]; k >= low && k <= high)
+        atomicAdd(&s.histogram[bin_of(k)], weigh_page.of(score_of(k)));
+    __syncthreads();
+    if (warp_id() == 0) find_bin(need, s);
+    __syncthreads();
+    uint32_t low_left = UINT32_MAX, high_left = 0;
     for (int i = t; i < n; i += kThreads) {
       const uint32_t k = keys[i];
-      if ((k & decided) == key && k != kForcedKey)
-        atomicAdd(&(*histogram)[(k >> shift) & digits], counts ? 1 : weigh_page.of(score_of(k)));
+      if (k < low || k > high || bin_of(k) != s.bin) continue;
+      low_left = min(low_left, k);
+      high_left = max(high_left, k);
+      const int at = atomicAdd(&s.rivals, 1);
+      if (at < s.kRivals) s.rival[at] = {k, weigh_page.of(score_of(k)), c.first + i};
+    }
+    need -= s.above;
+    for (int i = t; i < 256; i += kThreads) s.histogram[i] = 0;
+    reduce_range(low_left, high_left, s);
+    low = low_left;
+    high = high_left;
+    const int rivals = s.rivals;
+    if (rivals <= s.kRivals) {
+      if (t < rivals) {
+        const Rival mine = s.rival[t];
+        uint32_t before = 0;
+        for (int i = 0; i < rivals; ++i) {
+          const Rival& other = s.rival[i];
+          if (other.key > mine.key || (other.key == mine.key && other.page < mine.page)) before += other.weight;
+        }
+        if (before < need && need <= before + mine.weight) s.cut = {mine.key, mine.page + 1};
+      }
+      __syncthreads();
+      return s.cut;
     }
     __syncthreads();
-    if (warp_id() == 0) {
-      const Bin bin = find_bin(*histogram, need - above);
-      if (lane_id() == 0) s.bin = bin;
-    }
-    __syncthreads();
-    key |= s.bin.index << shift;
-    above += s.bin.above;
-    in = s.bin.in;
-    if (counts && above + in == need) return {key, INT_MAX};  // all that begin with these digits
-    bits = shift;
-    decided = ~((1u << bits) - 1);
+    if (t == 0) s.rivals = 0;
   }
-  const uint32_t each = weigh_page.of(score_of(key));
-  const int ties = static_cast<int>((need - above + each - 1) / each);
-  if (static_cast<uint32_t>(ties) >= in / each) return {key, INT_MAX};
-  if (warp_id() == 0) {  // the first `ties` pages with this very key
-    int seen = 0;
-    for (int first = 0; seen < ties; first += 32) {
-      const int i = first + lane_id();
-      const bool tie = i < n && keys[i] == key;
-      const unsigned all = __ballot_sync(kAll, tie);
-      if (tie && seen + __popc(all & lanes_before()) == ties - 1) s.limit = c.first + i + 1;
-      seen += __popc(all);
-    }
-  }
-  __syncthreads();
-  return {key, s.limit};
+  return cut_ties(low, weigh_page.of(score_of(low)), need, c, keys, s);
 }
+
+template <int kThreads>
+struct ListShared {
+  uint32_t counts[kThreads / 32];  // of a warp's pages: in fp16, and 65536 times those in fp4x2
+  int wanted;                      // but not stored
+};
 
 // Writes the lists and counts of unit u; keys are null where the method does not rank. Each warp goes through pages of
 // its own, first counting, then writing.
 template <int kThreads>
 __device__ void write_lists(const Choosing& how, const Candidates& c, const Cut& cut, const uint32_t* keys,
-                            const Lists& lists, int64_t u, ChooseShared<kThreads>& s) {
-  enum { fp16, fp4x2, wanted, kinds };
-  const int n = c.end - c.first, strips = (n + 31) / 32, per_warp = (strips + s.kWarps - 1) / s.kWarps;
+                            const Lists& lists, int64_t u, ListShared<kThreads>& s) {
+  constexpr int kWarps = kThreads / 32;
+  const int n = c.end - c.first, strips = (n + 31) / 32, per_warp = (strips + kWarps - 1) / kWarps;
   const int first = warp_id() * per_warp * 32, end = min(n, first + per_warp * 32);
   const auto verdict = [&](int i) {
     if (i >= end) return Verdict{how.rest, false, false};
     const uint32_t key = keys ? keys[i] : c.forced(c.first + i) ? kForcedKey : 1;
     return judge(how, c, cut, c.first + i, key);
   };
-  int count[kinds] = {};
-  for (int i = first + lane_id(); i - lane_id() < end; i += 32) {
-    const Verdict v = verdict(i);
-    count[fp16] += __popc(__ballot_sync(kAll, v.listed && v.tier == Tier::fp16));
-    count[fp4x2] += __popc(__ballot_sync(kAll, v.listed && v.tier == Tier::fp4x2));
-    count[wanted] += __popc(__ballot_sync(kAll, v.wanted));
-  }
-#pragma unroll
-  for (int kind = 0; kind < kinds; ++kind)
-    if (lane_id() == 0) s.counts[warp_id()][kind] = count[kind];
+  if (threadIdx.x == 0) s.wanted = 0;
   __syncthreads();
-  // Sums over warps, one a lane: those before this one, and all.
-  int before[kinds], all[kinds];
-#pragma unroll
-  for (int kind = 0; kind < kinds; ++kind) {
-    const int of_warp = lane_id() < s.kWarps ? s.counts[lane_id()][kind] : 0;
-    before[kind] = __reduce_add_sync(kAll, lane_id() < warp_id() ? of_warp : 0);
-    all[kind] = __reduce_add_sync(kAll, of_warp);
+  uint32_t count = 0;
+  for (int i0 = first; i0 < end; i0 += 32) {
+    const Verdict v = verdict(i0 + lane_id());
+    count += __popc(__ballot_sync(kAll, v.listed && v.tier == Tier::fp16));
+    count += __popc(__ballot_sync(kAll, v.listed && v.tier == Tier::fp4x2)) << 16;
+    if (v.wanted) atomicAdd(&s.wanted, 1);
   }
+  if (lane_id() == 0) s.counts[warp_id()] = count;
+  __syncthreads();
+  const uint32_t of_warp = lane_id() < kWarps ? s.counts[lane_id()] : 0;
+  uint32_t before = __reduce_add_sync(kAll, lane_id() < warp_id() ? of_warp : 0);
+  const uint32_t all = __reduce_add_sync(kAll, of_warp);
+  const int highs_in_all = static_cast<int>(all & 0xffff), pairs_in_all = static_cast<int>(all >> 16);
   uint32_t* by_page = lists.by_page + u * lists.k_max;
   uint32_t* by_tier = lists.by_tier + u * lists.k_max;
-  for (int i = first + lane_id(); i - lane_id() < end; i += 32) {
-    const Verdict v = verdict(i);
+  for (int i0 = first; i0 < end; i0 += 32) {
+    const Verdict v = verdict(i0 + lane_id());
     const bool high = v.listed && v.tier == Tier::fp16;
     const unsigned highs = __ballot_sync(kAll, high), pairs = __ballot_sync(kAll, v.listed && !high);
-    const int highs_before = before[fp16] + __popc(highs & lanes_before());
-    const int pairs_before = before[fp4x2] + __popc(pairs & lanes_before());
     if (v.listed) {
-      const uint32_t entry = static_cast<uint32_t>(c.first + i) * 4 + static_cast<uint32_t>(v.tier);
+      const int highs_before = static_cast<int>(before & 0xffff) + __popc(highs & lanes_before());
+      const int pairs_before = static_cast<int>(before >> 16) + __popc(pairs & lanes_before());
+      const uint32_t entry = static_cast<uint32_t>(c.first + i0 + lane_id()) * 4 + static_cast<uint32_t>(v.tier);
       by_page[highs_before + pairs_before] = entry;
-      by_tier[high ? highs_before : all[fp16] + pairs_before] = entry;
+      by_tier[high ? highs_before : highs_in_all + pairs_before] = entry;
     }
-    before[fp16] += __popc(highs);
-    before[fp4x2] += __popc(pairs);
+    before += __popc(highs) + (__popc(pairs) << 16);
   }
   if (threadIdx.x == 0) {
     int4* counts = reinterpret_cast<int4*>(lists.counts + u * 8);
-    counts[0] = {all[fp16] + all[fp4x2], all[fp16], all[fp4x2], 0};
-    counts[1] = {0, all[wanted], 0, 0};
+    counts[0] = {highs_in_all + pairs_in_all, highs_in_all, pairs_in_all, 0};
+    counts[1] = {0, s.wanted, 0, 0};
   }
 }
 

@@ -22,7 +22,13 @@ cudaError_t launch(const DecodeParams& params, const DecodeConfig& config, Pass 
   launch.stream = stream;
   launch.attrs = &overlap;
   launch.numAttrs = config.programmatic ? 1 : 0;
-  DecodeArgs args{params, config.columns, config.tiles, pass};
+  DecodeArgs args{params,
+                  config.columns,
+                  config.tiles,
+                  pass,
+                  params.shape.sm_scale * kLog2E,
+                  params.shape.softcap * kLog2E,
+                  params.cache.format == Fp4Format::mxfp4};
   void* pointers[] = {&args};
   return cudaLaunchKernelExC(&launch, kernel, pointers);
 }

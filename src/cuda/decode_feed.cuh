@@ -17,6 +17,18 @@ namespace thriftattn::cuda {
 struct SlotLayout {
   int summary, q_mean, word, bytes;
 };
+
+// The layout of records, a constant where D says it.
+template <int D, bool kExact>
+__device__ DeviceLayout record_layout(const DecodeArgs& args) {
+  if constexpr (kExact) {
+    constexpr DeviceLayout layout = device_layout(D, D);
+    return layout;
+  } else {
+    return args.p.cache.layout;
+  }
+}
+
 THRIFTATTN_HD constexpr SlotLayout slot_layout(const DeviceLayout& layout, int columns) {
   SlotLayout s{};
   s.summary = layout.item_bytes > layout.high_item_bytes ? layout.item_bytes : layout.high_item_bytes;
@@ -30,8 +42,8 @@ template <int kColumns>
 class Feed {
  public:
   // `segment` is room in shared memory for the calling warp alone.
-  __device__ Feed(const DecodeArgs& args, const SlotLayout& slot, const Share& share, Segment& segment)
-      : args_(args), slot_(slot), share_(share), segment_(segment) {}
+  __device__ Feed(const DecodeArgs& args, const DeviceLayout& layout, const Share& share, Segment& segment)
+      : args_(args), layout_(layout), slot_(slot_layout(layout, kColumns)), share_(share), segment_(segment) {}
 
   // From here on the items of `from` and, but in Pass::again, of all segments after it.
   __device__ void start(const Segment& from) {
@@ -47,9 +59,7 @@ class Feed {
     if (next_ == batch_ && !make_batch()) return;
     const Tier tier = Item::tier(__shfl_sync(~0u, item_.word, next_));
     const LayerCache& cache = args_.p.cache;
-    const int bytes = tier == Tier::none   ? 0
-                      : tier == Tier::fp16 ? cache.layout.high_item_bytes
-                                           : cache.layout.item_bytes;
+    const int bytes = tier == Tier::none ? 0 : tier == Tier::fp16 ? layout_.high_item_bytes : layout_.item_bytes;
     const bool is_leader = static_cast<int>(threadIdx.x) % 32 == next_;
     if (is_leader && second_plane_ == 0) {
       *reinterpret_cast<uint32_t*>(ring.fill_slot() + slot_.word) = item_.word;
@@ -88,6 +98,7 @@ class Feed {
   }
 
   const DecodeArgs& args_;
+  const DeviceLayout layout_;
   const SlotLayout slot_;
   const Share& share_;
   Segment& segment_;

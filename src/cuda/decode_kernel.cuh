@@ -43,65 +43,46 @@ template <int D, int N>
 __global__ void __launch_bounds__(32 * max_warps(D, N), 1) decode_kernel(const __grid_constant__ DecodeArgs args) {
   using Rows = DecodeRows<D, N, D == 128>;
   extern __shared__ __align__(128) uint8_t shared[];
-  const DeviceLayout& device = args.p.cache.layout;
-  const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const DeviceLayout device = record_layout<D, D == 128>(args);
+  // The same in all lanes, and the compiler is to know it: addresses made of it can stay out of the lanes' registers.
+  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0), warps = blockDim.x / 32;
   const SharedLayout layout = shared_layout(device, N, warps, gridDim.x);
-  const SlotLayout slot = slot_layout(device, N);
-  uint16_t* queries = reinterpret_cast<uint16_t*>(shared + layout.queries);
+  uint32_t* queries = reinterpret_cast<uint32_t*>(shared + layout.queries);
   Share& share = *reinterpret_cast<Share*>(shared + layout.share);
   Segment* segments = reinterpret_cast<Segment*>(shared + layout.segments);
   Segment& segment = segments[2 * warp];  // that is being read; the next one is the feed's
-  Ring ring(shared + warp * kRingSlots * slot.bytes,
-            reinterpret_cast<uint64_t*>(shared + layout.barriers) + kRingSlots * warp, slot.bytes);
+  const int slot_bytes = slot_layout(device, N).bytes;
+  Ring ring(shared + warp * kRingSlots * slot_bytes,
+            reinterpret_cast<uint64_t*>(shared + layout.barriers) + kRingSlots * warp, slot_bytes);
   wait_for_previous_kernel();
   let_next_kernel_start();
 
   Segment& first_segment = segments[2 * warps];
   if (!find_share(args, reinterpret_cast<int64_t*>(shared + layout.scan), share, first_segment)) return;
-  Feed<N> feed(args, slot, share, segments[2 * warp + 1]);
+  Feed<N> feed(args, device, share, segments[2 * warp + 1]);
   feed.start(first_segment);
   copy_segment(segment, first_segment);
   Merge<Rows> merge(args, merge_layout(warps, N, device.dv, gridDim.x),
                     reinterpret_cast<float*>(shared + layout.merge));
   Rows rows(args);
 
-  bool cancelled = false, ring_is_full = false;
-  int end_number = 0;
+  bool cancelled = false;
+  int end_number = 0, to_fill = kRingSlots;  // slots
   while (true) {
-    int i = segment.first + warp;
+    rows.load_queries(segment.unit, queries);
+    rows.start();
     bool started = false;
 #pragma unroll 1
-    while (true) {
-      Tier tier = Tier::none;
-      const uint8_t *first = nullptr, *second = nullptr;
-      int slots = kRingSlots;  // to fill before anything is read, where the ring is empty
-      typename Rows::Columns p[2];
-      uint32_t second_factor = 0;
-      if (ring_is_full) {
-        if (!started) rows.start(segment.unit, queries);
-        started = true;
-        if (i >= segment.end) break;
-        i += warps;
-        first = ring.wait();
-        const uint32_t word = *reinterpret_cast<const uint32_t*>(first + slot.word);
-        tier = Item::tier(word);
-        slots = tier == Tier::fp4x2 ? 2 : 1;
-        if (slots == 2) second = ring.wait(1);
-        if (tier == Tier::fp16)
-          rows.read_high(first, segment, word);
-        else if (tier != Tier::none)
-          second_factor = rows.read_keys(first, second, segment, word, slots, p);
-      }
+    for (int i = segment.first + warp;; i += warps) {
 #pragma unroll 1
-      for (int k = 0; k < slots; ++k) {
-        if (tier == Tier::fp4 || tier == Tier::fp4x2) {
-          if (k == 1) rows.scale(p, second_factor);
-          rows.read_values(k == 0 ? first : second, p);
-        }
-        if (ring_is_full) ring.release();
-        feed.fill(ring);
+      for (; to_fill > 0; --to_fill) feed.fill(ring);
+      if (!started) {
+        __syncthreads();
+        rows.take_queries(queries);
+        started = true;
       }
-      ring_is_full = true;
+      if (i >= segment.end) break;
+      to_fill = rows.read(ring, segment);
     }
     cancelled |= merge.finish(rows, segment, share);
 
@@ -128,7 +109,7 @@ __global__ void __launch_bounds__(32 * max_warps(D, N), 1) decode_kernel(const _
     if (threadIdx.x % 32 == 0) segment = whole;
     __syncwarp();
     feed.start(segment);
-    ring_is_full = false;
+    to_fill = kRingSlots;
   }
 }
 

@@ -126,18 +126,17 @@ class Merge {
            (int64_t{2} * cta + (at_begin ? 0 : 1)) * partial_floats(args_.columns, dv_);
   }
 
-  // True in the CTA that is the last of `ctas` to come. What the others wrote before is seen by it then.
+  // True in the CTA that is the last of `ctas` to come. It sees what the others wrote before they came.
   __device__ static bool draw_ticket(int32_t* ticket, int ctas) {
-    __threadfence();
     __syncthreads();
     bool is_last = false;
     if (threadIdx.x == 0) {
-      is_last = atomicAdd(ticket, 1) == ctas - 1;
+      int before;
+      asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(ticket) : "memory");
+      is_last = before == ctas - 1;
       if (is_last) *ticket = 0;
     }
-    is_last = __syncthreads_or(is_last);
-    __threadfence();
-    return is_last;
+    return __syncthreads_or(is_last);
   }
 
   // The partials of a unit that lies in `ctas` CTAs from `first`, into totals and outputs.

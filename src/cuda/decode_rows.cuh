@@ -33,10 +33,13 @@ inline constexpr float kLog2E = 1.4426950408889634f;
 // 2^e for e in [-127, 127], where -127 gives 0.
 __device__ inline float power_of_2(int e) { return float_of(static_cast<uint32_t>(e + 127) << 23); }
 
-__device__ inline float load_element(const void* data, DType dtype, int64_t i) {
-  if (dtype == DType::f32) return static_cast<const float*>(data)[i];
-  const uint16_t bits = static_cast<const uint16_t*>(data)[i];
-  return dtype == DType::f16 ? __half2float(__ushort_as_half(bits)) : float_of(static_cast<uint32_t>(bits) << 16);
+// Elements i and i + 1.
+__device__ inline float2 load_pair(const void* data, DType dtype, int64_t i) {
+  if (dtype == DType::f32) return {static_cast<const float*>(data)[i], static_cast<const float*>(data)[i + 1]};
+  const uint16_t* bits = static_cast<const uint16_t*>(data) + i;
+  const uint32_t first = bits[0], second = bits[1];
+  if (dtype == DType::bf16) return {float_of(first << 16), float_of(second << 16)};
+  return unpack_half2(first | second << 16);
 }
 
 // D: channels that there are registers for. kExact: K and V have D channels, so that every loop is unrolled.
@@ -51,14 +54,17 @@ class DecodeRows {
   using Columns = uint32_t[kTiles][2];
 
   __device__ explicit DecodeRows(const DecodeArgs& args)
-      : args_(args), slot_(slot_layout(args.p.cache.layout, N)), g_(threadIdx.x % 32 / 4), t_(threadIdx.x % 4) {}
+      : args_(args),
+        layout_(record_layout<D, kExact>(args)),
+        slot_(slot_layout(layout_, N)),
+        g_(threadIdx.x % 32 / 4),
+        t_(threadIdx.x % 4) {}
 
   // The tile's row of this lane's r-th column pair element.
   __device__ int row(int r) const { return kDiagonal ? 2 * (t_ & 1) + r : r / 2 * 8 + 2 * t_ + r % 2; }
 
-  // The softmax starts anew, with a unit's rows of q in 16 bit. By the whole CTA; staged: room for [N][dk] halves.
-  __device__ void start(const Unit& u, uint16_t* staged) {
-    stage_queries(u, staged);
+  // The softmax starts anew.
+  __device__ void start() {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) m[r] = kNothing, l[r] = 0, l_high[r] = 0;
 #pragma unroll
@@ -67,7 +73,10 @@ class DecodeRows {
       for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
         for (int e = 0; e < 4; ++e) o[i][tile][e] = 0;
-    __syncthreads();
+  }
+
+  // The tile's rows of q, from [N][dk] halves that load_queries() made.
+  __device__ void take_queries(const uint32_t* staged) {
 #pragma unroll
     for (int w = 0; w < D / 16; ++w)
 #pragma unroll
@@ -75,131 +84,52 @@ class DecodeRows {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int channel = w / 2 * 32 + half * 16 + w % 2 * 8 + 2 * t_, row = kDiagonal ? g_ % 4 : tile * 8 + g_;
-          const bool wanted = (!kDiagonal || half == g_ / 4) && (kExact || channel < layout().dk);
-          q_[w][tile][half] = wanted ? *reinterpret_cast<const uint32_t*>(staged + row * layout().dk + channel) : 0;
+          const bool wanted = (!kDiagonal || half == g_ / 4) && (kExact || channel < layout_.dk);
+          q_[w][tile][half] = wanted ? staged[(row * layout_.dk + channel) / 2] : 0;
         }
   }
 
-  // Scores and p of an item of 32 tokens, whose planes lie in the slots `first` and `second`. p: B operands of the
-  // product with V, of tokens 8j + {0..7, 16..23} for j = 0, 1. Returns the factor that p takes for V of a second
-  // plane, as two halves: it carries the exponent of the first.
-  __device__ uint32_t read_keys(const uint8_t* first, const uint8_t* second, const Segment& segment, uint32_t word,
-                                int planes, Columns (&columns)[2]) {
-    const char4 exponents = *reinterpret_cast<const char4*>(first + slot_.summary);  // k, k, v, v
-    float scores[2][kTiles][4] = {};  // [ml]: of tokens 16 ml + g and 16 ml + 8 + g
+  // A unit's rows of q in 16 bit, zero where there is no row or channel. By the whole CTA.
+  __device__ void load_queries(const Unit& u, uint32_t* staged) const {
+    const DecodeParams& p = args_.p;
+    const int pairs = layout_.dk / 2;
 #pragma unroll 1
-    for (int plane = 0; plane < planes; ++plane) {
-      const uint8_t* slot = plane == 0 ? first : second;
-      float sums[2][kTiles][4] = {};
-      multiply(
-          slot, slot + layout().k_scales, layout().dk, [this](int i, int j) -> const Columns& { return q_[2 * i + j]; },
-          [&sums](int, int half) -> Tile& { return sums[half]; });
-      const float scale = score_scale() * kCodeScale * power_of_2(-(plane == 0 ? exponents.x : exponents.y));
-      each(scores, [&](int ml, int tile, int e) { scores[ml][tile][e] += scale * sums[ml][tile][e]; });
-    }
-
-    constexpr int kCells = kDiagonal ? 2 : 4 * kTiles;  // a cell is a token and two rows of this lane
-    float x[kCells][2];
-    const auto token = [this](int cell) {
-      return kDiagonal ? t_ / 2 * 16 + cell * 8 + g_ : cell / kTiles % 2 * 16 + cell / kTiles / 2 * 8 + g_;
-    };
-    if constexpr (kDiagonal) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) x[j][e] = add_halves(scores[0][0][2 * j + e], scores[1][0][2 * j + e]);
-    } else {
-      each(scores, [&](int ml, int tile, int e) { x[(e / 2 * 2 + ml) * kTiles + tile][e % 2] = scores[ml][tile][e]; });
-    }
-    if (args_.p.q_mean != nullptr) {  // rows that do not exist may add anything: nobody reads what becomes of them
-      const float* mean = reinterpret_cast<const float*>(first + slot_.q_mean);
-#pragma unroll
-      for (int cell = 0; cell < kCells; ++cell)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) x[cell][e] += mean[row(cell % kTiles * 2 + e)];
-    }
-
-    uint32_t p[kCells];
-    absorb<kCells>(segment, word, exponents.z, planes > 1, token, x, p);
-
-    if constexpr (kDiagonal) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const uint32_t y = transpose_8x8(p[j]);
-        columns[j][0][0] = g_ < 4 ? y : 0;
-        columns[j][0][1] = g_ < 4 ? 0 : y;
+    for (int i = threadIdx.x; i < N * pairs; i += blockDim.x) {
+      const int row = i / pairs, channel = i % pairs * 2, unit_row = u.first_row + row;
+      float2 x{0, 0};
+      if (row < u.rows && channel < p.shape.d) {
+        const int64_t token = p.batch.first_row[u.sequence] + unit_row % u.s_q;
+        const int head = u.head * p.shape.group + unit_row / u.s_q;
+        x = load_pair(p.q.data, p.q.dtype, token * p.q.row_stride + head * p.q.head_stride + channel);
       }
-    } else {
-#pragma unroll
-      for (int cell = 0; cell < kCells; ++cell)
-        columns[cell / kTiles / 2][cell % kTiles][cell / kTiles % 2] = transpose_8x8(p[cell]);
+      // Inf too makes its row NaN; a larger finite number is the largest of 16 bit.
+      x.x = fmaf(x.x, 0.0f, fminf(fmaxf(x.x, -65504.0f), 65504.0f));
+      x.y = fmaf(x.y, 0.0f, fminf(fmaxf(x.y, -65504.0f), 65504.0f));
+      staged[i] = pack_half2(x.x, x.y);
     }
-    const float factor = power_of_2(max(-127, min(0, exponents.z - exponents.w)));
-    return pack_half2(factor, factor);
   }
 
-  // o += p V for the plane in a slot.
-  __device__ void read_values(const uint8_t* slot, const Columns (&columns)[2]) {
-    multiply(
-        slot + layout().v_codes, slot + layout().v_scales, layout().dv,
-        [&columns](int, int j) -> const Columns& { return columns[j]; },
-        [this](int i, int half) -> Tile& { return o[2 * i + half]; });
-  }
-
-  __device__ static void scale(Columns (&columns)[2], uint32_t factor) {
-#pragma unroll
-    for (int j = 0; j < 2; ++j)
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile)
-#pragma unroll
-        for (int group = 0; group < 2; ++group)
-          columns[j][tile][group] = multiply_half2(columns[j][tile][group], factor);
-  }
-
-  // An item of 8 tokens in 16 bit.
-  __device__ void read_high(const uint8_t* slot, const Segment& segment, uint32_t word) {
-    const int exponent = reinterpret_cast<const int8_t*>(slot + slot_.summary)[2];
-    float sums[kTiles][4] = {};
-    const int lane = threadIdx.x % 32;
-    for_blocks(layout().dk, [&](int i) {
-      const uint4 w = *reinterpret_cast<const uint4*>(slot + i * 512 + lane * 16);
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        mma_16x8x16(sums[tile], w.x, 0, w.y, 0, q_[2 * i][tile][0], q_[2 * i][tile][1]);
-        mma_16x8x16(sums[tile], w.z, 0, w.w, 0, q_[2 * i + 1][tile][0], q_[2 * i + 1][tile][1]);
+  // The next item in the ring; returns how many slots it took.
+  __device__ int read(Ring& ring, const Segment& segment) {
+    const uint8_t* slot = ring.wait();
+    const uint32_t word = *reinterpret_cast<const uint32_t*>(slot + slot_.word);
+    const Tier tier = Item::tier(word);
+    int planes = 1;
+    if (tier == Tier::fp16) {
+      read_high(slot, segment, word);
+    } else if (tier != Tier::none) {
+      const uint8_t* second = nullptr;
+      if (tier == Tier::fp4x2) {
+        planes = 2;
+        second = ring.wait(1);
       }
-    });
-    float x[kTiles][2];
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float s = sums[tile][e];
-        if constexpr (kDiagonal) s += __shfl_xor_sync(~0u, s, 2);
-        x[tile][e] = kDiagonal && t_ >= 2 ? kMasked : s * score_scale();
-      }
-    uint32_t p[kTiles];
-    absorb<kTiles>(
-        segment, word, exponent, true, [this](int) { return g_; }, x, p);
-    uint32_t columns[kTiles];
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      columns[tile] = transpose_8x8(p[tile]);
-      if (kDiagonal && g_ >= 4) columns[tile] = 0;
+      if (args_.mxfp4 != 0)
+        read_fp4<true>(slot, second, planes, segment, word);
+      else
+        read_fp4<false>(slot, second, planes, segment, word);
     }
-    const float scale = power_of_2(exponent) / kCodeScale;  // o is in units of codes
-    for_blocks(layout().dv, [&](int i) {
-      const uint4 w = *reinterpret_cast<const uint4*>(slot + layout().high_v + i * 512 + lane * 16);
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-          float sum[4] = {};
-          mma_16x8x8(sum, half == 0 ? w.x : w.z, half == 0 ? w.y : w.w, columns[tile]);
-#pragma unroll
-          for (int e = 0; e < 4; ++e) o[2 * i + half][tile][e] += scale * sum[e];
-        }
-    });
+    ring.release(planes);
+    return planes;
   }
 
   // l and l_high of the whole warp, in every lane.
@@ -239,34 +169,132 @@ class DecodeRows {
   float o[D / 16][kTiles][4];               // in units of codes: 2^-14 of what it means
 
  private:
-  // Zero where there is no row or channel. Row by row, a warp each.
-  __device__ void stage_queries(const Unit& u, uint16_t* staged) const {
-    const DecodeParams& p = args_.p;
+  // An item of 32 tokens, in one plane or two.
+  template <bool kMxfp4>
+  __device__ void read_fp4(const uint8_t* first, const uint8_t* second, int planes, const Segment& segment,
+                           uint32_t word) {
+    const char4 exponents = *reinterpret_cast<const char4*>(first + slot_.summary);  // k, k, v, v
+    float sums[2][kTiles][4] = {};  // [ml]: of tokens 16 ml + g and 16 ml + 8 + g
+    int k_exponent = exponents.x;
 #pragma unroll 1
-    for (int row = threadIdx.x / 32; row < N; row += blockDim.x / 32) {
-      const int unit_row = u.first_row + row, s_q = max(u.s_q, 1);
-      const int64_t token = p.batch.first_row[u.sequence] + unit_row % s_q;
-      const int64_t base = token * p.q.row_stride + (u.head * p.shape.group + unit_row / s_q) * p.q.head_stride;
+    for (int plane = 0;;) {
+      const uint8_t* slot = plane == 0 ? first : second;
+      multiply<kMxfp4>(
+          slot, slot + layout_.k_scales, layout_.dk, [this](int i, int j) -> const Columns& { return q_[2 * i + j]; },
+          [&sums](int, int half) -> Tile& { return sums[half]; });
+      if (++plane == planes) break;
+      const float factor = power_of_2(max(-126, min(126, exponents.y - exponents.x)));
+      each([&](int ml, int tile, int e) { sums[ml][tile][e] *= factor; });
+      k_exponent = exponents.y;
+    }
+
+    constexpr int kCells = kDiagonal ? 2 : 4 * kTiles;  // a cell is a token and two rows of this lane
+    float x[kCells][2];
+    const auto token = [this](int cell) {
+      return kDiagonal ? t_ / 2 * 16 + cell * 8 + g_ : cell / kTiles % 2 * 16 + cell / kTiles / 2 * 8 + g_;
+    };
+    if constexpr (kDiagonal) {
 #pragma unroll
-      for (int i = 0; i < D / 32; ++i) {
-        const int channel = 32 * i + threadIdx.x % 32;
-        if (!kExact && channel >= layout().dk) break;
-        float x = row < u.rows && channel < p.shape.d ? load_element(p.q.data, p.q.dtype, base + channel) : 0;
-        if (!(fabsf(x) <= 3.4e38f)) x = float_of(0x7fc00000u);  // Inf too makes its row NaN
-        if (fabsf(x) > 65504.0f) x = copysignf(65504.0f, x);
-        staged[row * layout().dk + channel] = __half_as_ushort(__float2half_rn(x));
+      for (int j = 0; j < 2; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) x[j][e] = add_halves(sums[0][0][2 * j + e], sums[1][0][2 * j + e]);
+    } else {
+      each([&](int ml, int tile, int e) { x[(e / 2 * 2 + ml) * kTiles + tile][e % 2] = sums[ml][tile][e]; });
+    }
+    // Rows that do not exist may have any mean: nobody reads what becomes of them.
+    float mean[kRows] = {};
+    if (args_.p.q_mean != nullptr)
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) mean[r] = reinterpret_cast<const float*>(first + slot_.q_mean)[row(r)];
+
+    uint32_t p[kCells];
+    absorb<kCells>(segment, word, args_.score_scale * (kCodeScale * power_of_2(-k_exponent)), mean, exponents.z,
+                   planes > 1, token, x, p);
+
+    Columns columns[2];  // B operands: p of tokens 8j + {0..7, 16..23}
+    if constexpr (kDiagonal) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const uint32_t y = transpose_8x8(p[j]);
+        columns[j][0][0] = g_ < 4 ? y : 0;
+        columns[j][0][1] = g_ < 4 ? 0 : y;
       }
+    } else {
+#pragma unroll
+      for (int cell = 0; cell < kCells; ++cell)
+        columns[cell / kTiles / 2][cell % kTiles][cell / kTiles % 2] = transpose_8x8(p[cell]);
+    }
+#pragma unroll 1
+    for (int plane = 0;;) {
+      const uint8_t* slot = plane == 0 ? first : second;
+      multiply<kMxfp4>(
+          slot + layout_.v_codes, slot + layout_.v_scales, layout_.dv,
+          [&columns](int, int j) -> const Columns& { return columns[j]; },
+          [this](int i, int half) -> Tile& { return o[2 * i + half]; });
+      if (++plane == planes) break;
+      // p carries the exponent of the first plane's V. The second one's is larger, but where it is all zero.
+      const float factor = power_of_2(max(-127, min(0, exponents.z - exponents.w)));
+      each([&](int j, int tile, int e) {
+        if (e < 2) columns[j][tile][e] = multiply_half2(columns[j][tile][e], pack_half2(factor, factor));
+      });
     }
   }
 
-  template <class Array, class Do>
-  __device__ static void each(Array& array, const Do& action) {
+  // An item of 8 tokens in 16 bit.
+  __device__ void read_high(const uint8_t* slot, const Segment& segment, uint32_t word) {
+    const int exponent = reinterpret_cast<const int8_t*>(slot + slot_.summary)[2];
+    float sums[kTiles][4] = {};
+    const int lane = threadIdx.x % 32;
+    for_blocks(layout_.dk, [&](int i) {
+      const uint4 w = *reinterpret_cast<const uint4*>(slot + i * 512 + lane * 16);
 #pragma unroll
-    for (int ml = 0; ml < 2; ++ml)
+      for (int tile = 0; tile < kTiles; ++tile) {
+        mma_16x8x16(sums[tile], w.x, 0, w.y, 0, q_[2 * i][tile][0], q_[2 * i][tile][1]);
+        mma_16x8x16(sums[tile], w.z, 0, w.w, 0, q_[2 * i + 1][tile][0], q_[2 * i + 1][tile][1]);
+      }
+    });
+    float x[kTiles][2];
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        x[tile][e] = sums[tile][e];
+        if constexpr (kDiagonal) x[tile][e] += __shfl_xor_sync(~0u, x[tile][e], 2);
+      }
+    const float mean[kRows] = {};
+    uint32_t p[kTiles];
+    absorb<kTiles>(
+        segment, word, args_.score_scale, mean, exponent, true, [this](int) { return g_; }, x, p);
+    uint32_t columns[kTiles];
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      columns[tile] = transpose_8x8(p[tile]);
+      if (kDiagonal && g_ >= 4) columns[tile] = 0;
+    }
+    const float scale = power_of_2(exponent) / kCodeScale;  // o is in units of codes
+    for_blocks(layout_.dv, [&](int i) {
+      const uint4 w = *reinterpret_cast<const uint4*>(slot + layout_.high_v + i * 512 + lane * 16);
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          float sum[4] = {};
+          mma_16x8x8(sum, half == 0 ? w.x : w.z, half == 0 ? w.y : w.w, columns[tile]);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) o[2 * i + half][tile][e] += scale * sum[e];
+        }
+    });
+  }
+
+  // action(i, tile, e) for all of [2][kTiles][4].
+  template <class Do>
+  __device__ static void each(const Do& action) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) action(ml, tile, e);
+        for (int e = 0; e < 4; ++e) action(i, tile, e);
   }
 
   // action(i) for every 32 channels.
@@ -298,13 +326,6 @@ class DecodeRows {
 
   // acc(i, half) += scale * (codes x b) over one plane's K or V, `channels` of it. Block i of 32 channels is 4
   // fragments: `half` 0 and 1 (the rows of A), j = 0 and 1 along the contraction with b(i, j).
-  template <class B, class Acc>
-  __device__ void multiply(const uint8_t* codes, const uint8_t* scales, int channels, const B& b, const Acc& acc) {
-    if (args_.p.cache.format == Fp4Format::mxfp4)
-      multiply<true>(codes, scales, channels, b, acc);
-    else
-      multiply<false>(codes, scales, channels, b, acc);
-  }
   template <bool kMxfp4, class B, class Acc>
   __device__ void multiply(const uint8_t* codes, const uint8_t* scales, int channels, const B& b, const Acc& acc) {
     constexpr int kChunk = !kExact || kTiles > 1 ? 1 : kDiagonal ? D / 32 : 2;  // blocks whose scales are made at once
@@ -358,32 +379,28 @@ class DecodeRows {
           mma_16x8x8(s, a1.a[2 * group], a1.a[2 * group + 1], b1[tile][group]);
         }
 #pragma unroll
-        for (int e = 0; e < 4; ++e) sums[tile][e] += scale[group][at + e / 2] * s[e];
+        for (int e = 0; e < 4; ++e) sums[tile][e] = __fmaf_rn(scale[group][at + e / 2], s[e], sums[tile][e]);
       }
   }
 
-  // Scores of one item to p, rounded, two rows a word; l and l_high take them unrounded. token(cell) counts from the
-  // item's first; rows of cell c are row(c % kTiles * 2) and the next.
+  // Products of one item to p, rounded, two rows a word; l and l_high take them unrounded. A score is scale * x + mean.
+  // token(cell) counts from the item's first; rows of cell c are row(c % kTiles * 2) and the next.
   template <int kCells, class Token>
-  __device__ void absorb(const Segment& segment, uint32_t word, int v_exponent, bool above_fp4, const Token& token,
-                         float (&x)[kCells][2], uint32_t (&p)[kCells]) {
-    if (args_.p.shape.softcap > 0) {
-      const float cap = args_.p.shape.softcap * kLog2E;
-#pragma unroll
-      for (int i = 0; i < kCells; ++i)
-#pragma unroll
-        for (int e = 0; e < 2; ++e)  // tanh y = 1 - 2 / (1 + e^2y)
-          x[i][e] = cap - 2 * cap * reciprocal_fast(1 + exp2_fast(fminf(x[i][e] * (2 * kLog2E / cap), 126.0f)));
-    }
-#pragma unroll
-    for (int i = 0; i < kCells; ++i)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        constexpr float kGrid = 192.0f;  // numbers near it are multiples of 2^-16
-        x[i][e] = __fsub_rn(__fadd_rn(x[i][e], kGrid), kGrid);
-      }
+  __device__ void absorb(const Segment& segment, uint32_t word, float scale, const float (&mean)[kRows], int v_exponent,
+                         bool above_fp4, const Token& token, float (&x)[kCells][2], uint32_t (&p)[kCells]) {
+    constexpr bool kHigh = kCells == kTiles;
+    constexpr float kGrid = 192.0f;  // numbers near it are multiples of 2^-16
     const Unit& unit = segment.unit;
-    const int first = Item::token(word), tokens = kCells == kTiles ? kHighItemTokens : kItemTokens;
+    each_score<kCells>(
+        [&](int i, int e, int r) { x[i][e] = __fadd_rn(__fmaf_rn(x[i][e], scale, kGrid + mean[r]), -kGrid); });
+    if (args_.softcap > 0) {
+      const float cap = args_.softcap;
+      each_score<kCells>([&](int i, int e, int) {  // tanh y = 1 - 2 / (1 + e^2y)
+        const float power = exp2_fast(fminf(__fdividef(x[i][e] * (2 * kLog2E), cap), 126.0f));
+        x[i][e] = __fadd_rn(__fadd_rn(cap - 2 * cap * reciprocal_fast(1 + power), kGrid), -kGrid);
+      });
+    }
+    const int first = Item::token(word), tokens = kHigh ? kHighItemTokens : kItemTokens;
     if (first < unit.first_common || first + tokens > unit.end_common) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
@@ -394,16 +411,13 @@ class DecodeRows {
             x[i][r % 2] = kMasked;
       }
     }
+    if (kHigh && kDiagonal && t_ >= 2) x[0][0] = x[0][1] = kMasked;  // those lanes have no token
 
     const float exponent = static_cast<float>(v_exponent);
-    bool above = false;
-#pragma unroll
-    for (int i = 0; i < kCells; ++i)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) above |= x[i][e] > m[i % kTiles * 2 + e] + (kSlack + exponent);
-    if (__any_sync(~0u, above)) raise<kCells>(exponent, x);
+    float above = kMasked;
+    each_score<kCells>([&](int i, int e, int r) { above = fmaxf(above, x[i][e] - (m[r] + exponent)); });
+    if (__any_sync(~0u, above > kSlack)) raise<kCells>(exponent, x);
 
-    const bool out = Item::taken_out(word);
     float sum[kRows] = {};
 #pragma unroll
     for (int i = 0; i < kCells; ++i) {
@@ -412,18 +426,31 @@ class DecodeRows {
       for (int e = 0; e < 2; ++e) {
         const int r = i % kTiles * 2 + e;
         pair[e] = exp2_fast(x[i][e] - (m[r] + exponent));
-        sum[r] += pair[e];
+        sum[r] = i < kTiles ? pair[e] : sum[r] + pair[e];
       }
-      p[i] = pack_half2(pair[0], pair[1]) ^ (out ? 0x80008000u : 0);
+      p[i] = pack_half2(pair[0], pair[1]);
     }
-    if (args_.p.page_mass != nullptr && segment.pass == Pass::attend)
-      put_mass(segment.unit, first, tokens, exponent, sum);
-    const float weight = out ? -power_of_2(v_exponent) : power_of_2(v_exponent);
+    if (args_.p.page_mass != nullptr && segment.pass == Pass::attend) put_mass(unit, first, tokens, exponent, sum);
+    float weight = power_of_2(v_exponent);
+    if (Item::taken_out(word)) {
+      weight = -weight;
+#pragma unroll
+      for (int i = 0; i < kCells; ++i) p[i] ^= 0x80008000u;
+    }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       l[r] += weight * sum[r];
       if (above_fp4) l_high[r] += weight * sum[r];
     }
+  }
+
+  // action(cell, e, r): row r of this lane is element e of the cell.
+  template <int kCells, class Do>
+  __device__ static void each_score(const Do& action) {
+#pragma unroll
+    for (int i = 0; i < kCells; ++i)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) action(i, e, i % kTiles * 2 + e);
   }
 
   template <int kCells>
@@ -462,10 +489,8 @@ class DecodeRows {
     }
   }
 
-  __device__ const DeviceLayout& layout() const { return args_.p.cache.layout; }
-  __device__ float score_scale() const { return args_.p.shape.sm_scale * kLog2E; }
-
   const DecodeArgs& args_;
+  const DeviceLayout layout_;
   const SlotLayout slot_;
   uint32_t q_[D / 16][kTiles][2];
   int g_, t_;

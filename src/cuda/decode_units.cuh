@@ -24,6 +24,8 @@ struct DecodeArgs {
   DecodeParams p;
   int columns, tiles;
   Pass pass;
+  float score_scale, softcap;  // sm_scale and softcap times log2 e
+  int mxfp4;
 };
 
 inline constexpr int kHighWeight = 8, kPlanesWeight = 18, kFp4Weight = 9, kUnitWeight = 24;

@@ -161,63 +161,69 @@ __device__ inline float reduce_four(const float (&x)[4]) {
   return sum + __shfl_xor_sync(kAll, sum, 1);
 }
 
-// Goes through the pages [first, end) with all warps: emit(k, page, row, sum) for every row of a page, then done(k,
-// page). Both are called in all lanes, with the lane's page and row, which may lie beyond the last ones; a page belongs
-// to 8 lanes, and pairs of them get the same row. k < kPages counts the pages that a lane has at once. prepare(),
-// called once by all threads, brings the tile's rows while the first summaries are under way.
+// The pages [first, first + chunk), [first + stride, first + stride + chunk), ... before `end`.
+struct PageChunks {
+  int first, end, chunk, stride;
+};
+
+// Goes through pages with all warps of the CTA: emit(k, page, row, sum) for every row of a page, then done(k, page).
+// Both are called in all lanes, with the lane's page and row, which may lie beyond the last ones; a page belongs to 8
+// lanes, and pairs of them get the same row. k < kPages counts the pages that a lane has at once. prepare(), called
+// once by all threads, brings the tile's rows while the first summaries are under way.
 template <class Product, int kPages, int kSteps, class Prepare, class Emit, class Done>
-__device__ void for_each_product(const Summaries& summaries, const PageLayout& layout, float sm_scale, int first,
-                                 int end, Tile<kSteps> tile, int rows, const Prepare& prepare, const Emit& emit,
-                                 const Done& done) {
-  const int warps = static_cast<int>(blockDim.x) / 32;
+__device__ void for_each_product(const Summaries& summaries, const PageLayout& layout, float sm_scale,
+                                 const PageChunks& pages, Tile<kSteps> tile, int rows, const Prepare& prepare,
+                                 const Emit& emit, const Done& done) {
+  const int of_warp = warp_id() * 4 * kPages, at_once = static_cast<int>(blockDim.x) / 32 * 4 * kPages;
   bool prepared = false;
-  for (int p0 = first + warp_id() * 4 * kPages; p0 < end || !prepared; p0 += warps * 4 * kPages) {
-    int page[kPages], id[kPages];
-    Product x[kPages][kSteps];
+  for (int start = pages.first; start < pages.end || !prepared; start += pages.stride)
+    for (int p0 = start + of_warp; p0 < min(pages.end, start + pages.chunk) || !prepared; p0 += at_once) {
+      int page[kPages], id[kPages];
+      Product x[kPages][kSteps];
 #pragma unroll
-    for (int k = 0; k < kPages; ++k) {
-      page[k] = p0 + 4 * k + lane_id() / 8;
-      id[k] = page[k] < end ? summaries.table[page[k]] : -1;
-    }
-#pragma unroll
-    for (int k = 0; k < kPages; ++k)
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        const int c = 64 * step + lane_id() % 8 * 8;
-        if (id[k] >= 0 && c < layout.d)
-          x[k][step].load(summaries.record(id[k]), layout, c);
-        else
-          x[k][step].clear();
+      for (int k = 0; k < kPages; ++k) {
+        page[k] = p0 + 4 * k + lane_id() / 8;
+        id[k] = page[k] < pages.end ? summaries.table[page[k]] : -1;
       }
-    if (!prepared) prepare();
-    prepared = true;
-    for (int row = 0; row < rows; row += 4) {
-      float sum[kPages][4] = {};
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step)
+      for (int k = 0; k < kPages; ++k)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float4 q[4];
+        for (int step = 0; step < kSteps; ++step) {
+          const int c = 64 * step + lane_id() % 8 * 8;
+          if (id[k] >= 0 && c < layout.d)
+            x[k][step].load(summaries.record(id[k]), layout, c);
+          else
+            x[k][step].clear();
+        }
+      if (!prepared) prepare();
+      prepared = true;
+      for (int row = 0; row < rows; row += 4) {
+        float sum[kPages][4] = {};
 #pragma unroll
-          for (int r = 0; r < 4; ++r) q[r] = tile.four(row + r, step, half);
+        for (int step = 0; step < kSteps; ++step)
 #pragma unroll
-          for (int k = 0; k < kPages; ++k) {
-            const typename Product::Part part = x[k][step].part(half, sm_scale);
+          for (int half = 0; half < 2; ++half) {
+            float4 q[4];
 #pragma unroll
-            for (int r = 0; r < 4; ++r) {
-              sum[k][r] = Product::add(sum[k][r], q[r].x, part, 0);
-              sum[k][r] = Product::add(sum[k][r], q[r].y, part, 1);
-              sum[k][r] = Product::add(sum[k][r], q[r].z, part, 2);
-              sum[k][r] = Product::add(sum[k][r], q[r].w, part, 3);
+            for (int r = 0; r < 4; ++r) q[r] = tile.four(row + r, step, half);
+#pragma unroll
+            for (int k = 0; k < kPages; ++k) {
+              const typename Product::Part part = x[k][step].part(half, sm_scale);
+#pragma unroll
+              for (int r = 0; r < 4; ++r) {
+                sum[k][r] = Product::add(sum[k][r], q[r].x, part, 0);
+                sum[k][r] = Product::add(sum[k][r], q[r].y, part, 1);
+                sum[k][r] = Product::add(sum[k][r], q[r].z, part, 2);
+                sum[k][r] = Product::add(sum[k][r], q[r].w, part, 3);
+              }
             }
           }
-        }
 #pragma unroll
-      for (int k = 0; k < kPages; ++k) emit(k, page[k], row + lane_id() / 2 % 4, reduce_four(sum[k]));
+        for (int k = 0; k < kPages; ++k) emit(k, page[k], row + lane_id() / 2 % 4, reduce_four(sum[k]));
+      }
+#pragma unroll
+      for (int k = 0; k < kPages; ++k) done(k, page[k]);
     }
-#pragma unroll
-    for (int k = 0; k < kPages; ++k) done(k, page[k]);
-  }
 }
 
 }  // namespace thriftattn::cuda

@@ -103,7 +103,6 @@ struct RankParams {
   float* q_norm;    // [units]: norm of the mean row, the maximum over heads (error estimates)
   float* row_weight;  // [units, row_stride]: what a row weighs in the mean over its head, 1 / (the head's rows without
                       // NaN and Inf); 0 for a row with them. For choose_by_mass; null where nobody asks
-  int32_t* ticket;  // [units], zero before and after
   Lists lists;
 };
 

@@ -64,7 +64,6 @@ WorkspaceLayout workspace_layout(const Problem& p, const DecodeConfig& config, i
   const int64_t n = units(p), rows = n * row_stride(p), pages = n * max_pages(p), of_rows = rows * max_pages(p);
   // What must be zero before the first run comes first.
   take(l.counts, n * 8 * 4);
-  take(l.rank_tickets, n * 4);
   take(l.tickets, n * std::max(1, config.tiles) * 4);
   take(l.by_page, pages * 4);
   take(l.by_tier, pages * 4);

@@ -25,13 +25,14 @@
 
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 
 #include "cuda/prefill.cuh"
 
 namespace thriftattn::cuda {
 namespace {
 
-constexpr int kMaxWarps = 8, kMaxStages = 4;
+constexpr int kMaxWarps = 8, kMaxStages = 4, kMaxUnits = 4;
 constexpr int kWindow = 32;           // pages that are looked up at once
 constexpr uint32_t kHigh = 1u << 31;  // in Entry::readers: this form counts as above fp4
 constexpr int kEnd = -1;              // in Entry::page
@@ -66,10 +67,13 @@ struct Entry {
 
 // What a block of threads works on.
 struct Work {
-  int sequence, slot, g, s_q, s_kv;
-  int first_unit, units;  // of the KV head's, unit u = query block u / group, head u % group of the group
-  int first_block;  // position of query block 0, a multiple of 64; below 0 where rows stand before the first token
-  int end_page;     // pages that some row sees, tail included
+  int sequence, g, s_kv;
+  int first;                         // position of the step's first row
+  int first_block;                   // of query block 0
+  int first_unit, units;             // of the KV head's: unit u is query block u / group, head u % group of the group
+  int first_page, end_page;          // some row sees; tail included
+  const uint32_t* tiers[kMaxUnits];  // of a unit; null where there is none
+  uint32_t tail_readers;             // a bit for every unit that sees the tail
 };
 
 // The front of shared memory; then the ring, then the fragments of q.
@@ -178,26 +182,19 @@ __device__ bool last_to_leave(uint32_t& left, int warps, int lane) {
 
 // --- the ring
 
-// Tier of a page for unit u of the work, or none where it does not see it. The tail is in 16 bit.
-__device__ Tier unit_tier(const Attend& a, const Work& w, int u, int page) {
-  const int unit = w.first_unit + u, block = unit / a.shape.group, head = w.g * a.shape.group + unit % a.shape.group;
-  if (page >= w.s_kv / kPageTokens) {
-    const int last = min(w.first_block + block * kPageTokens + kPageTokens, w.s_kv) - 1;
-    return visible(a.shape, last, w.s_kv).end > page * kPageTokens ? Tier::fp16 : Tier::none;
-  }
-  const int64_t row = (static_cast<int64_t>(w.sequence) * a.shape.h_q + head) * a.max_blocks + block;
-  return static_cast<Tier>(a.tiers[row * a.tier_words + page / 16] >> (page % 16 * 2) & 3);
-}
-
 // Lists the forms of the next pages that are read, a page per lane.
 __device__ void look_up(const Attend& a, Control& c, int lane) {
   const Work& w = c.work;
   const int page = c.window_page + lane;
+  const bool full = page < w.s_kv / kPageTokens;
   uint32_t readers[3] = {};  // of fp4, fp4x2, fp16
-  for (int u = 0; page < w.end_page && u < w.units; ++u) {
-    const Tier tier = unit_tier(a, w, u, page);
+  if (page < w.end_page && !full) readers[2] = w.tail_readers;
 #pragma unroll
-    for (int i = 0; i < 3; ++i) readers[i] |= (static_cast<int>(tier) == i + 1 ? 1u : 0u) << u;
+  for (int u = 0; u < kMaxUnits; ++u) {
+    const bool exists = page < w.end_page && full && w.tiers[u];
+    const uint32_t tier = exists ? w.tiers[u][page / 16] >> (page % 16 * 2) & 3 : 0;
+#pragma unroll
+    for (int i = 0; i < 3; ++i) readers[i] |= (tier == i + 1 ? 1u : 0u) << u;
   }
   uint32_t listed[3];
 #pragma unroll
@@ -208,9 +205,8 @@ __device__ void look_up(const Attend& a, Control& c, int lane) {
   if (readers[0]) c.window[at++] = {a.expanded.fp4_at(w.sequence, w.g, page), page, readers[0]};
   if (readers[1]) c.window[at++] = {a.expanded.fp4x2_at(w.sequence, w.g, page), page, readers[1] | kHigh};
   if (readers[2])
-    c.window[at] = {
-        page < w.s_kv / kPageTokens ? a.expanded.fp16_at(w.sequence, w.g, page) : a.expanded.tail_at(w.sequence, w.g),
-        page, readers[2] | kHigh};
+    c.window[at] = {full ? a.expanded.fp16_at(w.sequence, w.g, page) : a.expanded.tail_at(w.sequence, w.g), page,
+                    readers[2] | kHigh};
   __syncwarp();
   if (lane == 0) {
     c.next = 0;
@@ -279,55 +275,45 @@ __device__ void fill(const Attend& a, Control& c, uint8_t* ring, int stage, int 
 
 // --- rows of the caller
 
-__device__ float to_float(float x) { return x; }
-__device__ float to_float(__half x) { return __half2float(x); }
-__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-// Neighbours at p, p + 8, ...; those at or beyond `end` are zero. All loads are on their way before the first is used.
+// n channels (2, 4 or 8) of a row of T, in one access where the place allows it.
 template <class T, int n>
-__device__ void load_twos(const T* p, const T* end, float2 (&x)[n]) {
-  struct alignas(2 * sizeof(T)) Pair {
-    T x, y;
-  };
-  if (reinterpret_cast<uintptr_t>(p) % sizeof(Pair) == 0) {
-#pragma unroll
-    for (int i = 0; i < n; ++i) {
-      const Pair pair = p + 8 * i < end ? *reinterpret_cast<const Pair*>(p + 8 * i) : Pair{};
-      x[i] = {to_float(pair.x), to_float(pair.y)};
-    }
+__device__ void load(const T* from, float (&x)[n]) {
+  struct alignas(n * sizeof(T) > 16 ? 16 : n * sizeof(T)) Pack {
+    T x[n];
+  } pack;
+  if (reinterpret_cast<uintptr_t>(from) % alignof(Pack) == 0) {
+    pack = *reinterpret_cast<const Pack*>(from);
   } else {
 #pragma unroll
-    for (int i = 0; i < n; ++i)
-      x[i] = p + 8 * i < end ? float2{to_float(p[8 * i]), to_float(p[8 * i + 1])} : float2{0, 0};
+    for (int i = 0; i < n; ++i) pack.x[i] = from[i];
   }
-}
-template <int n>
-__device__ void load_twos(const Rows<const void*>& rows, int64_t at, int count, float2 (&x)[n]) {
-  const auto load = [&]<class T>(const T* data) { load_twos(data + at, data + at + count, x); };
-  if (rows.dtype == DType::f32) return load(static_cast<const float*>(rows.data));
-  if (rows.dtype == DType::f16) return load(static_cast<const __half*>(rows.data));
-  load(static_cast<const __nv_bfloat16*>(rows.data));
+#pragma unroll
+  for (int i = 0; i < n; ++i) x[i] = static_cast<float>(pack.x[i]);
 }
 
-template <class T>
-__device__ void store_two(T* p, T x, T y) {
-  struct alignas(2 * sizeof(T)) Pair {
-    T x, y;
-  };
-  if (reinterpret_cast<uintptr_t>(p) % sizeof(Pair) == 0) {
-    *reinterpret_cast<Pair*>(p) = {x, y};
+template <class T, int n>
+__device__ void store(T* to, const float (&x)[n]) {
+  struct alignas(n * sizeof(T) > 16 ? 16 : n * sizeof(T)) Pack {
+    T x[n];
+  } pack;
+#pragma unroll
+  for (int i = 0; i < n; ++i) pack.x[i] = static_cast<T>(x[i]);
+  if (reinterpret_cast<uintptr_t>(to) % alignof(Pack) == 0) {
+    *reinterpret_cast<Pack*>(to) = pack;
   } else {
-    p[0] = x, p[1] = y;
+#pragma unroll
+    for (int i = 0; i < n; ++i) to[i] = pack.x[i];
   }
 }
-__device__ void store_two(const Rows<void*>& rows, int64_t at, float x, float y) {
-  if (rows.dtype == DType::f32) {
-    store_two(static_cast<float*>(rows.data) + at, x, y);
-  } else if (rows.dtype == DType::f16) {
-    store_two(static_cast<__half*>(rows.data) + at, __float2half_rn(x), __float2half_rn(y));
-  } else {
-    store_two(static_cast<__nv_bfloat16*>(rows.data) + at, __float2bfloat16_rn(x), __float2bfloat16_rn(y));
-  }
+
+// Calls f with the data of rows of whatever type.
+template <class Pointer, class F>
+__device__ void with_type(const Rows<Pointer>& rows, const F& f) {
+  constexpr bool kConst = std::is_same_v<Pointer, const void*>;
+  const auto as = [&]<class T>() { f(static_cast<std::conditional_t<kConst, const T*, T*>>(rows.data)); };
+  if (rows.dtype == DType::f32) return as.template operator()<float>();
+  if (rows.dtype == DType::f16) return as.template operator()<__half>();
+  as.template operator()<__nv_bfloat16>();
 }
 
 // --- one warp: rows of a unit
@@ -354,35 +340,47 @@ struct Warp {
   __device__ int exponent(int r) const { return static_cast<int8_t>(exponents >> (8 * r)); }
   __device__ int row(int r) const { return r / 2 * 16 + r % 2 * 8 + lane / 4; }
 
-  // Rows of q, each times a power of two that brings its largest element to 2^8, so that FP16 holds any of them.
-  // Elements of channels 32i + 8j + {0, 1} + 2t and 16 more are fragment 2i + j. Rows outside [first, s_kv) are zero.
+  // Rows of q, each times a power of two that brings its largest element to 2^8, so that FP16 holds any of them. A lane
+  // loads neighbouring channels, some rows at once. Channels 32i + 8j + {0, 1} + 2t and 16 more are in fragment 2i + j.
+  // Rows outside [first, s_kv) are zero.
   __device__ void load_q(int first, int64_t first_row, int head) {
+    constexpr int kChannels = D / 32, kAtOnce = 8;
+    const int channel = lane * kChannels;
+    with_type(a.q, [&](const auto* data) {
+#pragma unroll 1
+      for (int from = 0; from < 16 * kRowTiles; from += kAtOnce) {
+        float x[kAtOnce][kChannels] = {};
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int p = position + row(r);
-      const bool exists = p >= first && p < s_kv;
-      const int64_t at = exists ? (first_row + (p - first)) * a.q.row_stride + head * a.q.head_stride : 0;
-      float2 x[D / 8];  // channels 8i + 2t and the next
-      load_twos(a.q, at + lane % 4 * 2, exists ? a.shape.d - lane % 4 * 2 : 0, x);
-      uint32_t largest = 0;  // by bits, where NaN is the largest
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int p = position + from + i;
+          if (p >= first && p < s_kv && channel < a.shape.d)
+            load(data + (first_row + (p - first)) * a.q.row_stride + head * a.q.head_stride + channel, x[i]);
+        }
 #pragma unroll
-      for (int i = 0; i < D / 8; ++i)
-        largest = max(largest, max(bits_of(x[i].x) & 0x7fffffffu, bits_of(x[i].y) & 0x7fffffffu));
-      largest = max(largest, __shfl_xor_sync(~0u, largest, 1));
-      largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
-      const bool finite = largest < 0x7f800000u;
-      const int e = largest == 0 ? 0 : max(-90, min(120, static_cast<int>(largest >> 23) - 127 - 8));
-      const float factor = a.shape.sm_scale < 0 ? -pow2(-e) : pow2(-e);
-      exponents |= ((finite ? e : kNotFinite) & 0xff) << (8 * r);
-#pragma unroll
-      for (int i = 0; i < D / 8; ++i) {
-        const int fragment = i / 4 * 2 + i % 2, half = i / 2 % 2;
-        const uint32_t packed = finite ? pack(x[i].x * factor, x[i].y * factor) : 0u;
-        const uint32_t to = q + (fragment * kRowTiles + r / 2) * 512 + (half * 2 + r % 2) * 4;
-        asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(packed) : "memory");
+        for (int i = 0; i < kAtOnce; ++i) keep_q(from + i, channel, x[i]);
       }
-    }
+    });
     __syncwarp();
+  }
+
+  template <int n>
+  __device__ void keep_q(int row, int channel, const float (&x)[n]) {
+    uint32_t largest = 0;  // by bits, where NaN is the largest
+#pragma unroll
+    for (int i = 0; i < n; ++i) largest = max(largest, bits_of(x[i]) & 0x7fffffffu);
+    largest = __reduce_max_sync(~0u, largest);
+    const bool finite = largest < 0x7f800000u;
+    const int e = largest == 0 ? 0 : max(-90, min(120, static_cast<int>(largest >> 23) - 127 - 8));
+    const float factor = !finite ? 0 : a.shape.sm_scale < 0 ? -pow2(-e) : pow2(-e);
+    if (lane / 4 == row % 8) exponents |= ((finite ? e : kNotFinite) & 0xff) << (row / 8 * 8);
+#pragma unroll
+    for (int i = 0; i < n; i += 2) {
+      const int ch = channel + i, fragment = ch / 32 * 2 + ch % 16 / 8, half = ch % 32 / 16;
+      const uint32_t packed = finite ? pack(x[i] * factor, x[i + 1] * factor) : 0u;
+      const uint32_t to = q - lane * 16 + (fragment * kRowTiles + row / 16) * 512 + (row % 8 * 4 + ch % 8 / 2) * 16 +
+                          (half * 2 + row % 16 / 8) * 4;
+      asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(packed) : "memory");
+    }
   }
 
   __device__ void start(int head) {
@@ -409,7 +407,7 @@ struct Warp {
       for (int n = 0; n < 8; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e) s[mt][n][e] = 0;
-#pragma unroll
+#pragma unroll 1  // unrolled, it would keep more fragments under way than there are registers
     for (int i = 0; i < kChannelBlocks; ++i) {
       uint32_t x[2][kRowTiles][4];
 #pragma unroll
@@ -480,8 +478,10 @@ struct Warp {
   __device__ void attend(uint32_t at, int page, bool high) {
     float s[kRowTiles][8][4];
     scores(at, s);
-    if (a.shape.softcap > 0) cap(s);
-    if (hides(page)) hide(page, s);
+    if (a.shape.softcap > 0) [[unlikely]]
+      cap(s);
+    if (hides(page)) [[unlikely]]
+      hide(page, s);
 
     float unit[kRows], top[kRows];
     bool passes = false;
@@ -494,7 +494,7 @@ struct Warp {
       top[r] *= unit[r];
       passes |= top[r] > reference[r] + kRoom;
     }
-    if (__any_sync(~0u, passes)) {
+    if (__any_sync(~0u, passes)) [[unlikely]] {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 1));
@@ -541,51 +541,81 @@ struct Warp {
     }
   }
 
+  // Writes 8 rows at a time by way of the place of q, so that a row's channels go out together: tiles of 8 channels, 32
+  // bytes, tile n of row i at n ^ i.
   __device__ void finish(int first, int64_t first_row, int head) {
+    const uint32_t eight_rows = q - lane * 16;
+    __syncwarp();
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const auto sum_of_four = [](float x) {
-        x += __shfl_xor_sync(~0u, x, 1);
-        return x + __shfl_xor_sync(~0u, x, 2);
-      };
-      const float mass = sum_of_four(l[r]), high = a.row_mass_high ? sum_of_four(l_high[r]) : 0;
-      const int p = position + row(r);
-      if (p < first || p >= s_kv) continue;
-      const int64_t to = first_row + (p - first);
-      const bool finite = exponent(r) != kNotFinite;
-      const float inverse = !finite ? kNaN : mass == 0 ? 0.0f : 1 / mass;
+      const float inverse = finish_row(r, first, first_row, head);
 #pragma unroll
-      for (int n = 0; n < 4 * kChannelBlocks; ++n) {
-        const int channel = n * 8 + lane % 4 * 2;
-        if (channel < a.shape.d_v)
-          store_two(a.out, to * a.out.row_stride + head * a.out.head_stride + channel, o[r / 2][n][r % 2 * 2] * inverse,
-                    o[r / 2][n][r % 2 * 2 + 1] * inverse);
-      }
-      if (lane % 4 != 0) continue;
-      if (a.lse)
-        a.lse[to * a.shape.h_q + head] = !finite ? kNaN : mass == 0 ? -INFINITY : (reference[r] + log2f(mass)) * kLn2;
-      if (a.row_mass_high) a.row_mass_high[to * a.shape.h_q + head] = finite && mass > 0 ? high / mass : 0.0f;
+      for (int n = 0; n < D / 8; ++n)
+        asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(eight_rows + lane / 4 * D * 4 + (n ^ lane / 4) * 32 +
+                                                              lane % 4 * 8),
+                     "f"(o[r / 2][n][r % 2 * 2] * inverse), "f"(o[r / 2][n][r % 2 * 2 + 1] * inverse)
+                     : "memory");
+      __syncwarp();
+      with_type(a.out, [&](auto* data) {
+#pragma unroll 1
+        for (int i = lane; i < 8 * D / 4; i += 32) {
+          const int of_eight = i / (D / 4), channel = i % (D / 4) * 4, p = position + r * 8 + of_eight;
+          if (p < first || p >= s_kv || channel >= a.shape.d_v) continue;
+          const uint4 x = load_shared(eight_rows + of_eight * D * 4 + (channel / 8 ^ of_eight) * 32 + channel % 8 * 4);
+          store(data + (first_row + (p - first)) * a.out.row_stride + head * a.out.head_stride + channel,
+                {__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w)});
+        }
+      });
+      __syncwarp();
     }
+  }
+
+  // Writes what there is one of for a row; returns the factor of its output.
+  __device__ float finish_row(int r, int first, int64_t first_row, int head) const {
+    const auto sum_of_four = [](float x) {
+      x += __shfl_xor_sync(~0u, x, 1);
+      return x + __shfl_xor_sync(~0u, x, 2);
+    };
+    const float mass = sum_of_four(l[r]), high = a.row_mass_high ? sum_of_four(l_high[r]) : 0;
+    const bool finite = exponent(r) != kNotFinite;
+    const int p = position + row(r);
+    if (p >= first && p < s_kv && lane % 4 == 0) {
+      const int64_t to = (first_row + (p - first)) * a.shape.h_q + head;
+      if (a.lse) a.lse[to] = !finite ? kNaN : mass == 0 ? -INFINITY : (reference[r] + __log2f(mass)) * kLn2;
+      if (a.row_mass_high) a.row_mass_high[to] = finite && mass > 0 ? high / mass : 0.0f;
+    }
+    return !finite ? kNaN : mass == 0 ? 0.0f : 1 / mass;
   }
 };
 
 // The last query blocks come first: they see most pages. False where there is nothing to do.
 __device__ bool find_work(const Attend& a, int chunks, Work& w) {
-  const int heads = a.batch.b * a.shape.h_kv;
+  const int heads = a.batch.b * a.shape.h_kv, group = a.shape.group;
   const int chunk = chunks - 1 - static_cast<int>(blockIdx.x) / heads, head = static_cast<int>(blockIdx.x) % heads;
   w.sequence = head / a.shape.h_kv;
   w.g = head % a.shape.h_kv;
-  w.slot = a.batch.slot[w.sequence];
-  w.s_q = a.batch.s_q[w.sequence];
-  w.s_kv = a.cache.s_kv[w.slot];
-  const QueryBlocks blocks = query_blocks(w.s_q, w.s_kv);
+  const int s_q = a.batch.s_q[w.sequence];
+  w.s_kv = a.cache.s_kv[a.batch.slot[w.sequence]];
+  w.first = w.s_kv - s_q;
+  const QueryBlocks blocks = query_blocks(s_q, w.s_kv);
   w.first_block = blocks.first_position;
   w.first_unit = chunk * a.units;
-  w.units = min(a.units, blocks.count * a.shape.group - w.first_unit);
+  w.units = min(a.units, blocks.count * group - w.first_unit);
   if (w.units <= 0) return false;
-  const auto block_position = [&](int unit) { return w.first_block + unit / a.shape.group * kPageTokens; };
-  const int last = min(block_position(w.first_unit + w.units - 1) + kPageTokens, w.s_kv) - 1;
-  w.end_page = static_cast<int>(pages_for(visible(a.shape, last, w.s_kv).end));
+  const auto last_of = [&](int u) {
+    return min(w.first_block + (w.first_unit + u) / group * kPageTokens + kPageTokens, w.s_kv) - 1;
+  };
+  const int row = max(w.first_block + w.first_unit / group * kPageTokens, w.first);
+  w.first_page = visible(a.shape, row, w.s_kv).first / kPageTokens;
+  w.end_page = static_cast<int>(pages_for(visible(a.shape, last_of(w.units - 1), w.s_kv).end));
+  w.tail_readers = 0;
+  const int tail = w.s_kv / kPageTokens * kPageTokens;
+  for (int u = 0; u < kMaxUnits; ++u) {
+    const int unit = w.first_unit + u;
+    const int64_t at = (static_cast<int64_t>(w.sequence) * a.shape.h_q + w.g * group + unit % group) * a.max_blocks;
+    w.tiers[u] = u < w.units ? a.tiers + (at + unit / group) * a.tier_words : nullptr;
+    if (u < w.units && visible(a.shape, last_of(u), w.s_kv).end > tail) w.tail_readers |= 1u << u;
+  }
   return true;
 }
 
@@ -597,20 +627,16 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(const __grid_
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = a.units * Tile<D>::kUnitWarps;
   const uint32_t first_fragment = shared_address(ring) + lane * 16;
 
-  Work work;
-  if (!find_work(a, chunks, work)) return;
   if (threadIdx.x == 0) {
     for (int i = 0; i < a.stages; ++i) {
       init_barrier(c.full[i]);
       c.left[i] = 0;
     }
+    Work work;
+    if (!find_work(a, chunks, work)) work.units = 0;
     c.work = work;
     c.next = c.count = 0;
-    const auto first =
-        visible(a.shape, max(work.first_block + work.first_unit / a.shape.group * kPageTokens, work.s_kv - work.s_q),
-                work.s_kv)
-            .first;
-    c.window_page = first / kPageTokens / kWindow * kWindow;
+    c.window_page = work.first_page / kWindow * kWindow;
   }
   if (a.cache.layout.dk != D || a.cache.layout.dv != D)
     for (int i = threadIdx.x * 16; i < a.stages * Tile<D>::kPage.bytes; i += blockDim.x * 16)
@@ -619,18 +645,21 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(const __grid_
   asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
 #endif
   __syncthreads();
+  const Work& work = c.work;
+  if (work.units <= 0) return;
   if (warp == 0)
     for (int i = 0; i < a.stages; ++i) fill<D>(a, c, ring, i, lane);
 
-  const int u = warp / Tile<D>::kUnitWarps, unit = work.first_unit + u, first = work.s_kv - work.s_q;
-  const int head = work.g * a.shape.group + unit % a.shape.group;
-  const int64_t first_row = a.batch.first_row[work.sequence];
-  const bool exists = u < work.units;
+  const int u = warp / Tile<D>::kUnitWarps, unit = work.first_unit + u,
+            head = work.g * a.shape.group + unit % a.shape.group;
   const int block = work.first_block + unit / a.shape.group * kPageTokens;
-  Warp<D> rows(a, lane, first_fragment + a.stages * Tile<D>::kPage.bytes + warp * Tile<D>::kQBytes,
-               c.l_high[threadIdx.x], block + warp % Tile<D>::kUnitWarps * Tile<D>::kRows, work.s_kv);
+  const int64_t first_row = a.batch.first_row[work.sequence];
+  const uint32_t q = shared_address(ring) + a.stages * Tile<D>::kPage.bytes + warp * Tile<D>::kQBytes;
+  Warp<D> rows(a, lane, q + lane * 16, c.l_high[threadIdx.x], block + warp % Tile<D>::kUnitWarps * Tile<D>::kRows,
+               work.s_kv);
+  const bool exists = u < work.units;
   if (exists) {
-    rows.load_q(first, first_row, head);
+    rows.load_q(work.first, first_row, head);
     rows.start(head);
   }
   int stage = 0;
@@ -640,13 +669,14 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(const __grid_
     const uint32_t readers = c.readers[stage];
     if (page == kEnd) break;
     if (readers >> u & 1) rows.attend(first_fragment + stage * Tile<D>::kPage.bytes, page, readers & kHigh);
-    if (last_to_leave(c.left[stage], warps, lane)) fill<D>(a, c, ring, stage, lane);
+    if (last_to_leave(c.left[stage], warps, lane)) [[unlikely]]
+      fill<D>(a, c, ring, stage, lane);
     if (++stage == a.stages) {
       stage = 0;
       phase ^= 1;
     }
   }
-  if (exists) rows.finish(first, first_row, head);
+  if (exists) rows.finish(work.first, first_row, head);
 }
 
 template <int D>

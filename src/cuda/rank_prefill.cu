@@ -138,15 +138,16 @@ __global__ __launch_bounds__(kThreads, 2) void rank_prefill_kernel(const __grid_
           scores[row * a.max_seen + p - c.first] = valid >> row & 1 ? sum * scale : -INFINITY;
       };
       const auto done = [](int, int) {};
+      const PageChunks pages{c.first, c.end, n, n};
       if (a.how.policy == Policy::block_mean)
         for_each_product<MeanProduct, 8 / kSteps>(
-            summaries, a.cache.canonical, scale, c.first, c.end, tile, heads, [] {}, emit, done);
+            summaries, a.cache.canonical, scale, pages, tile, heads, [] {}, emit, done);
       if (a.how.policy == Policy::quest)
         for_each_product<QuestProduct, 4 / kSteps>(
-            summaries, a.cache.canonical, scale, c.first, c.end, tile, heads, [] {}, emit, done);
+            summaries, a.cache.canonical, scale, pages, tile, heads, [] {}, emit, done);
       if (a.how.policy == Policy::second_moment)
         for_each_product<MomentProduct, 4 / kSteps>(
-            summaries, a.cache.canonical, scale, c.first, c.end, tile, heads, [] {}, emit, done);
+            summaries, a.cache.canonical, scale, pages, tile, heads, [] {}, emit, done);
       if (a.how.policy == Policy::recent)
         for (int h = 0; h < heads; ++h)
           for (int p = static_cast<int>(threadIdx.x); p < n; p += kThreads)
@@ -156,9 +157,10 @@ __global__ __launch_bounds__(kThreads, 2) void rank_prefill_kernel(const __grid_
       __syncthreads();  // the scores are there, and the head before is done with s
       float* score = scores + h * a.max_seen;
       uint32_t* keys = a.how.ranks ? reinterpret_cast<uint32_t*>(score) : nullptr;
-      Cut cut;
+      Cut cut = Cut::none();
       if (a.how.ranks) {
         const float q_norm = valid >> h & 1 ? row_norm(tile, h) : 0.0f;
+        if (threadIdx.x == 0) s.choose.need = pages_wanted(a.how, c);
         cut = choose(a.how, c, score, keys, q_norm, summaries, s.choose);
       }
       const int head = g * a.shape.group + h0 + h;

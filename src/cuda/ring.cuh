@@ -68,10 +68,10 @@ class Ring {
     } while (!done);
     return slots_ + slot * slot_bytes_;
   }
-  // All lanes have read the slot.
-  __device__ void release() {
+  // The warp has read `n` slots.
+  __device__ void release(uint32_t n) {
     __syncwarp();
-    ++read_;
+    read_ += n;
   }
 
  private:

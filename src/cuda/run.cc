@@ -145,7 +145,6 @@ class Launch {
     r.score = w_.pointer<float>(w_.at.score);
     r.q_norm = w_.pointer<float>(w_.at.q_norm);
     r.row_weight = w_.pointer<float>(w_.at.row_weight);
-    r.ticket = w_.pointer<int32_t>(w_.at.rank_tickets);
     r.lists = w_.lists();
     return r;
   }

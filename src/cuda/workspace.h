@@ -48,7 +48,7 @@ inline int mass_parts(const Problem& p) {
 struct WorkspaceLayout {
   static constexpr int64_t kAbsent = -1;
   // decode
-  int64_t q_mean = kAbsent, score = kAbsent, q_norm = kAbsent, row_weight = kAbsent, rank_tickets = kAbsent;
+  int64_t q_mean = kAbsent, score = kAbsent, q_norm = kAbsent, row_weight = kAbsent;
   int64_t by_page = kAbsent, by_tier = kAbsent, counts = kAbsent;
   int64_t page_mass = kAbsent, row_mass_high = kAbsent, state_ml = kAbsent, state_o = kAbsent;
   int64_t partials = kAbsent, tickets = kAbsent;

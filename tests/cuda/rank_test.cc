@@ -382,7 +382,6 @@ struct Ranked {
         score(size(on.cache.max_pages)),
         q_norm(size(1)),
         row_weight(size(row_stride)),
-        ticket(std::vector<int32_t>(size(1), 0)),
         by_page(size(k_max)),
         by_tier(size(k_max)),
         counts(size(8)) {
@@ -396,7 +395,6 @@ struct Ranked {
     params.score = score.get();
     params.q_norm = q_norm.get();
     params.row_weight = row_weight.get();
-    params.ticket = ticket.get();
     params.lists = {k_max, by_page.get(), by_tier.get(), counts.get()};
   }
   size_t size(int64_t each) const { return static_cast<size_t>(units * each); }
@@ -407,7 +405,7 @@ struct Ranked {
     const auto add = [&all](const auto& x) {
       for (auto v : x.read()) all.push_back(std::bit_cast<uint32_t>(v));
     };
-    add(q_mean), add(score), add(q_norm), add(row_weight), add(ticket), add(by_page), add(by_tier), add(counts);
+    add(q_mean), add(score), add(q_norm), add(row_weight), add(by_page), add(by_tier), add(counts);
     return all;
   }
   void poison() {
@@ -418,10 +416,9 @@ struct Ranked {
   int64_t units;
   int row_stride, k_max;
   OnDevice<float> q_mean, score, q_norm, row_weight;
-  OnDevice<int32_t> ticket;
   OnDevice<uint32_t> by_page, by_tier;
   OnDevice<int32_t> counts;
-  cuda::RankParams params;
+  cuda::RankParams params = {};
 };
 
 std::vector<Promoted> promoted(const uint32_t* entries, int64_t n) {
@@ -530,7 +527,8 @@ void expect_decode(const Scene& scene) {
             scores[u * static_cast<size_t>(on.cache.max_pages) + static_cast<size_t>(f.block.first_visible) + p];
         if (std::isinf(f.rank[p]) && static_cast<double>(score) == f.rank[p]) continue;
         largest = std::max(largest, std::fabs(f.rank[p]));
-        worst = std::max(worst, std::fabs(static_cast<double>(score) - f.rank[p]));
+        const double error = std::fabs(static_cast<double>(score) - f.rank[p]);
+        worst = std::isfinite(error) ? std::max(worst, error) : INFINITY;
       }
       EXPECT_LE(worst, kClose * largest) << here << ": scores";
     }
@@ -596,13 +594,16 @@ TEST(CudaRank, VerifyStepsHeadSizesAndGroups) {
 
 TEST(CudaRank, WindowsMasksAndTypes) {
   SKIP_WITHOUT_GPU();
-  const std::vector<Growth> growths = {{500, 3}, {3000, 1}, {1279, 2}, {4095, 16}};
+  const std::vector<Growth> growths = {{500, 3}, {1300, 1}, {1279, 2}, {2047, 16}};
   for (const char* method : {"thrift:policy=block_mean,budget=0.2", "quest", "thrift:policy=recent",
                              "thrift:policy=block_mean,budget=per64"})
     for (const int64_t window : {0, 100, 64 * 20})
       for (const bool causal : {true, false})
-        for (const DType type : {DType::f16, DType::bf16})
-          expect_decode({.method = method, .window = window, .causal = causal, .q_dtype = type, .growths = growths});
+        expect_decode({.method = method,
+                       .window = window,
+                       .causal = causal,
+                       .q_dtype = causal ? DType::f16 : DType::bf16,
+                       .growths = growths});
 }
 
 TEST(CudaRank, RowsWithNanOrInfTakeNoPart) {
@@ -667,7 +668,7 @@ TEST(CudaRank, TakesExactlyTheBestAndBreaksTiesByPage) {
         std::vector<int32_t> ids(static_cast<size_t>(n));
         std::iota(ids.rbegin(), ids.rend(), 0);
         const OnDevice<int32_t> table(ids), s_kv(std::vector<int32_t>{n * kPageTokens}), zero(std::vector<int32_t>{0}),
-            one(std::vector<int32_t>{1}), ticket(std::vector<int32_t>{0});
+            one(std::vector<int32_t>{1});
         const OnDevice<float> q(w.q), score(static_cast<size_t>(n)), q_norm(1);
         const OnDevice<uint32_t> by_page(static_cast<size_t>(n)), by_tier(static_cast<size_t>(n));
         const OnDevice<int32_t> counts(8);
@@ -686,7 +687,6 @@ TEST(CudaRank, TakesExactlyTheBestAndBreaksTiesByPage) {
         p.row_stride = 4;
         p.score = score.get();
         p.q_norm = q_norm.get();
-        p.ticket = ticket.get();
         p.lists = {n, by_page.get(), by_tier.get(), counts.get()};
         for (const int k : {0, 1, n / 20, n / 2, n - 1, n}) {
           p.method = method("thrift:policy=block_mean,storage=dual,force=none,budget=top_k:" + std::to_string(k));
@@ -942,7 +942,7 @@ TEST(Selection, KeysOrderAsScores) {
   for (const float x : ascending) EXPECT_EQ(cuda::score_of(cuda::key_of(x)), x);
   EXPECT_EQ(cuda::key_of(-0.0f), cuda::key_of(0.0f));
   EXPECT_EQ(cuda::key_of(NAN), cuda::key_of(-INFINITY));
-  EXPECT_LT(cuda::key_of(INFINITY), cuda::Cut{}.key);
+  EXPECT_LT(cuda::key_of(INFINITY), cuda::Cut::none().key);
 }
 
 }  // namespace
