@@ -39,7 +39,7 @@ CONF
 fi
 
 cmake -S . -B "$root/build" -G Ninja --toolchain cmake/aarch64.cmake -DCMAKE_BUILD_TYPE=RelWithDebInfo \
-  -DTHRIFTATTN_MODEL=OFF -DTHRIFTATTN_WERROR=ON -DTHRIFTATTN_POISON=ON
+  -DTHRIFTATTN_MODEL=OFF -DTHRIFTATTN_CUDA=OFF -DTHRIFTATTN_WERROR=ON -DTHRIFTATTN_POISON=ON
 cmake --build "$root/build" -j "$jobs"
 
 # What was run stands in ctest's own lines. Left out by default: sweeps over what is the same on every machine, which

@@ -29,6 +29,8 @@ namespace thriftattn::cuda {
 namespace {
 
 constexpr int64_t kMaxTokens = int64_t{1} << 30;  // of a sequence: positions are int32
+constexpr int kMaxSequences = 65535;              // a grid's last dimensions: append has a block for every sequence and
+constexpr int64_t kMaxAppend = int64_t{1} << 21;  // every page of a step
 
 cudaStream_t to_cuda(Stream stream) { return static_cast<cudaStream_t>(stream); }
 
@@ -58,10 +60,11 @@ Status check_config(const CacheConfig& config, const CacheSize& size) {
   if (!config.storage_by_head.empty())
     return unsupported("storage_by_head is not supported on a GPU: one storage for all heads is");
   if (config.high_dtype != DType::f16) return unsupported("high_dtype bf16 is not supported on a GPU: f16 is");
-  if (size.max_sequences < 1) return refuse("max_sequences", size.max_sequences, "1 or more");
+  if (size.max_sequences < 1 || size.max_sequences > kMaxSequences)
+    return refuse("max_sequences", size.max_sequences, "1 to 65535");
   if (size.max_tokens < 1 || size.max_tokens > kMaxTokens) return refuse("max_tokens", size.max_tokens, "1 to 2^30");
   if (size.pages < 0 || size.pages > INT32_MAX) return refuse("pages", size.pages, "0 (as many as needed) to 2^31 - 1");
-  if (size.max_append < 1) return refuse("max_append", size.max_append, "1 or more");
+  if (size.max_append < 1 || size.max_append > kMaxAppend) return refuse("max_append", size.max_append, "1 to 2^21");
   return {};
 }
 
@@ -336,33 +339,36 @@ Status Cache::set_batch(std::span<const SeqId> seqs, std::span<const int64_t> s_
   State& s = *state_;
   if (seqs.size() != s_q.size())
     return invalid_argument(fmt::format("a batch of {} sequences names {} s_q", seqs.size(), s_q.size()));
+  std::vector<bool> seen;
+  std::vector<int32_t> table;  // as in Batch
+  std::vector<SeqId> batch;
+  std::vector<int64_t> lengths;
+  try {
+    seen.resize(s.sequences.size());
+    table.reserve(3 * seqs.size());
+    batch.assign(seqs.begin(), seqs.end());
+    lengths.assign(s_q.begin(), s_q.end());
+  } catch (const std::bad_alloc&) {
+    return no_memory("a batch");
+  }
   int64_t rows = 0, max_s_q = 0;
   for (size_t i = 0; i < seqs.size(); ++i) {
     if (!s.has(seqs[i])) return unknown(seqs[i]);
-    if (std::find(seqs.begin(), seqs.begin() + i, seqs[i]) != seqs.begin() + i)
-      return invalid_argument(fmt::format("sequence {} is twice in a batch", seqs[i]));
+    if (seen[seqs[i]]) return invalid_argument(fmt::format("sequence {} is twice in a batch", seqs[i]));
     if (s_q[i] < 0 || s_q[i] > s.size.max_append)
       return invalid_argument(fmt::format("s_q {} of sequence {} is not supported: 0 to max_append = {} is", s_q[i],
                                           seqs[i], s.size.max_append));
+    seen[seqs[i]] = true;
     rows += s_q[i];
     max_s_q = std::max(max_s_q, s_q[i]);
   }
   if (rows > kMaxTokens)
     return invalid_argument(fmt::format("a step of {} rows is not supported: up to 2^30 are", rows));
-  std::vector<int32_t> table;  // as in Batch
-  try {
-    table.assign(seqs.begin(), seqs.end());
-    table.insert(table.end(), s_q.begin(), s_q.end());
-    int32_t first = 0;
-    for (const int64_t n : s_q) {
-      table.push_back(first);
-      first += static_cast<int32_t>(n);
-    }
-    s.seqs.assign(seqs.begin(), seqs.end());
-    s.s_q.assign(s_q.begin(), s_q.end());
-  } catch (const std::bad_alloc&) {
-    return no_memory("a batch");
-  }
+  table.insert(table.end(), seqs.begin(), seqs.end());
+  table.insert(table.end(), s_q.begin(), s_q.end());
+  for (int64_t i = 0, first = 0; i < std::ssize(s_q); first += s_q[i++]) table.push_back(static_cast<int32_t>(first));
+  s.seqs = std::move(batch);
+  s.s_q = std::move(lengths);
   s.rows = rows;
   s.max_s_q = max_s_q;
   const CurrentDevice current(s.device);

@@ -1,17 +1,17 @@
 // Choosing the pages of one query block by one CTA, from scores that stand in memory (global or shared): what
 // src/cpu/select.cc does on a CPU.
 //
-//   scores -> [shares -> contributions] -> keys, in shared memory -> histogram, the bin of the last page taken, its few
+//   scores -> [shares -> contributions] -> keys, in registers -> histogram, the bin of the last page taken, its few
 //   pages in order -> Cut -> tiers
 //
-// A key is an unsigned integer that orders as the scores do; that of a forced page is 0, which takes no part. The range
-// of the keys is cut into 256 bins, all but the bin in which the budget ends drop out, and so on until so few pages are
-// left that each can count those before it: with scores of attention one histogram does. The result is a Cut, which
-// says of any page by its key whether it is taken: whoever writes the result goes through the pages in their order,
-// without a sort. Budgets of mass and of error weigh a page by its share in units of 2^-31; all sums that a cut hangs
-// on are sums of integers, so the same scores give the same pages, whatever the order of threads.
+// A key is an unsigned integer that orders as the scores do. The range of the keys is cut into 256 bins, all but the
+// bin in which the budget ends drop out, and so on until so few pages are left that each can count those before it:
+// with scores of attention one histogram does. The result is a Cut, which says of any page by its key whether it is
+// taken, so that pages keep their places and nothing is sorted. Budgets of mass and of error weigh a page by its share
+// in units of 2^-31; all sums that a cut hangs on are sums of integers, so the same scores give the same pages,
+// whatever the order of threads.
 //
-// What binds it is latency: five barriers and some hundred dependent instructions, 1 us for 2048 pages.
+// What binds it is latency: six barriers, and the instructions between them, of which a page costs some 70.
 #pragma once
 
 #include <algorithm>
@@ -40,13 +40,15 @@ inline Choosing choosing(const Method& m, const Shape& shape, bool one_k) {
   return {m.policy, m.budget, m.force, m.rest, high_tier(m.storage), ranks(m), one_k, shape.sm_scale, shape.softcap};
 }
 
+inline constexpr uint32_t kUnseenKey = 0, kForcedKey = 1;  // below any score's
+
 // Taken are the pages whose key is larger than `key`, and of those with this key the ones before page_limit.
 struct Cut {
   uint32_t key;
   int page_limit;
 
   THRIFTATTN_HD static constexpr Cut none() { return {UINT32_MAX, 0}; }  // no score has this key
-  THRIFTATTN_HD static constexpr Cut all() { return {0, 0}; }
+  THRIFTATTN_HD static constexpr Cut all() { return {kForcedKey, 0}; }
 };
 
 // Keys order as scores do: -0 is 0, and NaN, which compares with nothing, is -infinity.
@@ -64,6 +66,8 @@ struct Candidates {
   int sink, released;                  // 16-bit forms are stored of all pages or of those outside [sink, released)
   bool all_high, residual;
 
+  // Threads go through them by strips of 32 pages, which begin at multiples of 32.
+  THRIFTATTN_HD int base() const { return first / 32 * 32; }
   THRIFTATTN_HD bool forced(int page) const { return page < sink_end || (page >= near_first && page < near_end); }
   THRIFTATTN_HD bool has_high(int page) const { return all_high || page < sink || page >= released; }
 };
@@ -83,8 +87,6 @@ THRIFTATTN_HD inline Candidates candidates(const BlockPages& block, const Force&
           cache.residual != nullptr};
 }
 
-inline constexpr uint32_t kForcedKey = 0;  // below any score's
-
 // What becomes of one page.
 struct Verdict {
   Tier tier;
@@ -92,6 +94,7 @@ struct Verdict {
   bool wanted;  // and not stored
 };
 THRIFTATTN_HD inline Verdict judge(const Choosing& how, const Candidates& c, const Cut& cut, int page, uint32_t key) {
+  if (key == kUnseenKey) return {Tier::none, false, false};
   if (key == kForcedKey) {
     const Tier tier = forced_tier(how.rest, c.has_high(page), c.residual);
     return {tier, tier != how.rest, tier == how.rest && tier != Tier::fp16};
@@ -126,13 +129,13 @@ __device__ inline uint32_t pages_wanted(const Choosing& how, const Candidates& c
   return static_cast<uint32_t>(budget_pages(how.budget, c.block, forced, how.one_k) - forced);
 }
 
-// One of the few pages of which one is the last taken.
-struct Rival {
-  uint32_t key, weight;
-  int page;
+// One of the few pages of which one is the last taken: who comes first has the larger `order`.
+struct alignas(16) Rival {
+  uint64_t order;  // key, then the lower page
+  uint32_t weight;
 };
 
-template <int kThreads>
+template <int kThreads, int kPer>
 struct ChooseShared {
   static constexpr int kWarps = kThreads / 32, kRivals = 64;
   uint32_t histogram[256];  // from the top bin down
@@ -144,7 +147,47 @@ struct ChooseShared {
   int rivals;           // pages of the bin; the first kRivals of them, in no order:
   Rival rival[kRivals];
   Cut cut;
+  uint32_t strips[kPer][kWarps];  // counts
+  int wanted;                     // but not stored
 };
+
+// The pages of a thread, and what is known of each: its key. Page base + kThreads i + thread is the i-th.
+template <int kThreads, int kPer>
+struct PageKeys {
+  int base, end;
+  uint32_t key[kPer];
+
+  __device__ int page(int i) const { return base + i * kThreads + static_cast<int>(threadIdx.x); }
+  // False where the CTA has no i-th pages.
+  __device__ bool any(int i) const { return base + i * kThreads < end; }
+
+  // Forced pages alone: those of a method that does not rank, or before it has.
+  __device__ explicit PageKeys(const Candidates& c) : base(c.base()), end(c.end) {
+#pragma unroll
+    for (int i = 0; i < kPer; ++i)
+      key[i] = page(i) < c.first || page(i) >= end ? kUnseenKey : c.forced(page(i)) ? kForcedKey : kForcedKey + 1;
+  }
+};
+
+// Numbers what strips of pages count, in the order of pages: before[i] is the sum over the strips before the warp's
+// i-th. Returns the sum of all. count is the same in all lanes of a warp.
+template <int kThreads, int kPer>
+__device__ uint32_t number_strips(const PageKeys<kThreads, kPer>& pages, const uint32_t (&count)[kPer],
+                                  uint32_t (&before)[kPer], ChooseShared<kThreads, kPer>& s) {
+#pragma unroll
+  for (int i = 0; i < kPer; ++i)
+    if (pages.any(i) && lane_id() == 0) s.strips[i][warp_id()] = count[i];
+  __syncthreads();
+  uint32_t all = 0;
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+    if (!pages.any(i)) continue;
+    const uint32_t x = lane_id() < s.kWarps ? s.strips[i][lane_id()] : 0;
+    before[i] = all + __reduce_add_sync(kAll, lane_id() < warp_id() ? x : 0);
+    all += __reduce_add_sync(kAll, x);
+  }
+  return all;
+}
 
 // The sum over all threads, in an order that is always the same. `slots` may be used once between two barriers.
 template <int kThreads>
@@ -169,9 +212,9 @@ struct Weighing {
 
 // For budgets of mass and tolerance: how pages weigh, and in `need` how much is wanted of the candidates. Under
 // tolerance the scores are replaced by the pages' contributions to the error, by which they are then ranked.
-template <int kThreads>
+template <int kThreads, int kPer>
 __device__ Weighing weigh(const Choosing& how, const Candidates& c, float* score, float q_norm,
-                          const Summaries& summaries, ChooseShared<kThreads>& s, double& need) {
+                          const Summaries& summaries, ChooseShared<kThreads, kPer>& s, double& need) {
   constexpr double kUnits = 0x1p31;
   const int n = c.end - c.first, t = static_cast<int>(threadIdx.x);
   const bool by_mass = how.budget.kind == Budget::Kind::mass;
@@ -217,33 +260,35 @@ __device__ Weighing weigh(const Choosing& how, const Candidates& c, float* score
 }
 
 // Finds, with one warp, the bin of the histogram in which the sum from the top reaches `need`.
-template <int kThreads>
-__device__ void find_bin(uint32_t need, ChooseShared<kThreads>& s) {
-  const int lane = lane_id();
-  const uint4* from = reinterpret_cast<const uint4*>(s.histogram) + 2 * lane;
+template <int kThreads, int kPer>
+__device__ void find_bin(uint32_t need, ChooseShared<kThreads, kPer>& s) {
+  const uint4* from = reinterpret_cast<const uint4*>(s.histogram) + 2 * lane_id();
   const uint4 x = from[0], y = from[1];
-  const uint32_t bins[8] = {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w};
-  const uint32_t sum = x.x + x.y + x.z + x.w + y.x + y.y + y.z + y.w;
-  uint32_t to_here = sum;
+  uint32_t sum[8] = {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w};  // of the lane's bins up to each
+#pragma unroll
+  for (int i = 1; i < 8; ++i) sum[i] += sum[i - 1];
+  uint32_t to_here = sum[7];
+#pragma unroll
   for (int i = 1; i < 32; i *= 2) {
     const uint32_t before = __shfl_up_sync(kAll, to_here, i);
-    if (lane >= i) to_here += before;
+    if (lane_id() >= i) to_here += before;
   }
-  uint32_t above = to_here - sum;
-  if (above >= need || to_here < need) return;
+  const uint32_t before = to_here - sum[7];
+  if (before >= need || to_here < need) return;
+  uint32_t bin = 8 * lane_id(), above = before;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (above < need && need <= above + bins[i]) {
-      s.bin = 8 * lane + i;
-      s.above = above;
+  for (uint32_t of : sum)
+    if (before + of < need) {
+      ++bin;
+      above = before + of;
     }
-    above += bins[i];
-  }
+  s.bin = bin;
+  s.above = above;
 }
 
 // The smallest and the largest of all threads' keys.
-template <int kThreads>
-__device__ void reduce_range(uint32_t& low, uint32_t& high, ChooseShared<kThreads>& s) {
+template <int kThreads, int kPer>
+__device__ void reduce_range(uint32_t& low, uint32_t& high, ChooseShared<kThreads, kPer>& s) {
   low = __reduce_min_sync(kAll, low);
   high = __reduce_max_sync(kAll, high);
   if (lane_id() == 0) {
@@ -256,97 +301,100 @@ __device__ void reduce_range(uint32_t& low, uint32_t& high, ChooseShared<kThread
   high = __reduce_max_sync(kAll, s.high[w]);
 }
 
-// The first pages of one key, as many as reach `need`; they are more than there are rivals.
-template <int kThreads>
-__device__ Cut cut_ties(uint32_t key, uint32_t weight, uint32_t need, const Candidates& c, const uint32_t* keys,
-                        ChooseShared<kThreads>& s) {
-  const int ties = static_cast<int>((need + weight - 1) / weight), n = c.end - c.first;
-  if (warp_id() == 0) {
-    int seen = 0;
-    for (int first = 0; seen < ties && first < n; first += 32) {
-      const int i = first + lane_id();
-      const bool tie = i < n && keys[i] == key;
-      const unsigned all = __ballot_sync(kAll, tie);
-      if (tie && seen + __popc(all & lanes_before()) == ties - 1) s.cut = {key, c.first + i + 1};
-      seen += __popc(all);
-    }
+// The first pages of one key, as many as reach `need`.
+template <int kThreads, int kPer>
+__device__ Cut cut_ties(uint32_t key, uint32_t weight, uint32_t need, const PageKeys<kThreads, kPer>& pages,
+                        ChooseShared<kThreads, kPer>& s) {
+  const uint32_t ties = (need + weight - 1) / weight;
+  uint32_t tie[kPer], count[kPer], before[kPer];
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+    tie[i] = __ballot_sync(kAll, pages.key[i] == key);
+    count[i] = __popc(tie[i]);
   }
+  number_strips(pages, count, before, s);
+#pragma unroll
+  for (int i = 0; i < kPer; ++i)
+    if (pages.any(i) && pages.key[i] == key && before[i] + __popc(tie[i] & lanes_before()) == ties - 1)
+      s.cut = {key, pages.page(i) + 1};
   __syncthreads();
   return s.cut;
 }
 
-// Chooses by score[i] of page c.first + i, which it may overwrite, and leaves the pages' keys, which may take the
-// scores' place. s.need holds how many candidates to take, where the budget is a number of pages. The caller puts a
-// barrier before the next use of `s`. (The method ranks.)
-template <int kThreads>
-__device__ Cut choose(const Choosing& how, const Candidates& c, float* score, uint32_t* keys, float q_norm,
-                      const Summaries& summaries, ChooseShared<kThreads>& s) {
-  const int n = c.end - c.first, t = static_cast<int>(threadIdx.x);
-  Weighing weigh_page;
+// Chooses by score[page - c.first], which it may overwrite, and sets the pages' keys. Where the budget is a number of
+// pages, s.need holds how many candidates to take. The caller puts a barrier before the next use of `s`.
+template <int kThreads, int kPer>
+__device__ Cut choose(const Choosing& how, const Candidates& c, float* score, float q_norm, const Summaries& summaries,
+                      PageKeys<kThreads, kPer>& pages, ChooseShared<kThreads, kPer>& s) {
+  const int t = static_cast<int>(threadIdx.x);
+  Weighing weighing;
   if (how.budget.kind == Budget::Kind::mass || how.budget.kind == Budget::Kind::tolerance) {
     double need = 0;
-    weigh_page = weigh(how, c, score, q_norm, summaries, s, need);
+    weighing = weigh(how, c, score, q_norm, summaries, s, need);
     if (t == 0) s.need = need > 0 ? static_cast<uint32_t>(fmin(need, 0x1.8p31)) : 0;
   }
   uint32_t low = UINT32_MAX, high = 0, total = 0;
-  for (int i = t; i < n; i += kThreads) {
-    const float x = score[i];
-    const uint32_t key = c.forced(c.first + i) ? kForcedKey : key_of(x);
-    keys[i] = key;
-    if (key == kForcedKey) continue;
-    low = min(low, key);
-    high = max(high, key);
-    total += weigh_page.of(x);
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+    if (pages.key[i] <= kForcedKey) continue;
+    const float x = score[pages.page(i) - c.first];
+    pages.key[i] = key_of(x);
+    low = min(low, pages.key[i]);
+    high = max(high, pages.key[i]);
+    total += weighing.of(x);
   }
   total = __reduce_add_sync(kAll, total);
   if (lane_id() == 0) s.total[warp_id()] = total;
-  for (int i = t; i < 256; i += kThreads) s.histogram[i] = 0;
+  if (t < 256) s.histogram[t] = 0;
   if (t == 0) s.rivals = 0;
   reduce_range(low, high, s);
   total = __reduce_add_sync(kAll, lane_id() < s.kWarps ? s.total[lane_id()] : 0);
   uint32_t need = s.need;  // of the keys in [low, high]
   if (need == 0) return Cut::none();
-  if (total < need || (weigh_page.form == Weighing::one && total == need)) return Cut::all();
+  if (total < need || (weighing.form == Weighing::one && total == need)) return Cut::all();
 
   while (low < high) {
     // Bins of equal width in score, or, where that is not finite, in key.
     const float bottom = score_of(low), scale = 255.9f / (score_of(high) - bottom);
     const bool by_score = scale > 0 && scale < INFINITY;
     const int shift = max(0, 24 - __clz(static_cast<int>(high - low)));
-    const auto bin_of = [&](uint32_t key) {
-      const uint32_t up = by_score ? __float2uint_rz((score_of(key) - bottom) * scale) : (key - low) >> shift;
-      return 255 - min(up, 255u);
-    };
-    for (int i = t; i < n; i += kThreads)
-      if (const uint32_t k = keys[i]; k >= low && k <= high)
-        atomicAdd(&s.histogram[bin_of(k)], weigh_page.of(score_of(k)));
+    uint32_t bin[kPer];
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      const uint32_t k = pages.key[i];
+      const uint32_t up = by_score ? __float2uint_rz((score_of(k) - bottom) * scale) : (k - low) >> shift;
+      bin[i] = k < low || k > high ? UINT32_MAX : 255 - min(up, 255u);
+      if (bin[i] <= 255) atomicAdd(&s.histogram[bin[i]], weighing.of(score_of(k)));
+    }
     __syncthreads();
     if (warp_id() == 0) find_bin(need, s);
     __syncthreads();
-    uint32_t low_left = UINT32_MAX, high_left = 0;
-    for (int i = t; i < n; i += kThreads) {
-      const uint32_t k = keys[i];
-      if (k < low || k > high || bin_of(k) != s.bin) continue;
-      low_left = min(low_left, k);
-      high_left = max(high_left, k);
+    low = UINT32_MAX;
+    high = 0;
+    const uint32_t last = s.bin;
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      if (bin[i] != last) continue;
+      const uint32_t k = pages.key[i];
+      low = min(low, k);
+      high = max(high, k);
       const int at = atomicAdd(&s.rivals, 1);
-      if (at < s.kRivals) s.rival[at] = {k, weigh_page.of(score_of(k)), c.first + i};
+      if (at < s.kRivals)
+        s.rival[at] = {uint64_t{k} << 32 | (kAll - static_cast<uint32_t>(pages.page(i))), weighing.of(score_of(k))};
     }
     need -= s.above;
-    for (int i = t; i < 256; i += kThreads) s.histogram[i] = 0;
-    reduce_range(low_left, high_left, s);
-    low = low_left;
-    high = high_left;
+    if (t < 256) s.histogram[t] = 0;
+    reduce_range(low, high, s);
     const int rivals = s.rivals;
     if (rivals <= s.kRivals) {
       if (t < rivals) {
         const Rival mine = s.rival[t];
         uint32_t before = 0;
-        for (int i = 0; i < rivals; ++i) {
-          const Rival& other = s.rival[i];
-          if (other.key > mine.key || (other.key == mine.key && other.page < mine.page)) before += other.weight;
-        }
-        if (before < need && need <= before + mine.weight) s.cut = {mine.key, mine.page + 1};
+#pragma unroll 4
+        for (int i = 0; i < rivals; ++i) before += s.rival[i].order > mine.order ? s.rival[i].weight : 0;
+        if (before < need && need <= before + mine.weight)
+          s.cut = {static_cast<uint32_t>(mine.order >> 32),
+                   static_cast<int>(kAll - static_cast<uint32_t>(mine.order)) + 1};
       }
       __syncthreads();
       return s.cut;
@@ -354,61 +402,44 @@ __device__ Cut choose(const Choosing& how, const Candidates& c, float* score, ui
     __syncthreads();
     if (t == 0) s.rivals = 0;
   }
-  return cut_ties(low, weigh_page.of(score_of(low)), need, c, keys, s);
+  return cut_ties(low, weighing.of(score_of(low)), need, pages, s);
 }
 
-template <int kThreads>
-struct ListShared {
-  uint32_t counts[kThreads / 32];  // of a warp's pages: in fp16, and 65536 times those in fp4x2
-  int wanted;                      // but not stored
-};
-
-// Writes the lists and counts of unit u; keys are null where the method does not rank. Each warp goes through pages of
-// its own, first counting, then writing.
-template <int kThreads>
-__device__ void write_lists(const Choosing& how, const Candidates& c, const Cut& cut, const uint32_t* keys,
-                            const Lists& lists, int64_t u, ListShared<kThreads>& s) {
-  constexpr int kWarps = kThreads / 32;
-  const int n = c.end - c.first, strips = (n + 31) / 32, per_warp = (strips + kWarps - 1) / kWarps;
-  const int first = warp_id() * per_warp * 32, end = min(n, first + per_warp * 32);
-  const auto verdict = [&](int i) {
-    if (i >= end) return Verdict{how.rest, false, false};
-    const uint32_t key = keys ? keys[i] : c.forced(c.first + i) ? kForcedKey : 1;
-    return judge(how, c, cut, c.first + i, key);
-  };
+// Writes the lists and counts of unit u.
+template <int kThreads, int kPer>
+__device__ void write_lists(const Choosing& how, const Candidates& c, const Cut& cut,
+                            const PageKeys<kThreads, kPer>& pages, const Lists& lists, int64_t u,
+                            ChooseShared<kThreads, kPer>& s) {
   if (threadIdx.x == 0) s.wanted = 0;
   __syncthreads();
-  uint32_t count = 0;
-  for (int i0 = first; i0 < end; i0 += 32) {
-    const Verdict v = verdict(i0 + lane_id());
-    count += __popc(__ballot_sync(kAll, v.listed && v.tier == Tier::fp16));
-    count += __popc(__ballot_sync(kAll, v.listed && v.tier == Tier::fp4x2)) << 16;
+  Tier tier[kPer];  // of listed pages, none of others
+  unsigned highs[kPer], pairs[kPer];
+  uint32_t count[kPer], before[kPer];  // of a strip: pages in fp16, and 65536 times those in fp4x2
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+    const Verdict v = judge(how, c, cut, pages.page(i), pages.key[i]);
+    tier[i] = v.listed ? v.tier : Tier::none;
+    highs[i] = __ballot_sync(kAll, tier[i] == Tier::fp16);
+    pairs[i] = __ballot_sync(kAll, tier[i] == Tier::fp4x2);
+    count[i] = __popc(highs[i]) + (__popc(pairs[i]) << 16);
     if (v.wanted) atomicAdd(&s.wanted, 1);
   }
-  if (lane_id() == 0) s.counts[warp_id()] = count;
-  __syncthreads();
-  const uint32_t of_warp = lane_id() < kWarps ? s.counts[lane_id()] : 0;
-  uint32_t before = __reduce_add_sync(kAll, lane_id() < warp_id() ? of_warp : 0);
-  const uint32_t all = __reduce_add_sync(kAll, of_warp);
-  const int highs_in_all = static_cast<int>(all & 0xffff), pairs_in_all = static_cast<int>(all >> 16);
+  const uint32_t all = number_strips(pages, count, before, s);
   uint32_t* by_page = lists.by_page + u * lists.k_max;
   uint32_t* by_tier = lists.by_tier + u * lists.k_max;
-  for (int i0 = first; i0 < end; i0 += 32) {
-    const Verdict v = verdict(i0 + lane_id());
-    const bool high = v.listed && v.tier == Tier::fp16;
-    const unsigned highs = __ballot_sync(kAll, high), pairs = __ballot_sync(kAll, v.listed && !high);
-    if (v.listed) {
-      const int highs_before = static_cast<int>(before & 0xffff) + __popc(highs & lanes_before());
-      const int pairs_before = static_cast<int>(before >> 16) + __popc(pairs & lanes_before());
-      const uint32_t entry = static_cast<uint32_t>(c.first + i0 + lane_id()) * 4 + static_cast<uint32_t>(v.tier);
-      by_page[highs_before + pairs_before] = entry;
-      by_tier[high ? highs_before : highs_in_all + pairs_before] = entry;
-    }
-    before += __popc(highs) + (__popc(pairs) << 16);
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+    if (tier[i] == Tier::none) continue;
+    const uint32_t highs_before = (before[i] & 0xffff) + __popc(highs[i] & lanes_before());
+    const uint32_t pairs_before = (before[i] >> 16) + __popc(pairs[i] & lanes_before());
+    const uint32_t entry = static_cast<uint32_t>(pages.page(i)) * 4 + static_cast<uint32_t>(tier[i]);
+    by_page[highs_before + pairs_before] = entry;
+    by_tier[tier[i] == Tier::fp16 ? highs_before : (all & 0xffff) + pairs_before] = entry;
   }
   if (threadIdx.x == 0) {
     int4* counts = reinterpret_cast<int4*>(lists.counts + u * 8);
-    counts[0] = {highs_in_all + pairs_in_all, highs_in_all, pairs_in_all, 0};
+    const int high = static_cast<int>(all & 0xffff), planes = static_cast<int>(all >> 16);
+    counts[0] = {high + planes, high, planes, 0};
     counts[1] = {0, s.wanted, 0, 0};
   }
 }

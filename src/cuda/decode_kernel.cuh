@@ -22,13 +22,18 @@ const void* decode_kernel_d256(int columns);
 // Eight where a lane holds so much of q and o that twelve would not have the registers.
 THRIFTATTN_HD constexpr int max_warps(int d_bucket, int columns) { return d_bucket == 128 && columns <= 8 ? 12 : 8; }
 
+THRIFTATTN_HD constexpr int slot_bytes(const DeviceLayout& layout) {
+  return layout.item_bytes > layout.high_item_bytes ? layout.item_bytes : layout.high_item_bytes;
+}
+
 // Offsets in dynamic shared memory; rings are at 0. Segments: two of each warp, and the CTA's first.
 struct SharedLayout {
-  int queries, merge, barriers, scan, share, segments, bytes;
+  int notes, queries, merge, barriers, scan, share, segments, bytes;
 };
 THRIFTATTN_HD constexpr SharedLayout shared_layout(const DeviceLayout& layout, int columns, int warps, int blocks) {
   SharedLayout s{};
-  s.queries = warps * static_cast<int>(kRingSlots) * slot_layout(layout, columns).bytes;
+  s.notes = warps * static_cast<int>(kRingSlots) * slot_bytes(layout);
+  s.queries = s.notes + warps * kNotes * (16 + 4 * columns);
   s.merge = s.queries + 2 * columns * layout.dk;
   s.barriers = static_cast<int>(
       round_up(s.merge + merge_layout(warps, columns, layout.dv, blocks).floats * static_cast<int>(sizeof(float)), 16));
@@ -51,20 +56,20 @@ __global__ void __launch_bounds__(32 * max_warps(D, N), 1) decode_kernel(const _
   Share& share = *reinterpret_cast<Share*>(shared + layout.share);
   Segment* segments = reinterpret_cast<Segment*>(shared + layout.segments);
   Segment& segment = segments[2 * warp];  // that is being read; the next one is the feed's
-  const int slot_bytes = slot_layout(device, N).bytes;
-  Ring ring(shared + warp * kRingSlots * slot_bytes,
-            reinterpret_cast<uint64_t*>(shared + layout.barriers) + kRingSlots * warp, slot_bytes);
+  Note<N>* notes = reinterpret_cast<Note<N>*>(shared + layout.notes) + warp * kNotes;
+  Ring ring(shared + warp * kRingSlots * slot_bytes(device),
+            reinterpret_cast<uint64_t*>(shared + layout.barriers) + kRingSlots * warp, slot_bytes(device));
   wait_for_previous_kernel();
   let_next_kernel_start();
 
   Segment& first_segment = segments[2 * warps];
   if (!find_share(args, reinterpret_cast<int64_t*>(shared + layout.scan), share, first_segment)) return;
-  Feed<N> feed(args, device, share, segments[2 * warp + 1]);
+  Feed<N> feed(args, device, share, segments[2 * warp + 1], notes);
   feed.start(first_segment);
   copy_segment(segment, first_segment);
   Merge<Rows> merge(args, merge_layout(warps, N, device.dv, gridDim.x),
                     reinterpret_cast<float*>(shared + layout.merge));
-  Rows rows(args);
+  Rows rows(args, notes);
 
   bool cancelled = false;
   int end_number = 0, to_fill = kRingSlots;  // slots
@@ -73,7 +78,7 @@ __global__ void __launch_bounds__(32 * max_warps(D, N), 1) decode_kernel(const _
     rows.start();
     bool started = false;
 #pragma unroll 1
-    for (int i = segment.first + warp;; i += warps) {
+    for (int i = segment.first + warp, end = segment.end;; i += warps) {
 #pragma unroll 1
       for (; to_fill > 0; --to_fill) feed.fill(ring);
       if (!started) {
@@ -81,7 +86,7 @@ __global__ void __launch_bounds__(32 * max_warps(D, N), 1) decode_kernel(const _
         rows.take_queries(queries);
         started = true;
       }
-      if (i >= segment.end) break;
+      if (i >= end) break;
       to_fill = rows.read(ring, segment);
     }
     cancelled |= merge.finish(rows, segment, share);

@@ -26,104 +26,116 @@ inline constexpr float kCancelled = 0x1p-10f;
 // What the CTA that found it leaves in a unit's ticket.
 __device__ inline int32_t cancelled_ticket(int cta) { return -1 - cta; }
 
-// Shared memory of the merge, floats: sums [warps][columns][3], totals [columns][3], weights [columns][2], factors
-// [CTAs][columns], o [warps][columns][row].
+// Shared memory of the merge, floats: sums [warps or CTAs][columns][3], totals [columns][3], weights [columns][2], o
+// [warps][columns][row].
 struct MergeLayout {
-  int totals, weights, factors, o, row, floats;
+  int totals, weights, o, row, floats;
 };
 THRIFTATTN_HD constexpr MergeLayout merge_layout(int warps, int columns, int dv, int blocks) {
   MergeLayout l{};
-  l.totals = warps * columns * 3;
+  l.totals = (warps > blocks ? warps : blocks) * columns * 3;
   l.weights = l.totals + columns * 3;
-  l.factors = l.weights + columns * 2;
-  l.o = l.factors + blocks * columns;
+  l.o = static_cast<int>(round_up(l.weights + columns * 2, 4));
   l.row = dv + 8;  // so that the four rows that lanes write at once fall into different banks
   l.floats = l.o + warps * columns * l.row;
   return l;
 }
 
 // A CTA's partial states, two of them: of the unit that was cut at its begin, and of the one cut at its end. Floats:
-// sums [columns][3], then o [columns][dv].
-THRIFTATTN_HD constexpr int partial_floats(int columns, int dv) { return columns * 3 + columns * dv; }
+// o [columns][dv], then sums [columns][3]; a multiple of 4.
+THRIFTATTN_HD constexpr int partial_floats(int columns, int dv) { return columns * dv + columns * 3; }
 
 template <class Rows>
 class Merge {
  public:
   __device__ Merge(const DecodeArgs& args, const MergeLayout& layout, float* shared)
-      : args_(args), layout_(layout), shared_(shared), dv_(args.p.cache.layout.dv) {}
+      : args_(args), layout_(layout), shared_(shared) {}
 
   // By the whole CTA, which has read the items of a segment. True where an exchange cancelled and the unit's rows have
   // to be read again.
   __device__ bool finish(Rows& rows, const Segment& segment, const Share& share) {
-    RowSum* sums = reinterpret_cast<RowSum*>(shared_);
-    const int warp = threadIdx.x / 32, warps = blockDim.x / 32, columns = args_.columns;
+    const int warp = threadIdx.x / 32, columns = args_.columns, dv = layout_.row - 8;
     rows.add_lanes();
     if (rows.speaks_for_rows())
 #pragma unroll
-      for (int r = 0; r < Rows::kRows; ++r) sums[warp * columns + rows.row(r)] = {rows.m[r], rows.l[r], rows.l_high[r]};
+      for (int r = 0; r < Rows::kRows; ++r)
+        sums()[warp * columns + rows.row(r)] = {rows.m[r], rows.l[r], rows.l_high[r]};
     __syncthreads();
-
     float factor[Rows::kRows];
 #pragma unroll
-    for (int r = 0; r < Rows::kRows; ++r) {
-      float m = kNothing;
-#pragma unroll 4
-      for (int w = 0; w < warps; ++w) m = fmaxf(m, sums[w * columns + rows.row(r)].m);
-      factor[r] = exp2_fast(rows.m[r] - m) * kCodeScale;
-    }
-    float* o = shared_ + layout_.o;
-    rows.each_output(dv_, [&](int r, int channel, float value) {
-      o[(warp * columns + rows.row(r)) * layout_.row + channel] = value * factor[r];
-    });
-    if (threadIdx.x < columns)
-      totals()[threadIdx.x] = add_sums(warps, [&](int w) { return sums[w * columns + threadIdx.x]; });
+    for (int r = 0; r < Rows::kRows; ++r)
+      factor[r] = exp2_fast(rows.m[r] - largest_m(blockDim.x / 32, rows.row(r))) * kCodeScale;
+    float* own = o(warp);
+    rows.each_output(
+        [&](int r, int channel, float value) { own[rows.row(r) * layout_.row + channel] = value * factor[r]; });
+    add_sums(blockDim.x / 32);
     __syncthreads();
 
     const bool cut = segment.cut_begin || segment.cut_end;
     float* partial = cut ? partial_of(blockIdx.x, segment.cut_begin) : nullptr;
+    bool cancelled = false;
+    // Sums over warps; of a unit that was cut twice in its last CTA, where warps then hold sums over CTAs.
 #pragma unroll 1
-    for (int i = threadIdx.x; i < columns * dv_; i += blockDim.x) {
-      float& at = output(i);
-      float sum = at;
+    while (true) {
+      if (partial == nullptr && threadIdx.x < segment.unit.rows)
+        cancelled = finish_row(segment.unit, segment.pass, threadIdx.x);
+#pragma unroll 1
+      for (int i = 2 * threadIdx.x; i < columns * dv; i += 2 * blockDim.x) {
+        float* from = o(0) + i / dv * layout_.row + i % dv;
+        float2 sum = *reinterpret_cast<const float2*>(from);
 #pragma unroll 4
-      for (int w = 1; w < warps; ++w) sum += (&at)[w * columns * layout_.row];
-      (cut ? partial[3 * columns + i] : at) = sum;
-    }
-    bool last_to_come = true;
-    if (cut) {
+        for (int w = 1; w < blockDim.x / 32; ++w) {
+          const float2 x = *reinterpret_cast<const float2*>(from + w * columns * layout_.row);
+          sum.x += x.x, sum.y += x.y;
+        }
+        *reinterpret_cast<float2*>(partial == nullptr ? from : partial + i) = sum;
+      }
+      if (partial == nullptr) break;
+      if (threadIdx.x < columns) reinterpret_cast<RowSum*>(partial + columns * dv)[threadIdx.x] = totals()[threadIdx.x];
       const int first = segment.cut_begin ? share.cta_of(segment.begin) : blockIdx.x;
       const int last = segment.cut_end ? share.cta_of(segment.next() - 1) : blockIdx.x;
-      if (threadIdx.x < columns) reinterpret_cast<RowSum*>(partial)[threadIdx.x] = totals()[threadIdx.x];
-      last_to_come = draw_ticket(args_.p.tickets + segment.number, last - first + 1);
-      if (last_to_come) add_partials(first, last - first + 1);
+      if (!draw_ticket(args_.p.tickets + segment.number, last - first + 1)) return false;
+      gather_partials(first, last - first + 1);
+      partial = nullptr;
     }
-    return last_to_come && write_results(segment.unit, segment.pass, segment.number);
+    cancelled = __syncthreads_or(cancelled);
+    write_rows(segment.unit, segment.pass);
+    if (cancelled && threadIdx.x == 0) args_.p.tickets[segment.number] = cancelled_ticket(blockIdx.x);
+    __syncthreads();
+    return cancelled;
   }
 
  private:
+  __device__ RowSum* sums() const { return reinterpret_cast<RowSum*>(shared_); }
   __device__ RowSum* totals() const { return reinterpret_cast<RowSum*>(shared_ + layout_.totals); }
   __device__ float* weights() const { return shared_ + layout_.weights; }
-  // Of row i / dv, channel i % dv. The same thread has it from the sum of warps to the result.
-  __device__ float& output(int i) const { return shared_[layout_.o + i / dv_ * layout_.row + i % dv_]; }
+  __device__ float* o(int warp) const { return shared_ + layout_.o + warp * args_.columns * layout_.row; }
 
-  template <class At>
-  __device__ static RowSum add_sums(int n, const At& at) {
-    RowSum sum{kNothing, 0, 0};
+  __device__ float largest_m(int n, int row) const {
+    float m = kNothing;
 #pragma unroll 4
-    for (int i = 0; i < n; ++i) sum.m = fmaxf(sum.m, at(i).m);
+    for (int i = 0; i < n; ++i) m = fmaxf(m, sums()[i * args_.columns + row].m);
+    return m;
+  }
+
+  // totals of n sums, by the first threads of the CTA.
+  __device__ void add_sums(int n) const {
+    const int row = threadIdx.x;
+    if (row >= args_.columns) return;
+    RowSum sum{largest_m(n, row), 0, 0};
 #pragma unroll 4
     for (int i = 0; i < n; ++i) {
-      const RowSum x = at(i);
+      const RowSum x = sums()[i * args_.columns + row];
       const float factor = exp2_fast(x.m - sum.m);
       sum.l += factor * x.l;
       sum.l_high += factor * x.l_high;
     }
-    return sum;
+    totals()[row] = sum;
   }
 
   __device__ float* partial_of(int cta, bool at_begin) const {
     return static_cast<float*>(args_.p.partials) +
-           (int64_t{2} * cta + (at_begin ? 0 : 1)) * partial_floats(args_.columns, dv_);
+           (int64_t{2} * cta + (at_begin ? 0 : 1)) * partial_floats(args_.columns, layout_.row - 8);
   }
 
   // True in the CTA that is the last of `ctas` to come. It sees what the others wrote before they came.
@@ -139,75 +151,59 @@ class Merge {
     return __syncthreads_or(is_last);
   }
 
-  // The partials of a unit that lies in `ctas` CTAs from `first`, into totals and outputs.
-  __device__ void add_partials(int first, int ctas) {
-    const int columns = args_.columns, lane = threadIdx.x % 32;
-    float* factors = shared_ + layout_.factors;
-    const auto sum_of = [&](int i, int row) {
-      return load_sum(reinterpret_cast<const RowSum*>(partial_of(first + i, i > 0)) + row);
-    };
+  // The partials of a unit that lies in `ctas` CTAs from `first`: totals of their sums, and to each warp's o the sum of
+  // every warps-th of theirs.
+  __device__ void gather_partials(int first, int ctas) const {
+    const int columns = args_.columns, dv = layout_.row - 8, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const auto partial = [&](int i) { return partial_of(first + i, i > 0); };
 #pragma unroll 1
-    for (int row = threadIdx.x / 32; row < columns; row += blockDim.x / 32) {
-      float m = kNothing;
-#pragma unroll 1
-      for (int i = lane; i < ctas; i += 32) m = fmaxf(m, sum_of(i, row).m);
-#pragma unroll 1
-      for (int step = 1; step < 32; step *= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, step));
-      RowSum sum{m, 0, 0};
-#pragma unroll 1
-      for (int i = lane; i < ctas; i += 32) {
-        const RowSum x = sum_of(i, row);
-        const float factor = exp2_fast(x.m - m);
-        factors[i * columns + row] = factor;
-        sum.l += factor * x.l;
-        sum.l_high += factor * x.l_high;
-      }
-#pragma unroll 1
-      for (int step = 1; step < 32; step *= 2) {
-        sum.l += __shfl_xor_sync(~0u, sum.l, step);
-        sum.l_high += __shfl_xor_sync(~0u, sum.l_high, step);
-      }
-      if (lane == 0) totals()[row] = sum;
+    for (int i = threadIdx.x; i < ctas * columns; i += blockDim.x) {
+      const RowSum* from = reinterpret_cast<const RowSum*>(partial(i / columns) + columns * dv) + i % columns;
+      sums()[i] = {__ldcg(&from->m), __ldcg(&from->l), __ldcg(&from->l_high)};
     }
     __syncthreads();
-#pragma unroll 1
-    for (int i = threadIdx.x; i < columns * dv_; i += blockDim.x) {
-      const float* from = partial_of(first, true) + 3 * columns + i;
-      const int row = i / dv_, stride = 2 * partial_floats(columns, dv_);
-      float sum = factors[row] * __ldcg(from + stride / 2);
-#pragma unroll 8
-      for (int k = 1; k < ctas; ++k) sum += factors[k * columns + row] * __ldcg(from + int64_t{k} * stride);
-      output(i) = sum;
+    add_sums(ctas);
+    __syncthreads();
+#pragma unroll 4
+    for (int c = 4 * (threadIdx.x % 32); c < columns * dv; c += 128) {
+      const int row = c / dv;
+      float4 sum{0, 0, 0, 0};
+#pragma unroll 2
+      for (int i = warp; i < ctas; i += warps) {
+        const float4 x = __ldcg(reinterpret_cast<const float4*>(partial(i) + c));
+        const float factor = exp2_fast(sums()[i * columns + row].m - totals()[row].m);
+        sum.x += factor * x.x, sum.y += factor * x.y, sum.z += factor * x.z, sum.w += factor * x.w;
+      }
+      *reinterpret_cast<float4*>(o(warp) + row * layout_.row + c % dv) = sum;
     }
+    __syncthreads();
   }
 
-  __device__ static RowSum load_sum(const RowSum* from) {
-    return {__ldcg(&from->m), __ldcg(&from->l), __ldcg(&from->l_high)};
-  }
-
-  // From totals and outputs to what is wanted of them. By the whole CTA; true where an exchange cancelled.
-  __device__ bool write_results(const Unit& unit, Pass pass, int number) {
+  // From o(0), the unit's sums, to what is wanted of them, after finish_row of every row.
+  __device__ void write_rows(const Unit& unit, Pass pass) const {
     const DecodeParams& p = args_.p;
     const bool to_state = pass == Pass::attend && p.state_ml != nullptr;
-    bool cancelled = false;
-    if (threadIdx.x < unit.rows) cancelled = finish_row(unit, pass, threadIdx.x);
-    cancelled = __syncthreads_or(cancelled);
+    const int dv = layout_.row - 8;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < unit.rows * dv_; i += blockDim.x) {
-      const int row = i / dv_, channel = i % dv_;
+    for (int i = 2 * threadIdx.x; i < unit.rows * dv; i += 2 * blockDim.x) {
+      const int row = i / dv, channel = i % dv;
       if (channel >= p.shape.d_v && !to_state) continue;
       const RowPlace at = place(unit, row);
-      float value = output(i) * weights()[2 * row];
-      float* state = p.state_o + at.state * dv_ + channel;
-      if (pass == Pass::exchange) value += weights()[2 * row + 1] * *state;
-      if (to_state)
+      float2 value = *reinterpret_cast<const float2*>(o(0) + row * layout_.row + channel);
+      value.x *= weights()[2 * row], value.y *= weights()[2 * row];
+      float2* state = reinterpret_cast<float2*>(p.state_o + at.state * dv + channel);
+      if (pass == Pass::exchange) {
+        const float2 before = *state;
+        value.x += weights()[2 * row + 1] * before.x, value.y += weights()[2 * row + 1] * before.y;
+      }
+      if (to_state) {
         *state = value;
-      else
-        store(p.out, at.token * p.out.row_stride + at.head * p.out.head_stride + channel, value);
+      } else {
+        const int64_t to = at.token * p.out.row_stride + at.head * p.out.head_stride + channel;
+        store(p.out, to, value.x);
+        store(p.out, to + 1, value.y);
+      }
     }
-    if (cancelled && threadIdx.x == 0) p.tickets[number] = cancelled_ticket(blockIdx.x);
-    __syncthreads();
-    return cancelled;
   }
 
   // By one thread: what the row's o is multiplied by, weights()[2 row], and what the o of its state before an exchange
@@ -268,7 +264,6 @@ class Merge {
   const DecodeArgs& args_;
   const MergeLayout layout_;
   float* shared_;
-  const int dv_;
 };
 
 }  // namespace thriftattn::cuda

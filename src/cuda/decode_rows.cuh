@@ -53,10 +53,10 @@ class DecodeRows {
   using Tile = float[kTiles][4];
   using Columns = uint32_t[kTiles][2];
 
-  __device__ explicit DecodeRows(const DecodeArgs& args)
+  __device__ DecodeRows(const DecodeArgs& args, const Note<N>* notes)
       : args_(args),
+        notes_(notes),
         layout_(record_layout<D, kExact>(args)),
-        slot_(slot_layout(layout_, N)),
         g_(threadIdx.x % 32 / 4),
         t_(threadIdx.x % 4) {}
 
@@ -111,12 +111,18 @@ class DecodeRows {
 
   // The next item in the ring; returns how many slots it took.
   __device__ int read(Ring& ring, const Segment& segment) {
+    const Note<N>& note = notes_[read_++ % kNotes];
+    uint32_t word = note.word;
+    if (word & Note<N>::kWait) {
+      word ^= Note<N>::kWait;
+      copies_done();
+      __syncwarp();
+    }
     const uint8_t* slot = ring.wait();
-    const uint32_t word = *reinterpret_cast<const uint32_t*>(slot + slot_.word);
     const Tier tier = Item::tier(word);
     int planes = 1;
     if (tier == Tier::fp16) {
-      read_high(slot, segment, word);
+      read_high(slot, note, segment, word);
     } else if (tier != Tier::none) {
       const uint8_t* second = nullptr;
       if (tier == Tier::fp4x2) {
@@ -124,9 +130,9 @@ class DecodeRows {
         second = ring.wait(1);
       }
       if (args_.mxfp4 != 0)
-        read_fp4<true>(slot, second, planes, segment, word);
+        read_fp4<true>(slot, second, planes, note, segment, word);
       else
-        read_fp4<false>(slot, second, planes, segment, word);
+        read_fp4<false>(slot, second, planes, note, segment, word);
     }
     ring.release(planes);
     return planes;
@@ -143,8 +149,8 @@ class DecodeRows {
 
   // put(r, channel, value) for every sum of o that falls to this lane; value is in units of codes.
   template <class Put>
-  __device__ void each_output(int dv, const Put& put) const {
-    for_blocks(dv, [&](int i) {
+  __device__ void each_output(const Put& put) const {
+    for_blocks(layout_.dv, [&](int i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -171,10 +177,10 @@ class DecodeRows {
  private:
   // An item of 32 tokens, in one plane or two.
   template <bool kMxfp4>
-  __device__ void read_fp4(const uint8_t* first, const uint8_t* second, int planes, const Segment& segment,
-                           uint32_t word) {
-    const char4 exponents = *reinterpret_cast<const char4*>(first + slot_.summary);  // k, k, v, v
-    float sums[2][kTiles][4] = {};  // [ml]: of tokens 16 ml + g and 16 ml + 8 + g
+  __device__ void read_fp4(const uint8_t* first, const uint8_t* second, int planes, const Note<N>& note,
+                           const Segment& segment, uint32_t word) {
+    const char4 exponents = note.exponents;  // k, k, v, v
+    float sums[2][kTiles][4] = {};           // [ml]: of tokens 16 ml + g and 16 ml + 8 + g
     int k_exponent = exponents.x;
 #pragma unroll 1
     for (int plane = 0;;) {
@@ -205,7 +211,7 @@ class DecodeRows {
     float mean[kRows] = {};
     if (args_.p.q_mean != nullptr)
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) mean[r] = reinterpret_cast<const float*>(first + slot_.q_mean)[row(r)];
+      for (int r = 0; r < kRows; ++r) mean[r] = note.q_mean[row(r)];
 
     uint32_t p[kCells];
     absorb<kCells>(segment, word, args_.score_scale * (kCodeScale * power_of_2(-k_exponent)), mean, exponents.z,
@@ -241,8 +247,8 @@ class DecodeRows {
   }
 
   // An item of 8 tokens in 16 bit.
-  __device__ void read_high(const uint8_t* slot, const Segment& segment, uint32_t word) {
-    const int exponent = reinterpret_cast<const int8_t*>(slot + slot_.summary)[2];
+  __device__ void read_high(const uint8_t* slot, const Note<N>& note, const Segment& segment, uint32_t word) {
+    const int exponent = note.exponents.z;
     float sums[kTiles][4] = {};
     const int lane = threadIdx.x % 32;
     for_blocks(layout_.dk, [&](int i) {
@@ -491,7 +497,8 @@ class DecodeRows {
 
   const DecodeArgs& args_;
   const DeviceLayout layout_;
-  const SlotLayout slot_;
+  const Note<N>* notes_;
+  uint32_t read_ = 0;  // items since the begin
   uint32_t q_[D / 16][kTiles][2];
   int g_, t_;
 };

@@ -1,16 +1,19 @@
-// Products of query rows with the summaries of pages, by one CTA: rows wait in shared memory in float, summaries come
-// from global memory once for every tile of rows.
+// Products of query rows with the summaries of pages, by one CTA: rows wait in shared memory, summaries come from
+// global memory once for every batch of rows.
 //
-//   q --RowInWarp--> Tile [rows, d]
-//   summaries: 8 lanes a page, 8 channels of 64 a lane --Product--> sums of 4 rows at a time --reduce_four--> emit
+//   q -> RowInWarp -> Planes: two FP16 planes, which together have 22 bits of a row -> for_each_mean_product -> sums
+//                  -> Tile: floats                                                 -> for_each_product      -> sums
 //
-// A warp has 4 kPages pages at once, all loads of which are under way together: DRAM binds, or its latency where there
-// are few pages. An FMA for each row and channel, a conversion for each channel and 4 rows.
+// q . k_mean is what every centred step needs of every row, so it runs on tensor cores: 16 pages, 4 rows in both planes
+// and 16 channels at a time, 8 instructions for 128 channels where FMAs would be 256. `quest` and `second_moment` need
+// other products, of mean rows alone: FMAs, 8 lanes a page. Either way a warp has many loads under way; DRAM binds, or
+// its latency where there are few pages.
 #pragma once
 
 #include <cuda_fp16.h>
 
 #include "cuda/choose.cuh"
+#include "cuda/mma.cuh"
 
 namespace thriftattn::cuda {
 
@@ -53,6 +56,10 @@ struct RowInWarp {
     for (int i = 0; i < 2 * kSteps; ++i)
       x[i] = q.dtype == DType::f16 ? __half2float(__ushort_as_half(bits[i])) : bf16_decode(bits[i]);
   }
+  __device__ void load(const Tile<kSteps>& tile, int row) {
+#pragma unroll
+    for (int i = 0; i < 2 * kSteps; ++i) x[i] = tile.at(row, channel(i));
+  }
   __device__ static int channel(int i) { return lane_id() + 32 * i; }
   // Whether the row is free of NaN and Inf; the same in all lanes.
   __device__ bool finite() const {
@@ -61,20 +68,54 @@ struct RowInWarp {
     for (int i = 0; i < 2 * kSteps; ++i) all &= (bits_of(x[i]) & 0x7f800000u) != 0x7f800000u;
     return __all_sync(kAll, all);
   }
+  __device__ void clear() {
+#pragma unroll
+    for (float& value : x) value = 0;
+  }
+  __device__ void add(const RowInWarp& other) {
+#pragma unroll
+    for (int i = 0; i < 2 * kSteps; ++i) x[i] += other.x[i];
+  }
+  __device__ void divide(float by) {
+#pragma unroll
+    for (float& value : x) value /= by;
+  }
+  __device__ float norm() const {
+    float sum = 0;
+#pragma unroll
+    for (float value : x) sum = fmaf(value, value, sum);
+    for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(kAll, sum, i);
+    return sqrtf(sum);
+  }
 };
 
-// The norm of row `row` of a tile; the same in all lanes of the warp.
+// Rows in shared memory for the B operand, in tiles of 8 columns: 4 rows, each times a power of two that brings its
+// largest element to [2^8, 2^9), rounded to FP16, and the same 4 rows' remainders. A row's stride keeps the reads of
+// 8 lanes apart.
 template <int kSteps>
-__device__ float row_norm(const Tile<kSteps>& tile, int row) {
-  float sum = 0;
+struct Planes {
+  static constexpr int kStride = 64 * kSteps + 32;
+  __half* q;
+
+  static constexpr int bytes(int rows) { return (rows + 3) / 4 * 8 * kStride * 2; }
+  // Returns by what products of the row must be multiplied.
+  __device__ float write(int row, const RowInWarp<kSteps>& from) const {
+    uint32_t largest = 0;
 #pragma unroll
-  for (int i = 0; i < 2 * kSteps; ++i) {
-    const float x = tile.q[row * Tile<kSteps>::kStride + lane_id() + 32 * i];
-    sum = fmaf(x, x, sum);
+    for (float x : from.x) largest = max(largest, bits_of(x) & 0x7fffffffu);
+    const int exponent = static_cast<int>(__reduce_max_sync(kAll, largest) >> 23) - 127;
+    const float up = pow2(min(8 - exponent, 120));
+    __half* high = q + (row / 4 * 8 + row % 4) * kStride;
+#pragma unroll
+    for (int i = 0; i < 2 * kSteps; ++i) {
+      const float x = from.x[i] * up;
+      const __half rounded = __float2half_rn(x);
+      high[from.channel(i)] = rounded;
+      high[4 * kStride + from.channel(i)] = __float2half_rn(x - __half2float(rounded));
+    }
+    return 1.0f / up;
   }
-  for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(kAll, sum, i);
-  return sqrtf(sum);
-}
+};
 
 // --- products
 
@@ -87,23 +128,6 @@ __device__ inline uint2 half_of(const uint4& x, int half) { return half ? uint2{
 
 // What a policy sums over channels, before sm_scale. load() reads the lane's 8 channels from `c` on of a record,
 // part() prepares 4 of them, add() is one channel of one row.
-struct MeanProduct {
-  uint4 mean;
-  struct Part {
-    float mean[4];
-  };
-
-  __device__ void load(const uint8_t* record, const PageLayout& layout, int c) {
-    mean = *reinterpret_cast<const uint4*>(record + layout.mean + 2 * c);
-  }
-  __device__ void clear() { mean = {}; }
-  __device__ Part part(int half, float) const {
-    const float4 m = floats_of(half_of(mean, half));
-    return {{m.x, m.y, m.z, m.w}};
-  }
-  __device__ static float add(float sum, float q, const Part& p, int i) { return fmaf(q, p.mean[i], sum); }
-};
-
 struct QuestProduct {
   uint4 low, high;
   struct Part {
@@ -166,63 +190,94 @@ struct PageChunks {
   int first, end, chunk, stride;
 };
 
-// Goes through pages with all warps of the CTA: emit(k, page, row, sum) for every row of a page, then done(k, page).
-// Both are called in all lanes, with the lane's page and row, which may lie beyond the last ones; a page belongs to 8
-// lanes, and pairs of them get the same row. k < kPages counts the pages that a lane has at once. prepare(), called
-// once by all threads, brings the tile's rows while the first summaries are under way.
-template <class Product, int kPages, int kSteps, class Prepare, class Emit, class Done>
-__device__ void for_each_product(const Summaries& summaries, const PageLayout& layout, float sm_scale,
-                                 const PageChunks& pages, Tile<kSteps> tile, int rows, const Prepare& prepare,
-                                 const Emit& emit, const Done& done) {
-  const int of_warp = warp_id() * 4 * kPages, at_once = static_cast<int>(blockDim.x) / 32 * 4 * kPages;
+// Both functions go through pages with all warps of the CTA: emit(page, row, sum) for every row of a page, then
+// done(page). Both are called in all lanes, with the lane's page and row, which may lie beyond the last ones.
+// prepare(), called once by all threads, brings the rows while the first summaries are under way.
+
+// Sums over k_mean, 16 pages a warp. A page belongs to the lanes of one g = lane / 4 with the same t / 2, t = lane % 4.
+template <int kSteps, class Prepare, class Emit, class Done>
+__device__ void for_each_mean_product(const Summaries& summaries, const PageLayout& layout, const PageChunks& pages,
+                                      Planes<kSteps> planes, int rows, const Prepare& prepare, const Emit& emit,
+                                      const Done& done) {
+  const int of_warp = warp_id() * 16, at_once = static_cast<int>(blockDim.x) / 2;
+  const int g = lane_id() / 4, t = lane_id() % 4;
   bool prepared = false;
   for (int start = pages.first; start < pages.end || !prepared; start += pages.stride)
     for (int p0 = start + of_warp; p0 < min(pages.end, start + pages.chunk) || !prepared; p0 += at_once) {
-      int page[kPages], id[kPages];
-      Product x[kPages][kSteps];
+      int id[2];
+      uint4 mean[2][2 * kSteps];  // channels 32 i + 8 t and on, of pages g and g + 8
 #pragma unroll
-      for (int k = 0; k < kPages; ++k) {
-        page[k] = p0 + 4 * k + lane_id() / 8;
-        id[k] = page[k] < pages.end ? summaries.table[page[k]] : -1;
-      }
+      for (int k = 0; k < 2; ++k) id[k] = p0 + g + 8 * k < pages.end ? summaries.table[p0 + g + 8 * k] : -1;
 #pragma unroll
-      for (int k = 0; k < kPages; ++k)
+      for (int k = 0; k < 2; ++k)
 #pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
-          const int c = 64 * step + lane_id() % 8 * 8;
+        for (int i = 0; i < 2 * kSteps; ++i) {
+          const int c = 32 * i + 8 * t;
+          mean[k][i] = {};
           if (id[k] >= 0 && c < layout.d)
-            x[k][step].load(summaries.record(id[k]), layout, c);
-          else
-            x[k][step].clear();
+            mean[k][i] = *reinterpret_cast<const uint4*>(summaries.record(id[k]) + layout.mean + 2 * c);
         }
       if (!prepared) prepare();
       prepared = true;
+      const int page = p0 + g + t / 2 * 8;
       for (int row = 0; row < rows; row += 4) {
-        float sum[kPages][4] = {};
+        float sum[4] = {};
+        const __half* q = planes.q + (2 * row + g) * planes.kStride + 8 * t;
+#pragma unroll
+        for (int i = 0; i < 2 * kSteps; ++i) {
+          const uint4 b = *reinterpret_cast<const uint4*>(q + 32 * i);
+          mma_16x8x16(sum, mean[0][i].x, mean[1][i].x, mean[0][i].y, mean[1][i].y, b.x, b.y);
+          mma_16x8x16(sum, mean[0][i].z, mean[1][i].z, mean[0][i].w, mean[1][i].w, b.z, b.w);
+        }
+#pragma unroll
+        for (float& x : sum) x += __shfl_xor_sync(kAll, x, 2);  // both planes
+        emit(page, row + 2 * (t % 2), t < 2 ? sum[0] : sum[2]);
+        emit(page, row + 2 * (t % 2) + 1, t < 2 ? sum[1] : sum[3]);
+      }
+      done(page);
+    }
+}
+
+// Sums of another product, 4 pages a warp: a page belongs to 8 lanes, pairs of which get the same row.
+template <class Product, int kSteps, class Prepare, class Emit, class Done>
+__device__ void for_each_product(const Summaries& summaries, const PageLayout& layout, float sm_scale,
+                                 const PageChunks& pages, Tile<kSteps> tile, int rows, const Prepare& prepare,
+                                 const Emit& emit, const Done& done) {
+  const int of_warp = warp_id() * 4, at_once = static_cast<int>(blockDim.x) / 8;
+  bool prepared = false;
+  for (int start = pages.first; start < pages.end || !prepared; start += pages.stride)
+    for (int p0 = start + of_warp; p0 < min(pages.end, start + pages.chunk) || !prepared; p0 += at_once) {
+      const int page = p0 + lane_id() / 8, id = page < pages.end ? summaries.table[page] : -1;
+      Product x[kSteps];
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        const int c = 64 * step + lane_id() % 8 * 8;
+        if (id >= 0 && c < layout.d)
+          x[step].load(summaries.record(id), layout, c);
+        else
+          x[step].clear();
+      }
+      if (!prepared) prepare();
+      prepared = true;
+      for (int row = 0; row < rows; row += 4) {
+        float sum[4] = {};
 #pragma unroll
         for (int step = 0; step < kSteps; ++step)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            float4 q[4];
+            const typename Product::Part part = x[step].part(half, sm_scale);
 #pragma unroll
-            for (int r = 0; r < 4; ++r) q[r] = tile.four(row + r, step, half);
-#pragma unroll
-            for (int k = 0; k < kPages; ++k) {
-              const typename Product::Part part = x[k][step].part(half, sm_scale);
-#pragma unroll
-              for (int r = 0; r < 4; ++r) {
-                sum[k][r] = Product::add(sum[k][r], q[r].x, part, 0);
-                sum[k][r] = Product::add(sum[k][r], q[r].y, part, 1);
-                sum[k][r] = Product::add(sum[k][r], q[r].z, part, 2);
-                sum[k][r] = Product::add(sum[k][r], q[r].w, part, 3);
-              }
+            for (int r = 0; r < 4; ++r) {
+              const float4 q = tile.four(row + r, step, half);
+              sum[r] = Product::add(sum[r], q.x, part, 0);
+              sum[r] = Product::add(sum[r], q.y, part, 1);
+              sum[r] = Product::add(sum[r], q.z, part, 2);
+              sum[r] = Product::add(sum[r], q.w, part, 3);
             }
           }
-#pragma unroll
-        for (int k = 0; k < kPages; ++k) emit(k, page[k], row + lane_id() / 2 % 4, reduce_four(sum[k]));
+        emit(page, row + lane_id() / 2 % 4, reduce_four(sum));
       }
-#pragma unroll
-      for (int k = 0; k < kPages; ++k) done(k, page[k]);
+      done(page);
     }
 }
 

@@ -100,7 +100,7 @@ struct RankParams {
   float* q_mean;    // [units, max_pages, row_stride]: q . k_mean of every full page that is seen, times sm_scale * log2 e;
                     // null without centring
   float* score;     // [units, max_pages]: what the policy says of a page, the maximum over the unit's heads
-  float* q_norm;    // [units]: norm of the mean row, the maximum over heads (error estimates)
+  float* q_norm;    // [units]: norm of the mean row, the maximum over heads, for a budget of tolerance
   float* row_weight;  // [units, row_stride]: what a row weighs in the mean over its head, 1 / (the head's rows without
                       // NaN and Inf); 0 for a row with them. For choose_by_mass; null where nobody asks
   Lists lists;

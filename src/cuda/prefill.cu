@@ -54,8 +54,9 @@ struct Attend {
   const uint32_t* tiers;
   int max_blocks, tier_words;
   ExpandedPages expanded;
-  float scale;        // |sm_scale| in log2
-  int units, stages;  // units of a block of threads, pages of its ring
+  float scale;             // |sm_scale| in log2
+  float to_cap, from_cap;  // 2 |sm_scale| / cap in log2, cap / |sm_scale|
+  int units, stages;       // units of a block of threads, pages of its ring
 };
 
 // One form of one page, for the units (bits) that read it.
@@ -78,13 +79,13 @@ struct Work {
 
 // The front of shared memory; then the ring, then the fragments of q.
 struct alignas(128) Control {
-  uint64_t full[kMaxStages];
-  uint32_t left[kMaxStages];  // warps that have left the page
-  int page[kMaxStages];
-  uint32_t readers[kMaxStages];
+  uint64_t full[kMaxStages];   // a page has come
+  uint64_t empty[kMaxStages];  // all warps have left it
+  int2 entry[kMaxStages];      // its page, and the units that read it, as in Entry
   Work work;
   // The next entries: `next` of `count`, then the pages from `window_page`.
   int next, count, window_page;
+  int refills;  // done
   Entry window[3 * kWindow];
   float l_high[32 * kMaxWarps][4];
 };
@@ -133,54 +134,48 @@ __device__ uint32_t pack(float low, float high) {
   return reinterpret_cast<const uint32_t&>(h);
 }
 
+__device__ int load_acquire(const int& x) {
+  int y;
+  asm volatile("ld.acquire.cta.shared.s32 %0, [%1];" : "=r"(y) : "r"(shared_address(&x)) : "memory");
+  return y;
+}
+
+__device__ void store_release(int& x, int y) {
+  asm volatile("st.release.cta.shared.s32 [%0], %1;" ::"r"(shared_address(&x)), "r"(y) : "memory");
+}
+
+__device__ void init_barrier(uint64_t& barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(arrivals) : "memory");
+}
+
+__device__ void arrive(uint64_t& barrier) {
+  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(shared_address(&barrier))
+               : "memory");
+}
+
+__device__ void wait(uint64_t& barrier, uint32_t phase) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define THRIFTATTN_MBARRIER_WAIT "mbarrier.test_wait"
+#else
+#define THRIFTATTN_MBARRIER_WAIT "mbarrier.try_wait"
+#endif
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "WAIT%=:\n" THRIFTATTN_MBARRIER_WAIT
+      ".parity.shared.b64 p, [%0], %1;\n@!p bra WAIT%=;\n}" ::"r"(shared_address(&barrier)),
+      "r"(phase)
+      : "memory");
+#undef THRIFTATTN_MBARRIER_WAIT
+}
+
+// --- the ring
+
 // Arrivals that complete a fill: one lane's, or where there is no bulk copy all lanes'.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr int kFillers = 32;
 #else
 constexpr int kFillers = 1;
 #endif
-
-__device__ void init_barrier(uint64_t& barrier) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(kFillers) : "memory");
-}
-
-__device__ void wait(uint64_t& barrier, uint32_t phase) {
-  const uint32_t at = shared_address(&barrier);
-  uint32_t done = 0;
-#ifdef SPIN_LIMIT
-  for (int64_t i = 0; !done; ++i) {
-    if (i > SPIN_LIMIT) __trap();
-#else
-  while (!done) {
-#endif
-#if __CUDA_ARCH__ >= 900
-    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                 : "=r"(done)
-                 : "r"(at), "r"(phase)
-                 : "memory");
-#else
-    asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                 : "=r"(done)
-                 : "r"(at), "r"(phase)
-                 : "memory");
-#endif
-  }
-}
-
-// Counts a warp that leaves a page; true for the last of `warps`, after which the count is zero again. What any warp
-// did before it left, the last one sees done.
-__device__ bool last_to_leave(uint32_t& left, int warps, int lane) {
-  uint32_t before = 0;
-  __syncwarp();
-  if (lane == 0)
-    asm volatile("atom.acq_rel.cta.shared.inc.u32 %0, [%1], %2;"
-                 : "=r"(before)
-                 : "r"(shared_address(&left)), "r"(warps - 1)
-                 : "memory");
-  return __shfl_sync(~0u, before, 0) == warps - 1;
-}
-
-// --- the ring
 
 // Lists the forms of the next pages that are read, a page per lane.
 __device__ void look_up(const Attend& a, Control& c, int lane) {
@@ -249,8 +244,7 @@ __device__ void fill(const Attend& a, Control& c, uint8_t* ring, int stage, int 
   const Entry entry = end ? Entry{nullptr, kEnd, 0} : c.window[c.next];
   __syncwarp();
   if (lane == 0) {
-    c.page[stage] = entry.page;
-    c.readers[stage] = entry.readers;
+    c.entry[stage] = {entry.page, static_cast<int>(entry.readers)};
     if (!end) ++c.next;
   }
   __syncwarp();
@@ -275,34 +269,22 @@ __device__ void fill(const Attend& a, Control& c, uint8_t* ring, int stage, int 
 
 // --- rows of the caller
 
-// n channels (2, 4 or 8) of a row of T, in one access where the place allows it.
+// n channels (2, 4 or 8) of a row.
 template <class T, int n>
-__device__ void load(const T* from, float (&x)[n]) {
-  struct alignas(n * sizeof(T) > 16 ? 16 : n * sizeof(T)) Pack {
-    T x[n];
-  } pack;
-  if (reinterpret_cast<uintptr_t>(from) % alignof(Pack) == 0) {
-    pack = *reinterpret_cast<const Pack*>(from);
-  } else {
-#pragma unroll
-    for (int i = 0; i < n; ++i) pack.x[i] = from[i];
-  }
-#pragma unroll
-  for (int i = 0; i < n; ++i) x[i] = static_cast<float>(pack.x[i]);
-}
+struct alignas(n * sizeof(T) > 16 ? 16 : n * sizeof(T)) Channels {
+  T x[n];
+};
 
 template <class T, int n>
 __device__ void store(T* to, const float (&x)[n]) {
-  struct alignas(n * sizeof(T) > 16 ? 16 : n * sizeof(T)) Pack {
-    T x[n];
-  } pack;
+  Channels<T, n> c;
 #pragma unroll
-  for (int i = 0; i < n; ++i) pack.x[i] = static_cast<T>(x[i]);
-  if (reinterpret_cast<uintptr_t>(to) % alignof(Pack) == 0) {
-    *reinterpret_cast<Pack*>(to) = pack;
+  for (int i = 0; i < n; ++i) c.x[i] = static_cast<T>(x[i]);
+  if (reinterpret_cast<uintptr_t>(to) % alignof(Channels<T, n>) == 0) {
+    *reinterpret_cast<Channels<T, n>*>(to) = c;
   } else {
 #pragma unroll
-    for (int i = 0; i < n; ++i) to[i] = pack.x[i];
+    for (int i = 0; i < n; ++i) to[i] = c.x[i];
   }
 }
 
@@ -322,18 +304,28 @@ template <int D>
 struct Warp {
   static constexpr int kRowTiles = Tile<D>::kRowTiles, kRows = 2 * kRowTiles;  // kRows: of a lane; r = 2 mt + half
   static constexpr int kChannelBlocks = D / 32;
+  static constexpr int kTokens = 32, kTiles = kTokens / 8;  // half a page
+  using Scores = float[kRowTiles][kTiles][4];
 
   const Attend& a;
   const int lane;
-  const uint32_t q;          // the lane's part of its first fragment in shared memory
-  float* const l_high;       // [kRows], in shared memory: of a lane, where somebody asks for it
-  const int position, s_kv;  // of its first row, tokens of the sequence
+  const uint32_t q;           // the lane's part of its first fragment in shared memory
+  float* const l_high;        // [kRows], in shared memory: of a lane, where somebody asks for it
+  const int position, s_kv;   // of its first row, tokens of the sequence
+  const Visible seen_by_all;  // tokens that all rows see
   int exponents = 0;  // of q, a byte for a row: it was multiplied by 2^-exponent; kNotFinite where it has NaN or Inf
   float reference[kRows], l[kRows];
-  float o[kRowTiles][4 * kChannelBlocks][4];
+  float o[kRowTiles][D / 8][4];
 
   __device__ Warp(const Attend& attend, int lane_, uint32_t q_, float* l_high_, int position_, int tokens)
-      : a(attend), lane(lane_), q(q_), l_high(l_high_), position(position_), s_kv(tokens) {}
+      : a(attend),
+        lane(lane_),
+        q(q_),
+        l_high(l_high_),
+        position(position_),
+        s_kv(tokens),
+        seen_by_all{visible(attend.shape, position_ + 16 * kRowTiles - 1, tokens).first,
+                    visible(attend.shape, position_, tokens).end} {}
 
   // Of a row's scores, to log2.
   __device__ float scale(int r) const { return a.scale * pow2(exponent(r)); }
@@ -346,18 +338,33 @@ struct Warp {
   __device__ void load_q(int first, int64_t first_row, int head) {
     constexpr int kChannels = D / 32, kAtOnce = 8;
     const int channel = lane * kChannels;
-    with_type(a.q, [&](const auto* data) {
+    with_type(a.q, [&]<class T>(const T* data) {
+      using Some = Channels<T, kChannels>;
+      data += first_row * a.q.row_stride + head * a.q.head_stride + channel;
+      const bool aligned =
+          (reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(a.q.row_stride) * sizeof(T)) % alignof(Some) == 0;
 #pragma unroll 1
       for (int from = 0; from < 16 * kRowTiles; from += kAtOnce) {
-        float x[kAtOnce][kChannels] = {};
+        Some x[kAtOnce] = {};
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
           const int p = position + from + i;
-          if (p >= first && p < s_kv && channel < a.shape.d)
-            load(data + (first_row + (p - first)) * a.q.row_stride + head * a.q.head_stride + channel, x[i]);
+          if (p < first || p >= s_kv || channel >= a.shape.d) continue;
+          const T* at = data + static_cast<int64_t>(p - first) * a.q.row_stride;
+          if (aligned) {
+            x[i] = *reinterpret_cast<const Some*>(at);
+          } else {
+#pragma unroll
+            for (int c = 0; c < kChannels; ++c) x[i].x[c] = at[c];
+          }
         }
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) keep_q(from + i, channel, x[i]);
+        for (int i = 0; i < kAtOnce; ++i) {
+          float row[kChannels];
+#pragma unroll
+          for (int c = 0; c < kChannels; ++c) row[c] = static_cast<float>(x[i].x[c]);
+          keep_q(from + i, channel, row);
+        }
       }
     });
     __syncwarp();
@@ -394,20 +401,14 @@ struct Warp {
 #pragma unroll
     for (int mt = 0; mt < kRowTiles; ++mt)
 #pragma unroll
-      for (int n = 0; n < 4 * kChannelBlocks; ++n)
+      for (int n = 0; n < D / 8; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e) o[mt][n][e] = 0;
   }
 
-  // s = q K^T of a page, 8 tiles of 8 tokens.
-  __device__ void scores(uint32_t page, float (&s)[kRowTiles][8][4]) const {
+  // s = q K^T of 32 tokens, whose first K is at `at`.
+  __device__ void scores(uint32_t at, Scores& s) const {
 #pragma unroll
-    for (int mt = 0; mt < kRowTiles; ++mt)
-#pragma unroll
-      for (int n = 0; n < 8; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) s[mt][n][e] = 0;
-#pragma unroll 1  // unrolled, it would keep more fragments under way than there are registers
     for (int i = 0; i < kChannelBlocks; ++i) {
       uint32_t x[2][kRowTiles][4];
 #pragma unroll
@@ -418,29 +419,26 @@ struct Warp {
           x[j][mt][0] = f.x, x[j][mt][1] = f.y, x[j][mt][2] = f.z, x[j][mt][3] = f.w;
         }
 #pragma unroll
-      for (int n = 0; n < 8; ++n) {
-        const uint4 k = load_shared(page + n * Tile<D>::kPage.k_item + i * 512);
+      for (int n = 0; n < kTiles; ++n) {
+        const uint4 k = load_shared(at + n * Tile<D>::kPage.k_item + i * 512);
 #pragma unroll
-        for (int mt = 0; mt < kRowTiles; ++mt) mma(s[mt][n], x[0][mt], k.x, k.y);
+        for (int mt = 0; mt < kRowTiles; ++mt) {
+          if (i == 0) s[mt][n][0] = s[mt][n][1] = s[mt][n][2] = s[mt][n][3] = 0;
+          mma(s[mt][n], x[0][mt], k.x, k.y);
+        }
 #pragma unroll
         for (int mt = 0; mt < kRowTiles; ++mt) mma(s[mt][n], x[1][mt], k.z, k.w);
       }
     }
   }
 
-  // Whether some row does not see some token of the page.
-  __device__ bool hides(int page) const {
-    return visible(a.shape, position, s_kv).end < (page + 1) * kPageTokens ||
-           visible(a.shape, position + 16 * kRowTiles - 1, s_kv).first > page * kPageTokens;
-  }
-
-  __device__ void hide(int page, float (&s)[kRowTiles][8][4]) const {
+  __device__ void hide(int token, Scores& s) const {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const Visible v = visible(a.shape, position + row(r), s_kv);
-      const int first = v.first - page * kPageTokens - lane % 4 * 2, end = v.end - page * kPageTokens - lane % 4 * 2;
+      const int first = v.first - token - lane % 4 * 2, end = v.end - token - lane % 4 * 2;
 #pragma unroll
-      for (int n = 0; n < 8; ++n)
+      for (int n = 0; n < kTiles; ++n)
 #pragma unroll
         for (int e = 0; e < 2; ++e)
           if (n * 8 + e < first || n * 8 + e >= end) s[r / 2][n][r % 2 * 2 + e] = -INFINITY;
@@ -448,15 +446,17 @@ struct Warp {
   }
 
   // Scores become cap * tanh(score / cap), still to be scaled.
-  __device__ void cap(float (&s)[kRowTiles][8][4]) const {
+  __device__ void cap(Scores& s) const {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const float to = 2 / a.shape.softcap * scale(r), from = a.shape.softcap * kLog2e / scale(r);
+      int e = exponent(r);
+      asm volatile("" : "+r"(e));  // what follows is not worth registers from page to page
+      const float to = a.to_cap * pow2(e), from = a.from_cap * pow2(-e);
 #pragma unroll
-      for (int n = 0; n < 8; ++n)
+      for (int n = 0; n < kTiles; ++n)
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& x = s[r / 2][n][r % 2 * 2 + e];
+        for (int i = 0; i < 2; ++i) {
+          float& x = s[r / 2][n][r % 2 * 2 + i];
           x = from - 2 * from * reciprocal(1 + exp2_approx(x * to));  // tanh y = 1 - 2 / (1 + e^2y): 2^-23 of the cap
         }
     }
@@ -468,76 +468,84 @@ struct Warp {
     l[r] *= shrink;
     if (a.row_mass_high) l_high[r] *= shrink;
 #pragma unroll
-    for (int n = 0; n < 4 * kChannelBlocks; ++n) {
+    for (int n = 0; n < D / 8; ++n) {
       o[r / 2][n][r % 2 * 2] *= shrink;
       o[r / 2][n][r % 2 * 2 + 1] *= shrink;
     }
   }
 
-  // A page in the ring; at: the lane's part of the first fragment. `high`: it counts as above fp4.
-  __device__ void attend(uint32_t at, int page, bool high) {
-    float s[kRowTiles][8][4];
-    scores(at, s);
-    if (a.shape.softcap > 0) [[unlikely]]
-      cap(s);
-    if (hides(page)) [[unlikely]]
-      hide(page, s);
-
-    float unit[kRows], top[kRows];
+  // Scores of 32 tokens as the mask leaves them, and references under which their p fit FP16.
+  __device__ void settle(Scores& s, int token) {
+    if (a.shape.softcap > 0) cap(s);
+    if (token < seen_by_all.first || token + kTokens > seen_by_all.end) hide(token, s);
+    float top[kRows];
     bool passes = false;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      unit[r] = scale(r);
       top[r] = s[r / 2][0][r % 2 * 2];
 #pragma unroll
-      for (int n = 0; n < 8; ++n) top[r] = fmaxf(top[r], fmaxf(s[r / 2][n][r % 2 * 2], s[r / 2][n][r % 2 * 2 + 1]));
-      top[r] *= unit[r];
+      for (int n = 0; n < kTiles; ++n)
+        top[r] = fmaxf(top[r], fmaxf(s[r / 2][n][r % 2 * 2], s[r / 2][n][r % 2 * 2 + 1]));
+      top[r] *= scale(r);
       passes |= top[r] > reference[r] + kRoom;
     }
-    if (__any_sync(~0u, passes)) [[unlikely]] {
+    if (!__any_sync(~0u, passes)) return;
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 1));
-        top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 2));
-        if (top[r] > reference[r] + kRoom) raise(r, top[r] - kBelow);
-      }
+    for (int r = 0; r < kRows; ++r) {
+      top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 1));
+      top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 2));
+      if (top[r] > reference[r] + kRoom) raise(r, top[r] - kBelow);
     }
+  }
 
-    // o += p V, 16 tokens at a time; p of the next 16 is made between the products.
-    constexpr int kParts = 2 * kRowTiles;  // of the p of 16 tokens: (tile of 16 rows, 8 tokens)
-    float sum[kRows] = {};
-    uint32_t p[2][kRowTiles][4];
-    const auto make_p = [&](int tokens, int part) {
-      const int mt = part / 2, half = part % 2;
-      float(&x)[4] = s[mt][tokens * 2 + half];
+  // o += p V of 32 tokens, whose first V is at `at`; p = 2^(s - reference) of the second 16 tokens is made beside the
+  // products of the first.
+  __device__ void values(uint32_t at, Scores& s, float (&sum)[kRows]) {
+    constexpr int kParts = 2 * kRowTiles;  // of the p of 16 tokens: (8 tokens, tile of 16 rows)
+    uint32_t p[kTokens / 16][kRowTiles][4];
+    const auto make_p = [&](int i, int part) {
+      const int mt = part / 2, n = part % 2;
+      float(&x)[4] = s[mt][i * 2 + n];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        x[e] = exp2_approx(fmaf(x[e], unit[mt * 2 + e / 2], -reference[mt * 2 + e / 2]));
+        x[e] = exp2_approx(fmaf(x[e], scale(mt * 2 + e / 2), -reference[mt * 2 + e / 2]));
         sum[mt * 2 + e / 2] += x[e];
       }
-      p[tokens % 2][mt][half * 2] = pack(x[0], x[1]);
-      p[tokens % 2][mt][half * 2 + 1] = pack(x[2], x[3]);
+      p[i][mt][n * 2] = pack(x[0], x[1]);
+      p[i][mt][n * 2 + 1] = pack(x[2], x[3]);
     };
 #pragma unroll
     for (int part = 0; part < kParts; ++part) make_p(0, part);
-    constexpr int kTiles = D / 16;
 #pragma unroll
-    for (int tokens = 0; tokens < 4; ++tokens)
+    for (int i = 0; i < kTokens / 16; ++i)
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {  // 16 channels
-        const uint4 v = load_shared(at + Tile<D>::kPage.v + tokens * Tile<D>::kPage.v_item + tile * 512);
+      for (int n = 0; n < D / 16; ++n) {
+        const uint4 v = load_shared(at + i * Tile<D>::kPage.v_item + n * 512);
 #pragma unroll
-        for (int mt = 0; mt < kRowTiles; ++mt) mma(o[mt][tile * 2], p[tokens % 2][mt], v.x, v.y);
+        for (int mt = 0; mt < kRowTiles; ++mt) mma(o[mt][n * 2], p[i][mt], v.x, v.y);
 #pragma unroll
-        for (int mt = 0; mt < kRowTiles; ++mt) mma(o[mt][tile * 2 + 1], p[tokens % 2][mt], v.z, v.w);
-        if (tokens < 3)
+        for (int mt = 0; mt < kRowTiles; ++mt) mma(o[mt][n * 2 + 1], p[i][mt], v.z, v.w);
+        if (i + 1 < kTokens / 16)
 #pragma unroll
-          for (int part = tile * kParts / kTiles; part < (tile + 1) * kParts / kTiles; ++part) make_p(tokens + 1, part);
+          for (int part = n * kParts / (D / 16); part < (n + 1) * kParts / (D / 16); ++part) make_p(i + 1, part);
       }
+  }
+
+  // A page in the ring; at: the lane's part of the first fragment. `high`: it counts as above fp4. By halves, so that
+  // there are registers for fragments under way.
+  __device__ void attend(uint32_t at, int page, bool high) {
+#pragma unroll 1
+    for (int half = 0; half < kPageTokens / kTokens; ++half) {
+      Scores s;
+      scores(at + half * kTiles * Tile<D>::kPage.k_item, s);
+      settle(s, page * kPageTokens + half * kTokens);
+      float sum[kRows] = {};
+      values(at + Tile<D>::kPage.v + half * (kTokens / 16) * Tile<D>::kPage.v_item, s, sum);
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      l[r] += sum[r];
-      if (high && a.row_mass_high) l_high[r] += sum[r];
+      for (int r = 0; r < kRows; ++r) {
+        l[r] += sum[r];
+        if (high && a.row_mass_high) l_high[r] += sum[r];
+      }
     }
   }
 
@@ -629,13 +637,13 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(const __grid_
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < a.stages; ++i) {
-      init_barrier(c.full[i]);
-      c.left[i] = 0;
+      init_barrier(c.full[i], kFillers);
+      init_barrier(c.empty[i], warps);
     }
     Work work;
     if (!find_work(a, chunks, work)) work.units = 0;
     c.work = work;
-    c.next = c.count = 0;
+    c.next = c.count = c.refills = 0;
     c.window_page = work.first_page / kWindow * kWindow;
   }
   if (a.cache.layout.dk != D || a.cache.layout.dv != D)
@@ -662,15 +670,31 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(const __grid_
     rows.load_q(work.first, first_row, head);
     rows.start(head);
   }
-  int stage = 0;
+  // Warps take turns to refill: before it leaves page j, warp j % warps waits until all have left page j - lag, which
+  // as a rule they have, and fills its place. One refill comes after the other: they share the list of what is next.
+  const int lag = max(1, a.stages - 2);
+  int stage = 0, turn = warp, refill = warp - lag;
   for (uint32_t phase = 0;;) {
     wait(c.full[stage], phase);
-    const int page = c.page[stage];
-    const uint32_t readers = c.readers[stage];
-    if (page == kEnd) break;
-    if (readers >> u & 1) rows.attend(first_fragment + stage * Tile<D>::kPage.bytes, page, readers & kHigh);
-    if (last_to_leave(c.left[stage], warps, lane)) [[unlikely]]
-      fill<D>(a, c, ring, stage, lane);
+    const int2 entry = c.entry[stage];
+    if (entry.x == kEnd) break;
+    if (entry.y >> u & 1) rows.attend(first_fragment + stage * Tile<D>::kPage.bytes, entry.x, entry.y < 0);
+    if (turn-- == 0) {
+      if (refill >= 0) {
+        const bool before = stage < lag;
+        const int place = before ? stage - lag + a.stages : stage - lag;
+        wait(c.empty[place], phase ^ before);
+        while (load_acquire(c.refills) != refill) {
+        }
+        fill<D>(a, c, ring, place, lane);
+        __syncwarp();
+        if (lane == 0) store_release(c.refills, refill + 1);
+      }
+      refill += warps;
+      turn = warps - 1;
+    }
+    __syncwarp();
+    if (lane == 0) arrive(c.empty[stage]);
     if (++stage == a.stages) {
       stage = 0;
       phase ^= 1;
@@ -699,6 +723,10 @@ cudaError_t launch(const PrefillParams& p, cudaStream_t stream) {
   a.tier_words = p.tier_words;
   a.expanded = expanded_pages(p);
   a.scale = std::abs(p.shape.sm_scale) * kLog2e;
+  if (p.shape.softcap > 0) {
+    a.to_cap = 2 * a.scale / p.shape.softcap;
+    a.from_cap = p.shape.softcap / std::abs(p.shape.sm_scale);
+  }
   // As many rows as there are warps for, unless that leaves no room to load a page while another is read.
   const auto pages_beside = [&](int units) {
     return (shared - static_cast<int>(sizeof(Control)) - units * Tile<D>::kUnitWarps * Tile<D>::kQBytes) /

@@ -18,7 +18,7 @@ namespace thriftattn::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kPages = 4;  // of a block of threads
+constexpr int kMaxPages = 4;  // of a block of threads; a power of two up to 16
 
 struct Expand {
   LayerCache cache;
@@ -26,6 +26,7 @@ struct Expand {
   int h_q, group, d;
   const uint32_t* tiers;
   int max_blocks, tier_words;
+  int pages;  // of a block of threads
   ExpandedPages to;
 };
 
@@ -154,8 +155,8 @@ struct Part {
   }
 };
 
-// Which forms the query blocks of head g read of pages [page, page + kPages): bit 2i of byte 0, 1 or 2 for fp4, fp4x2
-// or fp16 of page i.
+// Which forms the query blocks of head g read of pages [page, page + kMaxPages): bit 2i of byte 0, 1 or 2 for fp4,
+// fp4x2 or fp16 of page i.
 __device__ uint32_t forms_read(const Expand& e, int sequence, int g, int blocks, int page) {
   __shared__ uint32_t forms;
   if (threadIdx.x == 0) forms = 0;
@@ -179,12 +180,12 @@ __global__ void __launch_bounds__(kThreads) expand_kernel(const __grid_constant_
   const int chunk = blockIdx.x % chunks, g = blockIdx.x / chunks % cache.h_kv,
             sequence = blockIdx.x / chunks / cache.h_kv;
   const int slot = e.batch.slot[sequence], s_q = e.batch.s_q[sequence], s_kv = cache.s_kv[slot];
-  const int first_page = chunk * kPages, full = s_kv / kPageTokens;
+  const int first_page = chunk * e.pages, full = s_kv / kPageTokens;
   if (s_q == 0 || first_page * kPageTokens >= s_kv) return;
   const uint32_t forms = forms_read(e, sequence, g, query_blocks(s_q, s_kv).count, first_page);
   const ExpandedPage form = expanded_page(l.dk, l.dv);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, k_blocks = l.dk / 32, blocks = k_blocks + l.dv / 32;
-  for (int i = warp; i < kPages * 2 * blocks; i += kWarps) {
+  for (int i = warp; i < e.pages * 2 * blocks; i += kWarps) {
     const int in_chunk = i / (2 * blocks), page = first_page + in_chunk, item = i / blocks % 2, block = i % blocks;
     if (page * kPageTokens >= s_kv) return;
     const bool tail = page == full;
@@ -225,10 +226,14 @@ int64_t prefill_scratch_bytes(const Problem& problem, const Gpu&) {
 }
 
 cudaError_t launch_expand(const PrefillParams& p, cudaStream_t stream) {
-  const Expand e{p.cache, p.batch,      p.shape.h_q,  p.shape.group,    p.shape.d,
-                 p.tiers, p.max_blocks, p.tier_words, expanded_pages(p)};
-  const int chunks = e.to.pages / kPages;
-  const int64_t blocks = static_cast<int64_t>(p.batch.b) * p.cache.h_kv * chunks;
+  Expand e{p.cache, p.batch,      p.shape.h_q,  p.shape.group, p.shape.d,
+           p.tiers, p.max_blocks, p.tier_words, kMaxPages,     expanded_pages(p)};
+  // Few pages each, so that a short prefill fills the GPU; not fewer than that takes, since all read the tiers.
+  constexpr int64_t kEnough = 1024;
+  const int64_t heads = static_cast<int64_t>(p.batch.b) * p.cache.h_kv;
+  while (e.pages > 1 && heads * (e.to.pages / e.pages) < kEnough) e.pages /= 2;
+  const int chunks = e.to.pages / e.pages;
+  const int64_t blocks = heads * chunks;
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   expand_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(e, chunks);

@@ -7,9 +7,9 @@
 //   launch_choose_by_mass  mass_kernel    page masses and states that attend left -> score (shares of the softmax)
 //                          choose_kernel  likewise
 //
-// Where nothing is ranked, as before a ranking by mass, a CTA of score_kernel lists the forced pages. A unit's pages
-// are dealt to as many CTAs as keep the GPU busy; one CTA chooses for a unit. Each kernel starts early, so that
-// choose_kernel has its unit's place and budget by the time that the scores are there.
+// Where nothing is ranked, as before a ranking by mass, choose_kernel lists the forced pages. A unit's pages are dealt
+// to as many CTAs as keep the GPU busy; one CTA chooses for a unit. Each kernel starts early, so that choose_kernel has
+// its unit's place and budget by the time that the scores are there.
 //
 // Binds on DRAM with many sequences (a summary is 272 bytes at d = 128, 3 % of what attend reads), with one on the
 // latency of the steps that follow from one another: lengths, tables and q, summaries; then scores, range, bin, lists.
@@ -21,10 +21,9 @@
 namespace thriftattn::cuda {
 namespace {
 
-constexpr int kScoreThreads = 256, kMassThreads = 256, kChooseThreads = 1024;
-constexpr int kScorePages = 64, kMassPages = kMassThreads / 8;   // that a CTA has at once
-constexpr int kTileRows = 80;                                    // of 128 channels
-constexpr int kTileFloats = kTileRows * 128 + 3 * kMaxChannels;  // rows are read by fours
+constexpr int kScoreThreads = 256, kMassThreads = 256;
+constexpr int kScorePages = 128, kMassPages = kMassThreads / 8;  // that a CTA has at once
+constexpr int kRows = 72, kMeans = 16;  // rows of 128 channels, and heads, that a CTA has at once
 
 struct RankArgs {
   LayerCache cache;
@@ -32,7 +31,6 @@ struct RankArgs {
   Shape shape;
   Rows<const void*> q;
   Choosing how;  // how.ranks: here, or by the kernel that follows
-  bool write_lists;
   int row_stride;
   float *q_mean, *score, *q_norm, *row_weight;
   Lists lists;
@@ -64,126 +62,148 @@ __device__ Candidates candidates_of(const RankArgs& a, const UnitPlace& at) {
   return candidates(at.block, a.how.force, a.cache, __ldcg(a.cache.released + at.slot));
 }
 
-__device__ void write_empty(const Lists& lists, int64_t u) {
-  if (threadIdx.x < 8) lists.counts[u * 8 + threadIdx.x] = 0;
-}
-
 // --- by summaries
 
 struct ScoreShared {
-  float q[kTileFloats];
-  float norm[kTileRows];
-  bool finite[kTileRows], valid[kTileRows];  // of rows / whether a head has a finite row
-  ListShared<kScoreThreads> lists;
+  float scale[kRows];  // of products of a row
+  float norm[kMeans];  // of a head's mean row
+  bool valid[kMeans];  // whether a head has a row without NaN and Inf
 };
 
-// Brings the rows of `heads` heads of the group from h0 on into the tile, [heads, s_q], those with NaN or Inf as zeros,
-// and where s_q > 1 their means behind them, [heads].
+// The rows of some heads in dynamic shared memory: of each head s_q rows and, where s_q > 1, behind those of all heads
+// their means; and the means in floats, for the policies that need them.
 template <int kSteps>
-__device__ void load_heads(const RankArgs& a, const UnitPlace& at, int h0, int heads, const Tile<kSteps>& tile,
-                           ScoreShared& s) {
-  constexpr int kWarps = kScoreThreads / 32;
-  const int s_q = at.s_q;
-  for (int r = warp_id(); r < heads * s_q; r += kWarps) {
-    RowInWarp<kSteps> row;
-    row.load(a.q, at.first_row + r % s_q, at.g * a.shape.group + h0 + r / s_q, a.shape.d);
-    const bool finite = row.finite();
-#pragma unroll
-    for (int i = 0; i < 2 * kSteps; ++i) tile.at(r, lane_id() + 32 * i) = finite ? row.x[i] : 0.0f;
-    if (lane_id() == 0) s.finite[r] = finite;
+struct ScoreRows {
+  static constexpr int kRoom = kRows * 2 / kSteps;
+  Planes<kSteps> planes;
+  Tile<kSteps> means;
+
+  static constexpr int bytes() {
+    return Planes<kSteps>::bytes(kRoom) + kMeans * Tile<kSteps>::kStride * static_cast<int>(sizeof(float));
   }
-  __syncthreads();
-  const int means = s_q > 1 ? heads * s_q : 0;
-  for (int h = warp_id(); h < heads; h += kWarps) {
-    const bool finite = lane_id() < s_q && s.finite[h * s_q + lane_id()];
-    const int count = __popc(__ballot_sync(kAll, finite));
-    if (s_q > 1)
+  __device__ explicit ScoreRows(uint8_t* memory)
+      : planes{reinterpret_cast<__half*>(memory)},
+        means{reinterpret_cast<float*>(memory + Planes<kSteps>::bytes(kRoom))} {}
+};
+
+// Whether somebody asks for q_norm.
+__device__ bool measures(const RankArgs& a) { return a.how.budget.kind == Budget::Kind::tolerance; }
+
+// Brings the rows of the `heads` heads of the group from h0 on, a warp for each head; rows with NaN or Inf become
+// zeros.
+template <int kSteps>
+__device__ void load_heads(const RankArgs& a, const UnitPlace& at, int h0, int heads, const ScoreRows<kSteps>& to,
+                           ScoreShared& s) {
+  constexpr int kAtOnce = 4;
+  const int s_q = at.s_q;
+  for (int h = warp_id(); h < heads; h += kScoreThreads / 32) {
+    RowInWarp<kSteps> mean;
+    mean.clear();
+    unsigned finite = 0;
+    for (int r0 = 0; r0 < s_q; r0 += kAtOnce) {
+      RowInWarp<kSteps> row[kAtOnce];
 #pragma unroll
-      for (int i = 0; i < 2 * kSteps; ++i) {
-        const int c = lane_id() + 32 * i;
-        float sum = 0;
-        for (int r = 0; r < s_q; ++r) sum += tile.at(h * s_q + r, c);
-        tile.at(means + h, c) = count > 0 ? sum / static_cast<float>(count) : 0.0f;
+      for (int i = 0; i < kAtOnce; ++i)
+        if (r0 + i < s_q) row[i].load(a.q, at.first_row + r0 + i, at.g * a.shape.group + h0 + h, a.shape.d);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (r0 + i >= s_q) continue;
+        const bool ok = row[i].finite();
+        if (!ok) row[i].clear();
+        finite |= static_cast<unsigned>(ok) << (r0 + i);
+        const float scale = to.planes.write(h * s_q + r0 + i, row[i]);
+        if (lane_id() == 0) s.scale[h * s_q + r0 + i] = scale;
+        mean.add(row[i]);
       }
-    __syncwarp();
-    const float norm = row_norm(tile, means + h);
+    }
+    const int count = __popc(finite);
+    if (s_q > 1) {
+      if (count > 1) mean.divide(static_cast<float>(count));
+      const float scale = to.planes.write(heads * s_q + h, mean);
+      if (lane_id() == 0) s.scale[heads * s_q + h] = scale;
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * kSteps; ++i) to.means.at(h, mean.channel(i)) = mean.x[i];
+    const float norm = measures(a) ? mean.norm() : 0.0f;
     if (lane_id() == 0) {
       s.valid[h] = count > 0;
       s.norm[h] = norm;
     }
     if (a.row_weight && blockIdx.x == 0 && lane_id() < s_q)
-      a.row_weight[at.u * a.row_stride + (h0 + h) * s_q + lane_id()] = finite ? 1.0f / static_cast<float>(count) : 0.0f;
+      a.row_weight[at.u * a.row_stride + (h0 + h) * s_q + lane_id()] =
+          finite >> lane_id() & 1 ? 1.0f / static_cast<float>(count) : 0.0f;
   }
   __syncthreads();
 }
 
-// What products of a tile's rows are for: the first q_rows go to q_mean, `heads` rows from `means` on are means of
-// heads and count for the score.
-struct Uses {
-  int rows, q_rows, means, heads;
-  float *q_mean, *score;  // of page 0 and the first row of the tile; null where not wanted
-  bool first_heads;       // of the group: the score starts here
-  PageChunks pages;       // the CTA's
+// The largest of a page's scores, of the heads that a lane sees, then of all.
+struct Best {
+  const ScoreShared& s;
+  float* score;      // of page 0
+  bool first_heads;  // of the group: the score starts here
+  int end;           // pages
+  float best = -INFINITY;
+
+  __device__ void see(int h, int heads, float x) {
+    if (h >= 0 && h < heads && s.valid[h]) best = fmaxf(best, x);
+  }
+  // Lanes that differ in the bits of `mask` alone have the same page; the one with none of them set stores.
+  __device__ void store(int page, int mask) {
+    for (int i = 1; i <= mask; i *= 2)
+      if (mask & i) best = fmaxf(best, __shfl_xor_sync(kAll, best, i));
+    if (page < end && (lane_id() & mask) == 0) score[page] = first_heads ? best : fmaxf(score[page], best);
+    best = -INFINITY;
+  }
 };
 
-template <class Product, int kPages, int kSteps, class Prepare>
-__device__ void score_pages(const RankArgs& a, const UnitPlace& at, const Tile<kSteps>& tile, const Uses& use,
-                            const ScoreShared& s, const Prepare& prepare) {
-  const float scale = a.shape.sm_scale, log2_scale = scale * 1.44269504f;
-  float best[kPages];
-#pragma unroll
-  for (float& x : best) x = -INFINITY;
-  for_each_product<Product, kPages>(
-      summaries_of(a.cache, at.slot, at.g), a.cache.canonical, scale, use.pages, tile, use.rows, prepare,
-      [&](int k, int page, int row, float sum) {
-        if (row < use.q_rows && page < at.end && lane_id() % 2 == 0)
-          use.q_mean[static_cast<int64_t>(page) * a.row_stride + row] = sum * log2_scale;
-        const int h = row - use.means;
-        if (h >= 0 && h < use.heads && s.valid[h]) best[k] = fmaxf(best[k], sum * scale);
-      },
-      [&](int k, int page) {
-        for (int i = 2; i < 8; i *= 2) best[k] = fmaxf(best[k], __shfl_xor_sync(kAll, best[k], i));
-        if (use.score && page < at.end && lane_id() % 8 == 0)
-          use.score[page] = use.first_heads ? best[k] : fmaxf(use.score[page], best[k]);
-        best[k] = -INFINITY;
-      });
-}
-
-// Products of all rows of the unit with the summaries of the CTA's pages, as many heads at a time as the tile holds.
+// Products of all rows of the unit with the summaries of the CTA's pages, as many heads at a time as there is room for.
 template <int kSteps>
-__device__ void rank_pages(const RankArgs& a, const UnitPlace& at, int ctas, ScoreShared& s) {
-  constexpr int kPages = 4 / kSteps;  // that a lane has at once
-  const Tile<kSteps> tile{s.q};
+__device__ void rank_pages(const RankArgs& a, const UnitPlace& at, int ctas, const ScoreRows<kSteps>& to,
+                           ScoreShared& s) {
   const int s_q = at.s_q, group = a.shape.group, t = static_cast<int>(threadIdx.x);
   const PageChunks pages{at.first + static_cast<int>(blockIdx.x) * kScorePages, at.end, kScorePages,
                          ctas * kScorePages};
-  const int room = kTileRows * 128 / Tile<kSteps>::kStride / (s_q + (s_q > 1));
+  const int room = min(kMeans, to.kRoom / (s_q + (s_q > 1)));
   const Policy policy = a.how.ranks ? a.how.policy : Policy::none;
-  float* score = a.how.ranks ? a.score + at.u * a.cache.max_pages : nullptr;
+  const Summaries summaries = summaries_of(a.cache, at.slot, at.g);
+  const float sm_scale = a.shape.sm_scale, log2_scale = sm_scale * 1.44269504f;
+  float* score = a.score + at.u * a.cache.max_pages;
   float q_norm = 0;
   bool any_valid = false;
   for (int h0 = 0; h0 < group; h0 += room) {
     const int heads = min(room, group - h0), rows = heads * s_q, means = s_q > 1 ? rows : 0;
-    const Tile<kSteps> mean_rows{tile.q + means * Tile<kSteps>::kStride};
     bool loaded = false;
     const auto prepare = [&] {
       if (loaded) return;
       __syncthreads();  // the heads before are done with
-      load_heads(a, at, h0, heads, tile, s);
+      load_heads(a, at, h0, heads, to, s);
       loaded = true;
     };
-    const Uses scores{heads, 0, 0, heads, nullptr, score, h0 == 0, pages};
-    if (a.q_mean) {
+    Best best{s, score, h0 == 0, at.end};
+    if (a.q_mean || policy == Policy::block_mean) {
       const bool rank = policy == Policy::block_mean;
-      float* q_mean = a.q_mean + at.u * a.cache.max_pages * a.row_stride + h0 * s_q;
-      const Uses products{rank ? means + heads : rows, rows,    means, heads, q_mean,
-                          rank ? score : nullptr,      h0 == 0, pages};
-      score_pages<MeanProduct, kPages>(a, at, tile, products, s, prepare);
-    } else if (policy == Policy::block_mean) {
-      score_pages<MeanProduct, kPages>(a, at, mean_rows, scores, s, prepare);
+      float* q_mean = a.q_mean ? a.q_mean + at.u * a.cache.max_pages * a.row_stride + h0 * s_q : nullptr;
+      for_each_mean_product(
+          summaries, a.cache.canonical, pages, to.planes, rank ? means + heads : rows, prepare,
+          [&](int page, int row, float sum) {
+            if (row >= means + heads && row >= rows) return;
+            sum *= s.scale[row];
+            if (q_mean && row < rows && page < at.end)
+              q_mean[static_cast<int64_t>(page) * a.row_stride + row] = sum * log2_scale;
+            if (rank) best.see(row - means, heads, sum * sm_scale);
+          },
+          [&](int page) {
+            if (rank) best.store(page, 1);
+          });
     }
-    if (policy == Policy::quest) score_pages<QuestProduct, 1>(a, at, mean_rows, scores, s, prepare);
-    if (policy == Policy::second_moment) score_pages<MomentProduct, 1>(a, at, mean_rows, scores, s, prepare);
+    const auto emit = [&](int, int row, float sum) { best.see(row, heads, sum * sm_scale); };
+    const auto done = [&](int page) { best.store(page, 7); };
+    if (policy == Policy::quest)
+      for_each_product<QuestProduct>(summaries, a.cache.canonical, sm_scale, pages, to.means, heads, prepare, emit,
+                                     done);
+    if (policy == Policy::second_moment)
+      for_each_product<MomentProduct>(summaries, a.cache.canonical, sm_scale, pages, to.means, heads, prepare, emit,
+                                      done);
     prepare();  // where nothing was multiplied
     for (int h = 0; h < heads; ++h) {
       any_valid |= s.valid[h];
@@ -194,21 +214,17 @@ __device__ void rank_pages(const RankArgs& a, const UnitPlace& at, int ctas, Sco
     for (int p0 = pages.first; p0 < pages.end; p0 += pages.stride)
       if (t < kScorePages && p0 + t < at.end)
         score[p0 + t] = any_valid ? static_cast<float>(p0 + t - at.first) : -INFINITY;
-  if (blockIdx.x == 0 && t == 0) a.q_norm[at.u] = q_norm;
+  if (measures(a) && blockIdx.x == 0 && t == 0) a.q_norm[at.u] = q_norm;
 }
 
 template <int kSteps>
 __global__ __launch_bounds__(kScoreThreads, 2) void score_kernel(const __grid_constant__ RankArgs a) {
   __shared__ ScoreShared s;
+  extern __shared__ __align__(16) uint8_t memory[];
   wait_for_previous_kernel();
   let_next_kernel_start();
   const UnitPlace at = unit_place(a);
-  const bool lists_here = a.write_lists && !a.how.ranks;  // by one more CTA
-  if (lists_here && blockIdx.x == gridDim.x - 1) {
-    if (at.s_q == 0) return write_empty(a.lists, at.u);
-    return write_lists(a.how, candidates_of(a, at), Cut::none(), nullptr, a.lists, at.u, s.lists);
-  }
-  if (at.s_q > 0) rank_pages<kSteps>(a, at, gridDim.x - lists_here, s);
+  if (at.s_q > 0) rank_pages(a, at, static_cast<int>(gridDim.x), ScoreRows<kSteps>(memory), s);
 }
 
 // --- by mass
@@ -261,28 +277,35 @@ __global__ __launch_bounds__(kMassThreads) void mass_kernel(const __grid_constan
 // --- choosing
 
 // Launched after score_kernel or mass_kernel, which let it start once all before them is done: lengths can be read
-// before the wait, scores after it.
-__global__ __launch_bounds__(kChooseThreads, 1) void choose_kernel(const __grid_constant__ RankArgs a) {
-  __shared__ ChooseShared<kChooseThreads> s;
-  __shared__ ListShared<kChooseThreads> lists;
-  extern __shared__ uint32_t keys[];
+// before the wait, scores after it. kPer is how many pages a thread has, at most.
+template <int kThreads, int kPer>
+__global__ __launch_bounds__(kThreads, 1024 / kThreads) void choose_kernel(const __grid_constant__ RankArgs a) {
+  __shared__ ChooseShared<kThreads, kPer> s;
   let_next_kernel_start();
   const UnitPlace at = unit_place(a);
-  const Candidates pages = candidates_of(a, at);
-  if (threadIdx.x == 0) s.need = pages_wanted(a.how, pages);
-  wait_for_previous_kernel();
-  if (at.s_q == 0) return write_empty(a.lists, at.u);
-  float* score = a.score + at.u * a.cache.max_pages + at.first;
-  const Cut cut = choose(a.how, pages, score, keys, a.q_norm[at.u], summaries_of(a.cache, at.slot, at.g), s);
-  write_lists(a.how, pages, cut, keys, a.lists, at.u, lists);
+  const Candidates candidates = candidates_of(a, at);
+  PageKeys<kThreads, kPer> pages(candidates);
+  Cut cut = Cut::none();
+  if (a.how.ranks) {
+    if (threadIdx.x == 0) s.need = pages_wanted(a.how, candidates);
+    wait_for_previous_kernel();
+    float* score = a.score + at.u * a.cache.max_pages + at.first;
+    if (at.s_q > 0)
+      cut = choose(a.how, candidates, score, a.q_norm[at.u], summaries_of(a.cache, at.slot, at.g), pages, s);
+  }
+  if (at.s_q > 0) {
+    write_lists(a.how, candidates, cut, pages, a.lists, at.u, s);
+  } else if (threadIdx.x < 8) {
+    a.lists.counts[at.u * 8 + threadIdx.x] = 0;
+  }
+  if (!a.how.ranks) wait_for_previous_kernel();  // who waits for this kernel waits for that one too
 }
 
 // --- launching
 
 RankArgs rank_args(const RankParams& p) {
-  return {p.cache,        p.batch,      p.shape,  p.q,     choosing(p.method, p.shape, false),
-          !p.lists_given, p.row_stride, p.q_mean, p.score, p.q_norm,
-          p.row_weight,   p.lists};
+  return {p.cache, p.batch,  p.shape,      p.q,    choosing(p.method, p.shape, false), p.row_stride, p.q_mean,
+          p.score, p.q_norm, p.row_weight, p.lists};
 }
 
 // Full pages that a unit may see, at most.
@@ -291,11 +314,11 @@ int64_t most_seen(const RankParams& p) {
   return std::min<int64_t>(in_window, p.cache.max_pages);
 }
 
-// Launches a kernel with as many CTAs for each unit as its pages keep busy, `more` besides, and together no more than
+// Launches a kernel with as many CTAs for each unit as its pages keep busy, and together no more than
 // `at_once` for each multiprocessor.
 template <class Args>
-cudaError_t launch_over_pages(void (*kernel)(Args), const RankParams& p, int pages_at_once, int at_once, int more,
-                              int threads, cudaStream_t stream, const Args& args) {
+cudaError_t launch_over_pages(void (*kernel)(Args), const RankParams& p, int pages_at_once, int at_once, int threads,
+                              int shared_bytes, cudaStream_t stream, const Args& args) {
   int device = 0, multiprocessors = 0;
   if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
   if (const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
@@ -303,14 +326,16 @@ cudaError_t launch_over_pages(void (*kernel)(Args), const RankParams& p, int pag
     return error;
   const int64_t units = static_cast<int64_t>(p.batch.b) * p.shape.h_kv;
   const int64_t busy = std::max<int64_t>(1, (most_seen(p) + pages_at_once - 1) / pages_at_once);
-  const int64_t ctas = std::clamp<int64_t>(at_once * multiprocessors / units, 1, busy) + more;
+  const int64_t ctas = std::clamp<int64_t>(at_once * multiprocessors / units, 1, busy);
   const dim3 grid(static_cast<unsigned>(ctas), static_cast<unsigned>(p.shape.h_kv), static_cast<unsigned>(p.batch.b));
-  return launch_early(kernel, grid, threads, 0, stream, args);
+  return launch_early(kernel, grid, threads, shared_bytes, stream, args);
 }
 
 cudaError_t launch_choose(const RankParams& p, const RankArgs& args, cudaStream_t stream) {
   const dim3 grid(1, static_cast<unsigned>(p.shape.h_kv), static_cast<unsigned>(p.batch.b));
-  return launch_early(choose_kernel, grid, kChooseThreads, static_cast<int>(most_seen(p)) * 4, stream, args);
+  const int64_t pages = most_seen(p) + (p.shape.window > 0 ? 31 : 0);  // the first may begin before the window
+  return pages <= 2048 ? launch_early(choose_kernel<512, 4>, grid, 512, 0, stream, args)
+                       : launch_early(choose_kernel<1024, 16>, grid, 1024, 0, stream, args);
 }
 
 }  // namespace
@@ -319,10 +344,11 @@ cudaError_t launch_rank(const RankParams& params, cudaStream_t stream) {
   if (params.batch.b == 0) return cudaSuccess;
   RankArgs args = rank_args(params);
   if (params.lists_given || params.method.policy == Policy::fp4_mass) args.how.ranks = false;
-  const auto kernel = params.shape.d <= 128 ? score_kernel<2> : score_kernel<4>;
-  const int lists = args.write_lists && !args.how.ranks ? 1 : 0;
-  if (const cudaError_t error = launch_over_pages(kernel, params, kScorePages, 2, lists, kScoreThreads, stream, args);
-      error != cudaSuccess || !args.how.ranks)
+  const bool wide = params.shape.d > 128;
+  const auto kernel = wide ? score_kernel<4> : score_kernel<2>;
+  const int shared = wide ? ScoreRows<4>::bytes() : ScoreRows<2>::bytes();
+  if (const cudaError_t error = launch_over_pages(kernel, params, kScorePages, 2, kScoreThreads, shared, stream, args);
+      error != cudaSuccess || params.lists_given)
     return error;
   return launch_choose(params, args, stream);
 }
@@ -331,7 +357,7 @@ cudaError_t launch_choose_by_mass(const MassParams& params, cudaStream_t stream)
   if (params.rank.batch.b == 0) return cudaSuccess;
   const MassArgs args = {rank_args(params.rank), params.state_ml, params.page_mass, params.mass_parts};
   if (const cudaError_t error =
-          launch_over_pages(mass_kernel, params.rank, kMassPages, 8, 0, kMassThreads, stream, args);
+          launch_over_pages(mass_kernel, params.rank, kMassPages, 8, kMassThreads, 0, stream, args);
       error != cudaSuccess)
     return error;
   return launch_choose(params.rank, args.rank, stream);

@@ -17,7 +17,7 @@
 namespace thriftattn::cuda {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kHeads = 16;             // at once, at most
 constexpr int kScoreBytes = 40 << 10;  // of a CTA, where one head's scores need no more
 
 struct PrefillRankArgs {
@@ -32,18 +32,21 @@ struct PrefillRankArgs {
   int32_t* counts;
 };
 
+template <int kThreads, int kPer>
 struct PrefillRankShared {
-  ChooseShared<kThreads> choose;
+  static constexpr int kWarps = kThreads / 32;
+  ChooseShared<kThreads, kPer> choose;
   int finite_rows[kWarps];
+  float scale[kHeads], norm[kHeads];  // of a head's mean row: of its products, and its length
   int counts[kWarps][2];
 };
 
 // The mean row of one query head over the rows [first, first + count) of q, into row `to` of the tile; returns how many
 // rows without NaN and Inf it is of. `partial` is [kWarps, stride].
-template <int kSteps>
+template <int kSteps, int kThreads, int kPer>
 __device__ int average(const Rows<const void*>& q, int64_t first, int count, int head, int d, const Tile<kSteps>& tile,
-                       int to, float* partial, PrefillRankShared& s) {
-  constexpr int kAtOnce = 4, kStride = Tile<kSteps>::kStride;
+                       int to, float* partial, PrefillRankShared<kThreads, kPer>& s) {
+  constexpr int kAtOnce = 4, kStride = Tile<kSteps>::kStride, kWarps = kThreads / 32;
   float sum[2 * kSteps] = {};
   int finite = 0;
   for (int r0 = warp_id(); r0 < count; r0 += kWarps * kAtOnce) {
@@ -74,22 +77,26 @@ __device__ int average(const Rows<const void*>& q, int64_t first, int count, int
 }
 
 // Writes the tiers of all pages and the counts of one block and head.
-__device__ void write_tiers(const PrefillRankArgs& a, const Candidates& c, const Cut& cut, const uint32_t* keys,
-                            int64_t at, PrefillRankShared& s) {
+template <int kThreads, int kPer>
+__device__ void write_tiers(const PrefillRankArgs& a, const Candidates& c, const Cut& cut,
+                            const PageKeys<kThreads, kPer>& pages, int64_t at, PrefillRankShared<kThreads, kPer>& s) {
   uint32_t* words = a.tiers + at * a.tier_words;
+  const int first_word = pages.base / 16, end_word = first_word + (pages.end - pages.base + 31) / 32 * 2;
   int promoted = 0, wanted = 0;
-  for (int w = 2 * warp_id(); w < a.tier_words; w += 2 * kWarps) {
-    const int page = w * 16 + lane_id();
-    Verdict v = {Tier::none, false, false};
-    if (page >= c.first && page < c.end)
-      v = judge(a.how, c, cut, page, keys ? keys[page - c.first] : c.forced(page) ? kForcedKey : 1);
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+    if (!pages.any(i)) continue;
+    const Verdict v = judge(a.how, c, cut, pages.page(i), pages.key[i]);
     promoted += __popc(__ballot_sync(kAll, v.listed));
     wanted += __popc(__ballot_sync(kAll, v.wanted));
     const uint32_t code = static_cast<uint32_t>(v.tier) << lane_id() % 16 * 2;
     const uint32_t low = __reduce_or_sync(kAll, lane_id() < 16 ? code : 0);
     const uint32_t high = __reduce_or_sync(kAll, lane_id() < 16 ? 0 : code);
-    if (lane_id() < 2 && w + lane_id() < a.tier_words) words[w + lane_id()] = lane_id() ? high : low;
+    const int word = pages.page(i) / 32 * 2 + lane_id();
+    if (lane_id() < 2 && word < min(end_word, a.tier_words)) words[word] = lane_id() ? high : low;
   }
+  for (int w = static_cast<int>(threadIdx.x); w < a.tier_words; w += kThreads)
+    if (w < first_word || w >= end_word) words[w] = 0;
   if (lane_id() == 0) {
     s.counts[warp_id()][0] = promoted;
     s.counts[warp_id()][1] = wanted;
@@ -97,14 +104,16 @@ __device__ void write_tiers(const PrefillRankArgs& a, const Candidates& c, const
   __syncthreads();
   if (threadIdx.x < 2) {
     int sum = 0;
-    for (int w = 0; w < kWarps; ++w) sum += s.counts[w][threadIdx.x];
+    for (const auto& of_warp : s.counts) sum += of_warp[threadIdx.x];
     a.counts[at * 2 + threadIdx.x] = sum;
   }
 }
 
-template <int kSteps>
-__global__ __launch_bounds__(kThreads, 2) void rank_prefill_kernel(const __grid_constant__ PrefillRankArgs a) {
-  __shared__ PrefillRankShared s;
+template <int kSteps, int kThreads, int kPer>
+__global__ __launch_bounds__(kThreads,
+                             512 / kThreads) void rank_prefill_kernel(const __grid_constant__ PrefillRankArgs a) {
+  constexpr int kWarps = kThreads / 32;
+  __shared__ PrefillRankShared<kThreads, kPer> s;
   extern __shared__ float memory[];
   let_next_kernel_start();
   wait_for_previous_kernel();
@@ -123,7 +132,9 @@ __global__ __launch_bounds__(kThreads, 2) void rank_prefill_kernel(const __grid_
   constexpr int kStride = Tile<kSteps>::kStride;
   float* partial = memory;
   const Tile<kSteps> tile{partial + kWarps * kStride};
-  float* scores = tile.q + static_cast<int>(round_up(a.heads_at_once, 4)) * kStride;
+  const Planes<kSteps> planes{
+      reinterpret_cast<__half*>(tile.q + static_cast<int>(round_up(a.heads_at_once, 4)) * kStride)};
+  float* scores = reinterpret_cast<float*>(planes.q) + planes.bytes(a.heads_at_once) / 4;
   for (int h0 = 0; h0 < a.shape.group; h0 += a.heads_at_once) {
     const int heads = min(a.heads_at_once, a.shape.group - h0);
     unsigned valid = 0;  // heads with a finite row
@@ -133,21 +144,32 @@ __global__ __launch_bounds__(kThreads, 2) void rank_prefill_kernel(const __grid_
         const int64_t row = a.batch.first_row[i] + first - offset;
         if (average(a.q, row, end - first, head, a.shape.d, tile, h, partial, s) > 0) valid |= 1u << h;
       }
-      const auto emit = [&](int, int p, int row, float sum) {
-        if (row < heads && p < c.end && lane_id() % 2 == 0)
+      for (int h = warp_id(); h < heads; h += kWarps) {
+        RowInWarp<kSteps> mean;
+        mean.load(tile, h);
+        const float planes_scale = planes.write(h, mean), norm = mean.norm();
+        if (lane_id() == 0) {
+          s.scale[h] = planes_scale;
+          s.norm[h] = norm;
+        }
+      }
+      __syncthreads();
+      const auto prepare = [] {};
+      const auto emit = [&](int p, int row, float sum) {
+        if (row < heads && p < c.end)
           scores[row * a.max_seen + p - c.first] = valid >> row & 1 ? sum * scale : -INFINITY;
       };
-      const auto done = [](int, int) {};
+      const auto emit_mean = [&](int p, int row, float sum) {
+        if (row < heads) emit(p, row, sum * s.scale[row]);
+      };
+      const auto done = [](int) {};
       const PageChunks pages{c.first, c.end, n, n};
       if (a.how.policy == Policy::block_mean)
-        for_each_product<MeanProduct, 8 / kSteps>(
-            summaries, a.cache.canonical, scale, pages, tile, heads, [] {}, emit, done);
+        for_each_mean_product(summaries, a.cache.canonical, pages, planes, heads, prepare, emit_mean, done);
       if (a.how.policy == Policy::quest)
-        for_each_product<QuestProduct, 4 / kSteps>(
-            summaries, a.cache.canonical, scale, pages, tile, heads, [] {}, emit, done);
+        for_each_product<QuestProduct>(summaries, a.cache.canonical, scale, pages, tile, heads, prepare, emit, done);
       if (a.how.policy == Policy::second_moment)
-        for_each_product<MomentProduct, 4 / kSteps>(
-            summaries, a.cache.canonical, scale, pages, tile, heads, [] {}, emit, done);
+        for_each_product<MomentProduct>(summaries, a.cache.canonical, scale, pages, tile, heads, prepare, emit, done);
       if (a.how.policy == Policy::recent)
         for (int h = 0; h < heads; ++h)
           for (int p = static_cast<int>(threadIdx.x); p < n; p += kThreads)
@@ -155,16 +177,15 @@ __global__ __launch_bounds__(kThreads, 2) void rank_prefill_kernel(const __grid_
     }
     for (int h = 0; h < heads; ++h) {
       __syncthreads();  // the scores are there, and the head before is done with s
-      float* score = scores + h * a.max_seen;
-      uint32_t* keys = a.how.ranks ? reinterpret_cast<uint32_t*>(score) : nullptr;
+      PageKeys<kThreads, kPer> pages(c);
       Cut cut = Cut::none();
       if (a.how.ranks) {
-        const float q_norm = valid >> h & 1 ? row_norm(tile, h) : 0.0f;
         if (threadIdx.x == 0) s.choose.need = pages_wanted(a.how, c);
-        cut = choose(a.how, c, score, keys, q_norm, summaries, s.choose);
+        const float q_norm = valid >> h & 1 ? s.norm[h] : 0.0f;
+        cut = choose(a.how, c, scores + h * a.max_seen, q_norm, summaries, pages, s.choose);
       }
       const int head = g * a.shape.group + h0 + h;
-      write_tiers(a, c, cut, keys, (i * a.shape.h_q + head) * a.max_blocks + block, s);
+      write_tiers(a, c, cut, pages, (i * a.shape.h_q + head) * a.max_blocks + block, s);
     }
     __syncthreads();
   }
@@ -174,22 +195,26 @@ __global__ __launch_bounds__(kThreads, 2) void rank_prefill_kernel(const __grid_
 
 cudaError_t launch_rank_prefill(const PrefillParams& p, cudaStream_t stream) {
   if (p.tiers_given || p.batch.b == 0) return cudaSuccess;
-  const int64_t seen = p.shape.window > 0 ? (p.shape.window + kPageTokens) / kPageTokens * (p.shape.causal ? 1 : 2) + 2
-                                          : p.cache.max_pages;
+  const int64_t in_window = p.shape.window + kPageTokens;  // tokens that a block sees, or half of them
+  const int64_t seen = p.shape.window > 0 ? in_window / kPageTokens * (p.shape.causal ? 1 : 2) + 2 : p.cache.max_pages;
   PrefillRankArgs args = {p.cache,      p.batch,      p.shape, p.q, choosing(p.method, p.shape, p.shape.causal),
                           p.max_blocks, p.tier_words, 0,       0,   p.tiers,
                           p.counts};
   args.max_seen = static_cast<int>(std::min<int64_t>(seen, p.cache.max_pages));
   const int head_bytes = std::max(1, args.max_seen) * static_cast<int>(sizeof(float));
-  args.heads_at_once = std::clamp(kScoreBytes / head_bytes, 1, std::min(p.shape.group, 16));
-  const bool wide = p.shape.d > 128;
+  args.heads_at_once = std::clamp(kScoreBytes / head_bytes, 1, std::min(p.shape.group, kHeads));
+  const bool wide = p.shape.d > 128, few = args.max_seen + 31 <= 8 * 256;  // pages; the first strip may begin before
+  const auto kernel = few    ? wide ? rank_prefill_kernel<4, 256, 8> : rank_prefill_kernel<2, 256, 8>
+                         : wide ? rank_prefill_kernel<4, 1024, 16>
+                             : rank_prefill_kernel<2, 1024, 16>;
+  const int threads = few ? 256 : 1024;
   const int row_bytes = (wide ? 256 : 128) * static_cast<int>(sizeof(float));
-  const int shared =
-      (kWarps + static_cast<int>(round_up(args.heads_at_once, 4))) * row_bytes + args.heads_at_once * head_bytes;
-  const auto kernel = wide ? rank_prefill_kernel<4> : rank_prefill_kernel<2>;
+  const int plane_bytes = wide ? Planes<4>::bytes(args.heads_at_once) : Planes<2>::bytes(args.heads_at_once);
+  const int shared = (threads / 32 + static_cast<int>(round_up(args.heads_at_once, 4))) * row_bytes + plane_bytes +
+                     args.heads_at_once * head_bytes;
   const dim3 grid(static_cast<unsigned>(p.max_blocks), static_cast<unsigned>(p.shape.h_kv),
                   static_cast<unsigned>(p.batch.b));
-  return launch_early(kernel, grid, kThreads, shared, stream, args);
+  return launch_early(kernel, grid, threads, shared, stream, args);
 }
 
 }  // namespace thriftattn::cuda

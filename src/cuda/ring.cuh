@@ -1,7 +1,6 @@
-// A warp's ring of shared-memory slots that asynchronous copies fill: a record by one bulk copy from sm_90, by 16 bytes
-// a lane before, and a few bytes beside it by 16 at a time (cp.async). A slot's barrier counts both. A slot is filled
-// again as soon as the warp has read it, so the copies of the next items are always under way. Warps share nothing and
-// never wait for one another.
+// A warp's ring of shared-memory slots that asynchronous copies fill: one bulk copy from sm_90, whose bytes the slot's
+// barrier counts; 16 bytes a lane before (cp.async). A slot is filled again as soon as the warp has read it, so the
+// copies of the next items are always under way. Warps share nothing and never wait for one another.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +8,18 @@
 namespace thriftattn::cuda {
 
 inline constexpr uint32_t kRingSlots = 2;  // a power of two
+
+__device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// 4 or 16 bytes by one lane, there when copies_done() has returned in that lane.
+template <int bytes>
+__device__ void copy_async(uint32_t to, const void* from) {
+  if constexpr (bytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ inline void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 class Ring {
  public:
@@ -26,46 +37,32 @@ class Ring {
     __syncwarp();
   }
 
-  // The slot to fill next. All lanes of the warp have read what it held: a __syncwarp() stands between.
-  __device__ uint8_t* fill_slot() const { return slots_ + fill_ % kRingSlots * slot_bytes_; }
-
-  // To fill a slot, one lane, the leader, copies what stands beside the record; then the whole warp calls fill(), which
-  // copies the leader's record to the front of the slot, or nothing. Both ends of a copy are aligned to 16 bytes, of
-  // which it moves a multiple.
-  __device__ void copy_beside(int to, const void* from) const {
-    copy_16(shared_address(fill_slot()) + to, static_cast<const uint8_t*>(from));
-  }
-  __device__ void fill(bool is_leader, const uint8_t* record, int bytes) {
-    const uint32_t to = shared_address(fill_slot()), barrier = barriers_ + 8 * (fill_ % kRingSlots);
+  // Fills the next slot, or leaves it empty where bytes = 0, by the whole warp, which has read what it held. `from` is
+  // lane `leader`'s; it and bytes are multiples of 16.
+  __device__ void fill(int leader, const uint8_t* from, int bytes) {
+    const uint32_t slot = fill_++ % kRingSlots, barrier = barriers_ + 8 * slot;
+    const uint32_t to = shared_address(slots_ + slot * slot_bytes_);
 #if __CUDA_ARCH__ >= 900
-    if (is_leader) {
+    if (static_cast<int>(threadIdx.x % 32) == leader) {
       asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
       if (bytes > 0)
         asm volatile(
             "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-            "l"(record), "r"(bytes), "r"(barrier)
+            "l"(from), "r"(bytes), "r"(barrier)
             : "memory");
-      asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
     }
 #else
-    const int leader = __ffs(__ballot_sync(~0u, is_leader)) - 1;
-    record = reinterpret_cast<const uint8_t*>(__shfl_sync(~0u, reinterpret_cast<unsigned long long>(record), leader));
-    for (int i = threadIdx.x % 32 * 16; i < bytes; i += 512) copy_16(to + i, record + i);
+    from = reinterpret_cast<const uint8_t*>(__shfl_sync(~0u, reinterpret_cast<unsigned long long>(from), leader));
+    for (int i = threadIdx.x % 32 * 16; i < bytes; i += 512) copy_async<16>(to + i, from + i);
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 #endif
-    ++fill_;
   }
 
   // Waits for the next slot to read, or for the one after it.
   __device__ const uint8_t* wait(uint32_t ahead = 0) const {
     const uint32_t n = read_ + ahead, slot = n % kRingSlots;
-    uint32_t done;
-    do {
-      asm volatile("{.reg .pred p;\n mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;}"
-                   : "=r"(done)
-                   : "r"(barriers_ + 8 * slot), "r"(n / kRingSlots % 2)
-                   : "memory");
-    } while (!done);
+    while (!is_full(barriers_ + 8 * slot, n / kRingSlots % 2)) {
+    }
     return slots_ + slot * slot_bytes_;
   }
   // The warp has read `n` slots.
@@ -75,18 +72,27 @@ class Ring {
   }
 
  private:
+  __device__ static bool is_full(uint32_t barrier, uint32_t phase) {
+    uint32_t full;
 #if __CUDA_ARCH__ >= 900
-  static constexpr int kArrivals = 2;  // the leader's, of the bulk copy and of the others
+    asm volatile("{.reg .pred p;\n mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;}"
+                 : "=r"(full)
+                 : "r"(barrier), "r"(phase)
+                 : "memory");
+#else
+    asm volatile("{.reg .pred p;\n mbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;}"
+                 : "=r"(full)
+                 : "r"(barrier), "r"(phase)
+                 : "memory");
+#endif
+    return full != 0;
+  }
+
+#if __CUDA_ARCH__ >= 900
+  static constexpr int kArrivals = 1;
 #else
   static constexpr int kArrivals = 32;
 #endif
-  __device__ static uint32_t shared_address(const void* p) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-  }
-  __device__ static void copy_16(uint32_t to, const uint8_t* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-  }
-
   uint8_t* slots_;
   uint32_t slot_bytes_;
   uint32_t barriers_;

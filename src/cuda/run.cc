@@ -197,7 +197,8 @@ class Launch {
     f.tier_words = tier_words(p_);
     f.tiers_given = w_.given;
     f.counts = w_.pointer<int32_t>(w_.at.block_counts);
-    f.scratch = w_.pointer<float>(w_.at.scratch);
+    f.high_room = prefill_high_room(p_);
+    f.scratch = w_.pointer<void>(w_.at.scratch);
     return f;
   }
 

@@ -583,6 +583,7 @@ TEST_F(CudaCache, RefusesWhatItCannotServe) {
   refused(good, {1, 0, 0, 1}, 0, Code::invalid_argument, "max_tokens 0");
   refused(good, {1, 1000, -1, 1}, 0, Code::invalid_argument, "pages -1");
   refused(good, {1, 1000, 0, 0}, 0, Code::invalid_argument, "max_append 0");
+  refused(good, {1 << 16, 1000, 0, 1}, 0, Code::invalid_argument, "max_sequences 65536");
   refused(good, size, 99, Code::not_found, "GPU 99");
   c = good;
   c.layers = 1 << 30;

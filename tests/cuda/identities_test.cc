@@ -188,18 +188,6 @@ TEST_P(GpuIdentity, PagesMayLieAnywhereInMemory) {
   }
 }
 
-TEST_P(GpuIdentity, TokenWiseEqualsBulkAppend) {
-  for (const char* spec : {"thrift", "fp16", "fp4:format=mxfp4", "topk"}) {
-    GpuSession bulk = session(spec, tokens_), single(method(spec), tokens_);
-    while (single.length() < tokens_.s - rows()) {
-      single.append(1);
-      single.end_step();
-    }
-    single.append(rows());
-    EXPECT_EQ(bulk.attend(call()).out, single.attend(call()).out) << spec;
-  }
-}
-
 TEST_P(GpuIdentity, RepeatedHeadsEqualGroupedHeads) {
   const int h_q = setting().h_q, h_kv = setting().h_kv, group = h_q / h_kv;
   Tokens wide = tokens_;
@@ -259,6 +247,28 @@ TEST_P(GpuIdentity, TheNumberOfSplitsOnlyReordersSums) {
       const Ran parts = s.attend(many);
       EXPECT_LE(distance(parts.out, whole.out, tokens_), kReordered) << spec << ", " << splits;
       for (size_t i = 0; i < whole.lse.size(); ++i) ASSERT_NEAR(parts.lse[i], whole.lse[i], 1e-3) << spec;
+    }
+  }
+}
+
+TEST(GpuChunks, TokenWiseEqualsBulkAppend) {
+  SKIP_WITHOUT_GPU();
+  for (const Setting& setting : {kSettings[0], kSettings[2]}) {
+    const Tokens tokens = attention_like({setting.h_q, setting.h_kv, setting.d, setting.d_v}, 150);
+    for (const char* spec : {"thrift", "fp16", "fp4:format=mxfp4", "topk"}) {
+      GpuSession bulk(method(spec), tokens), single(method(spec), tokens);
+      bulk.append(tokens.s - 1);
+      bulk.end_step();
+      bulk.append(1);
+      for (int64_t t = 0; t < tokens.s; ++t) {
+        if (t > 0) single.end_step();
+        single.append(1);
+      }
+      for (const Phase phase : {Phase::decode, Phase::prefill}) {
+        Call call;
+        call.phase = phase;
+        EXPECT_EQ(bulk.attend(call).out, single.attend(call).out) << setting.name << ", " << spec;
+      }
     }
   }
 }

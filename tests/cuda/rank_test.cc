@@ -479,7 +479,7 @@ void expect_products(const World& w, const DeviceBatch& on, const Ranked& r, con
         worst = std::isfinite(error) ? std::max(worst, error) : INFINITY;
       }
   }
-  EXPECT_LE(worst, 1e-6) << what;
+  EXPECT_LE(worst, 3e-6) << what;  // tensor cores cut sums off at 24 bits
 }
 
 void expect_decode(const Scene& scene) {
