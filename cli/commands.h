@@ -23,9 +23,10 @@ struct Command {
 
 // What every command needs to run a model.
 struct RunOptions {
-  std::string model;    // folder: config.json, safetensors, tokenizer.json
-  std::string compute;  // f32, bf16, or empty: bf16 where the processor has it
-  int threads = 0;      // 0 = the processors this process may use
+  std::string model;           // folder: config.json, safetensors, tokenizer.json
+  std::string compute;         // f32, bf16, or empty: bf16 where the processor has it
+  std::string device = "cpu";  // cpu, cuda (= cuda:0) or cuda:N
+  int threads = 0;             // 0 = the processors this process may use
   uint64_t seed = 0;
 };
 
@@ -86,9 +87,23 @@ struct BenchOptions {
   int rounds = 1;               // over all methods
 };
 
+struct BenchModelOptions {
+  std::string shape;  // of a model that is drawn ...
+  bool random_weights = false;
+  std::string model;  // ... or a folder
+  int64_t context = 131072;
+  int batch = 1;
+  std::vector<std::string> methods = {"fp16", "thrift"};
+  std::string compute = "bf16", device = "cuda";
+  int steps = 32, rounds = 1;
+  uint32_t seed = 0;
+  std::string json;  // as in eval
+};
+
 Command add_doctor(CLI::App* app);
 Command add_inspect(CLI::App* app);
 Command add_bench(CLI::App* app);
+Command add_bench_model(CLI::App* app);  // after add_bench, whose command it belongs to
 Command add_completion(CLI::App* app);
 
 // What this machine has and what would run on it.

@@ -9,7 +9,7 @@
 
 #include "commands.h"
 #include "input.h"
-#include "model/nll.h"
+#include "model/sequence.h"
 #include "progress.h"
 #include "report.h"
 #include "runner.h"
@@ -33,33 +33,28 @@ std::vector<Bucket> by_position(std::span<const float> losses) {
 }
 
 // Reads tokens[0, n) in steps of `step` and scores the predictions of tokens[1, n].
-Result<Figures> read_and_score(model::Session* session, ThreadPool* pool, std::span<const int32_t> tokens, int64_t step,
-                               Phase phase, Progress* progress) {
+Result<Figures> read_and_score(model::Sequence* sequence, const model::Schedule& schedule,
+                               std::span<const int32_t> tokens, int64_t step, Phase phase, Progress* progress) {
   const int64_t n = std::ssize(tokens) - 1;
   const auto begin = std::chrono::steady_clock::now();
   std::vector<float> losses(n);
-  const SeqId seq = session->new_sequence();
   for (int64_t from = 0; from < n; from += step) {
     const int64_t count = std::min(step, n - from);
-    const auto score = [&](int64_t first, int64_t rows, const float* logits) {
-      model::nll(logits, session->vocab(), tokens.subspan(from + first + 1, rows),
-                 std::span(losses).subspan(from + first, rows), *pool);
-    };
+    const model::Wanted wanted{tokens.subspan(from + 1, count), std::span(losses).subspan(from, count)};
     const auto advance = [&](double fraction) {
       return progress->update((static_cast<double>(from) + fraction * static_cast<double>(count)) /
                               static_cast<double>(n));
     };
-    THRIFTATTN_RETURN_IF_ERROR(
-        session->forward(seq, tokens.subspan(from, count), phase, model::LogitRows::all, score, advance));
+    THRIFTATTN_RETURN_IF_ERROR(sequence->read(tokens.subspan(from, count), phase, wanted, advance));
   }
   Figures figures;
   figures.tokens = n;
   for (const float loss : losses) figures.nll += loss;
   figures.nll /= static_cast<double>(n);
   figures.nll_by_position = by_position(losses);
-  const Stats& stats = session->stats();
-  figures.share_promoted = share_promoted(session->schedule(), stats.promoted, stats.pairs);
-  figures.kv_bytes_per_token = static_cast<double>(session->cache().bytes().total()) / static_cast<double>(n);
+  const Stats stats = sequence->stats();
+  figures.share_promoted = share_promoted(schedule, stats.promoted, stats.pairs);
+  figures.kv_bytes_per_token = static_cast<double>(sequence->cache_bytes()) / static_cast<double>(n);
   figures.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   return figures;
 }
@@ -110,10 +105,9 @@ Status eval_texts(const EvalOptions& options) {
       }
       progress.begin(fmt::format("{}, {} ({} of {})", options.texts[t], row.name, t * report.rows.size() + r + 1,
                                  tokens.size() * report.rows.size()));
-      THRIFTATTN_ASSIGN_OR_RETURN(session,
-                                  model::Session::create(*runner.model, row.schedule, session_options, *runner.pool));
+      THRIFTATTN_ASSIGN_OR_RETURN(sequence, runner.open(row.schedule, session_options));
       THRIFTATTN_ASSIGN_OR_RETURN(figures,
-                                  read_and_score(&session, runner.pool.get(), tokens[t], session_options.max_step,
+                                  read_and_score(sequence.get(), row.schedule, tokens[t], session_options.max_step,
                                                  decode ? Phase::decode : Phase::prefill, &progress));
       row.texts.push_back(std::move(figures));
     }

@@ -80,6 +80,7 @@ void add_run_options(CLI::App* command, RunOptions* run) {
   command
       ->add_option("--compute", run->compute, "type of the model's products; default bf16 where the processor has it")
       ->check(CLI::IsMember({"f32", "bf16"}));
+  command->add_option("--device", run->device, "cpu, cuda or cuda:N: where the model runs")->capture_default_str();
   command->add_option("--threads", run->threads, "0 = all processors")
       ->check(CLI::Range(0, 1024))
       ->capture_default_str();
@@ -109,9 +110,11 @@ int run(int argc, char** argv) {
       eval_command->add_option("--context", eval.context, "predictions per text: BOS and the first N-1 tokens are read")
           ->check(CLI::Range(int64_t{1}, int64_t{1} << 24))
           ->capture_default_str();
-  eval_command
-      ->add_option("--method", eval.methods, "name[:key=value,...], or @FILE: a schedule; missing references are added")
-      ->capture_default_str();
+  const CLI::Option* methods =
+      eval_command
+          ->add_option("--method", eval.methods,
+                       "name[:key=value,...], or @FILE: a schedule; missing references are added")
+          ->capture_default_str();
   CLI::Option* chunk =
       eval_command
           ->add_option("--decode-chunk", eval.decode_chunk,
@@ -168,7 +171,8 @@ int run(int argc, char** argv) {
   generate_command->footer(
       "Example: thriftattn generate --model models/pocket-8m --prompt-file prompt.txt --max-tokens 64 --method thrift");
 
-  const Command commands[] = {add_doctor(&app), add_inspect(&app), add_bench(&app), add_completion(&app)};
+  const Command commands[] = {add_doctor(&app), add_inspect(&app), add_bench(&app), add_bench_model(&app),
+                              add_completion(&app)};
 
   try {
     app.parse(argc, argv);
@@ -192,6 +196,7 @@ int run(int argc, char** argv) {
 
   Status status;
   if (eval_command->parsed()) {
+    if (methods->empty() && eval.run.device != "cpu") eval.methods = {"fp16", "fp4", "thrift"};  // kv4, as GPUs have
     if (text->empty() && questions->empty()) return fail(2, "eval needs --text FILE... or --questions FILE.jsonl");
     status = questions->empty() ? eval_texts(eval) : eval_questions(eval);
   } else if (generate_command->parsed()) {

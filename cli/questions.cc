@@ -110,6 +110,14 @@ Figures figures_of(const model::Schedule& schedule, const Score& score) {
 }  // namespace
 
 Status eval_questions(const EvalOptions& options) {
+  THRIFTATTN_ASSIGN_OR_RETURN(gpu, parse_device(options.run.device));
+  if (gpu) {
+    return unsupported(
+        fmt::format("--questions is not supported with --device {}: every question continues a fork of its context, "
+                    "and a cache on a "
+                    "GPU has no forks; --device cpu is",
+                    options.run.device));
+  }
   Report report;
   report.model = options.run.model;
   report.questions = true;

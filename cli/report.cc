@@ -270,6 +270,16 @@ Status set_rows(const std::vector<std::string>& specs, Report* report) {
   return {};
 }
 
+void leave_out(Report* report, size_t row) {
+  const auto gone = static_cast<int>(row);
+  report->rows.erase(report->rows.begin() + gone);
+  const auto shift = [gone](int& index) { index = index == gone ? -1 : index > gone ? index - 1 : index; };
+  shift(report->fp16);
+  for (Row& other : report->rows) {
+    for (int* index : {&other.fp4, &other.like, &other.twin}) shift(*index);
+  }
+}
+
 void compare(Report* report) {
   for (Row& row : report->rows) row.mean = mean_of(row.texts);
   for (size_t t = 0; t < report->texts.size(); ++t) {
@@ -286,8 +296,9 @@ std::string table(const Report& report) {
   if (report.context) out += fmt::format(", context {}", *report.context);
   if (report.decode_chunk) out += fmt::format(" in steps of {}", report.decode_chunk);
   if (report.prefill) out += fmt::format(", contexts read by {}", *report.prefill);
-  out += fmt::format("; {} products, {} attention, {} threads on {}\n", machine.compute, machine.target,
-                     machine.threads, machine.cpu);
+  const std::string where =
+      machine.gpu.empty() ? fmt::format("{} threads on {}", machine.threads, machine.cpu) : machine.gpu;
+  out += fmt::format("; {} products, {} attention, {}\n", machine.compute, machine.target, where);
   for (size_t t = 0; t < report.texts.size(); ++t) {
     out += fmt::format("\n{}\n", report.texts[t]) +
            block(report, [t](const Row& row) -> const Figures& { return row.texts[t]; });
@@ -315,6 +326,7 @@ std::string json(const Report& report) {
   object["seed"] = report.seed;
   object["machine"] = {{"cpu", machine.cpu},       {"cores", machine.cores},     {"threads", machine.threads},
                        {"target", machine.target}, {"compute", machine.compute}, {"compiler", machine.compiler}};
+  if (!machine.gpu.empty()) object["machine"]["gpu"] = machine.gpu;
   object["rows"] = Json::array();
   for (size_t t = 0; t < report.texts.size(); ++t) {
     for (const Row& row : report.rows) {

@@ -58,6 +58,7 @@ struct MachineInfo {
   int threads = 0;       // threads used
   std::string target;    // instruction set of the attention kernels
   std::string compute;   // f32 or bf16: the model's matrix products
+  std::string gpu;       // the GPU's name where the model runs on one
   std::string compiler;  // with its version
 };
 
@@ -89,6 +90,9 @@ Result<model::Schedule> parse_schedule(const std::string& spec, const std::strin
 // Sets the rows of `specs` for the report's model in the order given, equal methods once, then the references that are
 // missing: fp16, paper-fp4 and for each method that reads FP4 the fp4 that is like it. Errors are parse_schedule's.
 Status set_rows(const std::vector<std::string>& specs, Report* report);
+
+// Takes a row that nothing needs but comparisons out of the report: what was compared with it has no such figure.
+void leave_out(Report* report, size_t row);
 
 // Fills delta_nll, recovery and recovery_like of every row, and the means. A mean recovery is a ratio of means,
 // 1 - mean(delta_nll) / mean(delta_nll of the reference), so that a text on which FP4 costs next to nothing does not

@@ -40,12 +40,13 @@ if wants build; then
   command -v ninja > /dev/null && generator=(-G Ninja)
   cmake -S . -B "$BUILD" "${generator[@]}" -DCMAKE_BUILD_TYPE=Release -DTHRIFTATTN_CUDA=ON \
     -DTHRIFTATTN_CUDA_ARCHITECTURES="$ARCHITECTURES"
-  cmake --build "$BUILD" -j "$(nproc)" --target thriftattn_cli test_cuda
+  cmake --build "$BUILD" -j "$(nproc)" --target thriftattn_cli test_cuda test_model_cuda
 fi
 
 if wants test; then
   say "tests"
   timeout "$LIMIT" "$BUILD/tests/cuda/test_cuda" --gtest_brief=1
+  timeout "$LIMIT" "$BUILD/tests/test_model_cuda" --gtest_brief=1
 fi
 
 if wants sanitize; then
@@ -56,6 +57,8 @@ if wants sanitize; then
     say "compute-sanitizer $tool"
     timeout "$LIMIT" compute-sanitizer --tool "$tool" --error-exitcode 1 --print-limit 20 \
       "$BUILD/tests/cuda/test_cuda" --gtest_brief=1 --gtest_filter="${SANITIZE_FILTER:-$small}"
+    timeout "$LIMIT" compute-sanitizer --tool "$tool" --error-exitcode 1 --print-limit 20 \
+      "$BUILD/tests/test_model_cuda" --gtest_brief=1 --gtest_filter='Kernels.*-*Fill*'
   done
 fi
 
@@ -73,4 +76,8 @@ if wants bench; then
   run decode_b16 --batch 16 --s-kv 131072 --method "${methods[@]}"
   run prefill --phase prefill --s-kv 8192 32768 --method fp16 fp4 thrift
   "$BUILD/thriftattn" bench attention --device cuda --phase append --s-kv 131072 --s-q 512 --json "$BUILD/append.json"
+  for batch in 1 4; do
+    "$BUILD/thriftattn" bench model --shape llama3-8b --random-weights --context 131072 --batch "$batch" \
+      --method fp16 thrift thrift:policy=block_mean fp4 --rounds "$ROUNDS" --json "$BUILD/model_b$batch.json"
+  done
 fi

@@ -9,6 +9,7 @@
 #include "model/identity.h"
 #include "model/json_file.h"
 #include "model/layers.h"
+#include "model/plans.h"
 #include "model/weights.h"
 
 namespace thriftattn::model {
@@ -42,64 +43,18 @@ struct Activations {
   Buffer logits;
 };
 
-// A plan, or why there is none, and its scratch memory from the first use on.
-struct Planned {
-  Result<Plan> plan;
-  std::optional<Workspace> workspace;
-};
-
-// The KV heads of a layer that run under one plan.
-struct Part {
-  size_t plan;                // of PhasePlans::plans
-  std::vector<int> kv_heads;  // empty = all
-};
-
-// Everything of a phase: its distinct plans, and which of them each layer runs.
-struct PhasePlans {
-  std::vector<Planned> plans;
-  std::vector<std::vector<Part>> layers;
-
-  // The first layer's plan, or the first that is refused.
-  const Result<Plan>& first_or_refused() const {
-    const auto refused = std::find_if(plans.begin(), plans.end(), [](const Planned& p) { return !p.plan.ok(); });
-    return refused == plans.end() ? plans.front().plan : refused->plan;
-  }
-};
-
-// `problem` has all but the windows and the methods.
-PhasePlans plan_layers(const ModelConfig& c, const Schedule& schedule, Problem problem, const Machine& machine) {
-  PhasePlans out;
-  std::vector<std::pair<int64_t, Method>> kinds;  // window and method of the plans
-  for (int layer = 0; layer < c.layers; ++layer) {
-    const int64_t window = c.windows[layer];
-    problem.window = window < problem.max_s_kv ? window : 0;  // a window that holds everything is none
-    std::vector<Part> parts;
-    for (Schedule::Group& group : schedule.groups(layer)) {
-      problem.method = group.method;
-      const std::pair kind(problem.window, group.method);
-      const auto i = static_cast<size_t>(std::find(kinds.begin(), kinds.end(), kind) - kinds.begin());
-      if (i == kinds.size()) {
-        kinds.push_back(kind);
-        out.plans.push_back({thriftattn::plan(problem, machine), {}});
-      }
-      const bool all = std::ssize(group.kv_heads) == c.h_kv;
-      parts.push_back({i, all ? std::vector<int>() : std::move(group.kv_heads)});
-    }
-    out.layers.push_back(std::move(parts));
-  }
-  return out;
-}
+// The scratch memory of a phase's plans, each from the first use on.
+using Workspaces = std::vector<std::optional<Workspace>>;
 
 }  // namespace
 
 struct Session::State {
   const Model* model;
   ThreadPool* pool;
-  Schedule schedule, prefill_schedule;
-  int64_t max_tokens, max_step;
+  SessionPlan plan;
   Attention replaced;  // SessionOptions::attention
   KvCache cache;
-  PhasePlans prefill, decode;
+  Workspaces prefill, decode;
   std::vector<float> frequencies, local_frequencies;
   Stats stats = {};
   std::vector<std::vector<int32_t>> history = {};  // the tokens of every sequence
@@ -107,7 +62,7 @@ struct Session::State {
   Activations buffers = {};
 
   Result<Json> identity() const;
-  PhasePlans& of(Phase phase) { return phase == Phase::decode ? decode : prefill; }
+  Workspaces& of(Phase phase) { return phase == Phase::decode ? decode : prefill; }
   Status check_whole(SeqId seq) const;
   Status check(SeqId seq, std::span<const int32_t> tokens, Phase phase);
   Result<SeqId> adopt(SeqId seq, std::span<const int32_t> tokens);
@@ -201,12 +156,13 @@ Status Session::State::attend(Phase phase, const LayerStep& step) {
   args.out = step.out;
   args.sinks = sinks.empty() ? nullptr : sinks.data();
   args.stats = &stats;
-  for (const Part& part : of(phase).layers[step.layer]) {
-    Planned& at = of(phase).plans[part.plan];
+  const PhasePlans& plans = plan.of(phase);
+  for (const Part& part : plans.layers[step.layer]) {
+    const Plan& at = *plans.plans[part.plan];
     args.kv_heads = part.kv_heads;
     const int64_t pairs = stats.pairs, promoted = stats.promoted;
-    THRIFTATTN_RETURN_IF_ERROR(run(*at.plan, *at.workspace, *pool, args));
-    if (at.plan->problem.method.budget.kind == Budget::Kind::all) {
+    THRIFTATTN_RETURN_IF_ERROR(run(at, *of(phase)[part.plan], *pool, args));
+    if (at.problem.method.budget.kind == Budget::Kind::all) {
       stats.promoted = promoted + stats.pairs - pairs;
     }
   }
@@ -265,12 +221,13 @@ Result<SeqId> Session::State::adopt(SeqId seq, std::span<const int32_t> tokens) 
 Status Session::State::check(SeqId seq, std::span<const int32_t> tokens, Phase phase) {
   THRIFTATTN_RETURN_IF_ERROR(check_whole(seq));
   const int64_t n = std::ssize(tokens), past = cache.length(seq);
-  const int64_t limit = phase == Phase::decode ? std::min<int64_t>(max_step, kMaxDecodeRows) : max_step;
+  const int64_t limit = plan.most(phase);
   if (n < 1 || n > limit) {
     return invalid_argument(fmt::format("a step of {} tokens is not supported: 1 to {} are", n, limit));
   }
-  if (past + n > max_tokens) {
-    return invalid_argument(fmt::format("{} tokens after {} are more than the {} of the session", n, past, max_tokens));
+  if (past + n > plan.max_tokens) {
+    return invalid_argument(
+        fmt::format("{} tokens after {} are more than the {} of the session", n, past, plan.max_tokens));
   }
   for (const int32_t token : tokens) {
     if (token < 0 || token >= model->config().vocab) {
@@ -290,56 +247,13 @@ Result<Session> Session::create(const Model& model, const Method& method, const 
 Result<Session> Session::create(const Model& model, const Schedule& schedule, const SessionOptions& options,
                                 ThreadPool& pool) {
   const ModelConfig& c = model.config();
-  if (schedule.layers != c.layers || schedule.h_kv != c.h_kv) {
-    return invalid_argument(fmt::format("a schedule for {} layers of {} KV heads, the model has {} of {}",
-                                        schedule.layers, schedule.h_kv, c.layers, c.h_kv));
-  }
-  const int64_t max_tokens = options.max_tokens ? options.max_tokens : c.max_positions;
-  if (max_tokens < 1 || max_tokens > c.max_positions) {
-    return invalid_argument(
-        fmt::format("max_tokens {} is not supported: the model has {} positions", max_tokens, c.max_positions));
-  }
-  const int64_t max_step = options.max_step ? options.max_step : max_tokens;
-  if (max_step < 1 || max_step > max_tokens) {
-    return invalid_argument(fmt::format("max_step {} is not supported: 1 to max_tokens {} are", max_step, max_tokens));
-  }
-  const Schedule prefill_schedule =
-      options.prefill_method ? Schedule::uniform(*options.prefill_method, c.layers, c.h_kv) : schedule;
-  THRIFTATTN_ASSIGN_OR_RETURN(cache_config, schedule.cache_config(c.d, c.d_v));
-  THRIFTATTN_ASSIGN_OR_RETURN(prefill_needs, prefill_schedule.cache_config(c.d, c.d_v));
-  cache_config.mean |= prefill_needs.mean;
-  cache_config.min_max |= prefill_needs.min_max;
-  cache_config.variance |= prefill_needs.variance;
-  cache_config.max_bytes = options.max_cache_bytes;
-  Problem problem;
-  problem.max_s_kv = max_tokens;
-  problem.h_q = c.h_q;
-  problem.h_kv = c.h_kv;
-  problem.d = c.d;
-  problem.d_v = c.d_v;
-  problem.sm_scale = static_cast<float>(c.sm_scale);
-  problem.softcap = static_cast<float>(c.attention_softcap);
-  problem.cache = cache_config;
-  problem.stats = options.collect_stats;
-  problem.compute = model.compute() == Compute::bf16 ? DType::bf16 : DType::f32;
-  const Machine machine = Machine::here(pool.size());
-  const auto plan_phase = [&](Phase phase, const Schedule& of_phase, int64_t max_rows) {
-    problem.phase = phase;
-    problem.max_s_q = max_rows;
-    return plan_layers(c, of_phase, problem, machine);
-  };
-  PhasePlans prefill = plan_phase(Phase::prefill, prefill_schedule, max_step),
-             decode = plan_phase(Phase::decode, schedule, std::min<int64_t>(max_step, kMaxDecodeRows));
-  if (!prefill.first_or_refused().ok() && !decode.first_or_refused().ok() && !options.attention)
-    return prefill.first_or_refused().status();
-  THRIFTATTN_ASSIGN_OR_RETURN(cache, KvCache::create(cache_config));
+  THRIFTATTN_ASSIGN_OR_RETURN(plan, plan_session(c, schedule, options, model.compute(), Machine::here(pool.size())));
+  THRIFTATTN_ASSIGN_OR_RETURN(cache, KvCache::create(plan.cache));
+  Workspaces prefill(plan.prefill.plans.size()), decode(plan.decode.plans.size());
   return Session(std::unique_ptr<State>(new State{
       .model = &model,
       .pool = &pool,
-      .schedule = schedule,
-      .prefill_schedule = prefill_schedule,
-      .max_tokens = max_tokens,
-      .max_step = max_step,
+      .plan = std::move(plan),
       .replaced = options.attention,
       .cache = std::move(cache),
       .prefill = std::move(prefill),
@@ -356,14 +270,14 @@ Session::~Session() = default;
 
 Status Session::forward(SeqId seq, std::span<const int32_t> tokens, Phase phase, LogitRows rows, const LogitSink& sink,
                         const Advance& advance) {
-  PhasePlans& at = state_->of(phase);
+  const PhasePlans& at = state_->plan.of(phase);
   if (!at.first_or_refused().ok() && !state_->replaced) return at.first_or_refused().status();
   THRIFTATTN_RETURN_IF_ERROR(state_->check(seq, tokens, phase));
   try {
-    for (Planned& p : at.plans) {
-      if (p.workspace || !p.plan.ok()) continue;
-      THRIFTATTN_ASSIGN_OR_RETURN(workspace, Workspace::create(*p.plan));
-      p.workspace = std::move(workspace);
+    for (size_t i = 0; i < at.plans.size(); ++i) {
+      if (state_->of(phase)[i] || !at.plans[i].ok()) continue;
+      THRIFTATTN_ASSIGN_OR_RETURN(workspace, Workspace::create(*at.plans[i]));
+      state_->of(phase)[i] = std::move(workspace);
     }
     std::vector<int32_t>& all = state_->history[seq];
     const size_t length = all.size() + tokens.size();  // reserved now: what the cache has taken must be kept
@@ -387,8 +301,8 @@ Result<SeqId> Session::copy_from(const Session& other, SeqId seq) {
     return unsupported(
         fmt::format("copying from storage {} is not supported: high_only is", to_string(from.config().storage)));
   }
-  if (n > state_->max_tokens) {
-    return invalid_argument(fmt::format("{} tokens are more than the {} of the session", n, state_->max_tokens));
+  if (n > state_->plan.max_tokens) {
+    return invalid_argument(fmt::format("{} tokens are more than the {} of the session", n, state_->plan.max_tokens));
   }
   THRIFTATTN_ASSIGN_OR_RETURN(copy, state_->adopt(state_->cache.new_sequence(), other.tokens(seq)));
   const auto fill = [&]() -> Status {
@@ -446,8 +360,8 @@ Result<Json> Session::State::identity() const {
   THRIFTATTN_ASSIGN_OR_RETURN(id, model::identity(*model));
   return Json{{"model", id},
               {"compute", to_string(model->compute())},
-              {"method", model::to_string(schedule)},
-              {"prefill", model::to_string(prefill_schedule)}};
+              {"method", model::to_string(plan.schedule)},
+              {"prefill", model::to_string(plan.prefill_schedule)}};
 }
 
 Status Session::save(SeqId seq, const std::string& path) const {
@@ -482,9 +396,9 @@ Result<SeqId> Session::load(const std::string& path) {
     if (!list.is_array() || std::ssize(tokens) != saved.tokens) {
       return data_loss(fmt::format("{}: its metadata names {} tokens of {}", path, tokens.size(), saved.tokens));
     }
-    if (saved.tokens > state_->max_tokens) {
-      return invalid_argument(
-          fmt::format("{}: its {} tokens are more than the {} of the session", path, saved.tokens, state_->max_tokens));
+    if (saved.tokens > state_->plan.max_tokens) {
+      return invalid_argument(fmt::format("{}: its {} tokens are more than the {} of the session", path, saved.tokens,
+                                          state_->plan.max_tokens));
     }
     std::string loaded_metadata;
     THRIFTATTN_ASSIGN_OR_RETURN(seq, state_->cache.load(path, &loaded_metadata));
@@ -506,10 +420,10 @@ Status Session::free(SeqId seq) {
 
 int64_t Session::length(SeqId seq) const { return state_->cache.length(seq); }
 const Model& Session::model() const { return *state_->model; }
-const Schedule& Session::schedule() const { return state_->schedule; }
+const Schedule& Session::schedule() const { return state_->plan.schedule; }
 const KvCache& Session::cache() const { return state_->cache; }
 int64_t Session::vocab() const { return state_->model->config().vocab; }
-const Result<Plan>& Session::plan(Phase phase) const { return state_->of(phase).first_or_refused(); }
+const Result<Plan>& Session::plan(Phase phase) const { return state_->plan.of(phase).first_or_refused(); }
 const Stats& Session::stats() const { return state_->stats; }
 
 }  // namespace thriftattn::model

@@ -36,6 +36,7 @@ using Attention = std::function<Status(const LayerStep&)>;
 struct SessionOptions {
   int64_t max_tokens = 0;  // of one sequence; 0 = the model's positions
   int64_t max_step = 0;    // tokens of one forward; 0 = max_tokens
+  int64_t max_decode = 0;  // tokens of one forward in Phase::decode; 0 = as many as max_step and a decode step allow
   // For Phase::prefill, over the cache that the session's method needs; none = the session's method.
   std::optional<Method> prefill_method = {};
   int64_t max_cache_bytes = 0;  // 0 = no limit
@@ -73,7 +74,7 @@ class Session {
   Status free(SeqId seq);
   int64_t length(SeqId seq) const;  // tokens; -1 for an unknown sequence
 
-  // Appends `tokens` to a sequence: 1 to max_step of them, at most kMaxDecodeRows in Phase::decode, each below vocab().
+  // Appends `tokens` to a sequence: 1 to max_step of them, to max_decode in Phase::decode, each below vocab().
   // Refused, with nothing appended, where they are not. After any later error, Code::cancelled included, the sequence
   // can only be freed: what else it is asked for is refused.
   Status forward(SeqId seq, std::span<const int32_t> tokens, Phase phase, LogitRows rows, const LogitSink& sink,

@@ -63,6 +63,14 @@ class BadInput(Case):
             self.refused([word], "eval", "--model", MODEL, "--text", text, "--context", 64, "--method", spec)
             self.refused([word], "generate", "--model", MODEL, "--prompt", "Once", "--method", spec)
 
+    def test_devices(self):
+        text, questions = self.file("text.txt", prose(200)), self.file("questions.jsonl", "")
+        for device in ("cudax", "cuda:", "cuda:-1", "cuda:1x", "gpu"):
+            for arguments in (("eval", "--text", text, "--context", 64), ("generate", "--prompt", "Once")):
+                self.refused([f"--device {device}", "cuda:N"], *arguments, "--model", MODEL, "--device", device)
+        self.refused([], "generate", "--prompt", "Once", "--model", MODEL, "--device", "cuda:99")
+        self.refused(["--questions", "fork"], "eval", "--questions", questions, "--model", MODEL, "--device", "cuda")
+
     def test_models(self):
         text = self.file("text.txt", prose(200))
         for arguments in (("eval", "--text", text, "--context", 64), ("generate", "--prompt", "Once")):

@@ -129,6 +129,14 @@ class Bench(program.Case):
             self.assertIn(row["method"], table)
         return found["rows"]
 
+    def test_model_refuses_what_names_no_model_or_no_gpu(self):
+        self.refused(["--model", "--shape"], "bench", "model")
+        self.refused(["--model", "--shape"], "bench", "model", "--shape", "llama3-8b", "--model", MODEL)
+        self.refused(["--random-weights"], "bench", "model", "--shape", "llama3-8b")
+        self.refused(["llama3-9b", "llama3-8b"], "bench", "model", "--shape", "llama3-9b")
+        self.refused(["cpu"], "bench", "model", "--model", MODEL, "--device", "cpu")
+        self.refused(["magic"], "bench", "model", "--model", MODEL, "--method", "magic")
+
     def test_decode(self):
         fp16, fp4 = self.rows("--method", "fp16", "fp4")
         self.assertEqual(fp16["flops"], 4 * 4 * 64 * 300, "2 d for a score, 2 d for a value")
