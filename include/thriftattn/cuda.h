@@ -8,9 +8,9 @@
 //       run(plan, workspace, {cache, layer, q, out, ...}, stream)
 //   cache.end_step(stream)                      the 16-bit copies that only the step needed may be overwritten
 //
-// All calls between set_batch and the next one launch kernels on the caller's stream and nothing else: no allocation, no
-// synchronisation, no copy from the host. So begin_step .. end_step can be captured in a CUDA graph, whose replays go on
-// step after step while the sequences grow, as far as pages were reserved for them.
+// All calls between set_batch and the next one launch kernels on the caller's stream and nothing else: no allocation,
+// no synchronisation, no copy from the host. So begin_step .. end_step can be captured in a CUDA graph, whose replays
+// go on step after step while the sequences grow, as far as pages were reserved for them.
 //
 // In a build without CUDA every function here returns Code::unsupported.
 #pragma once
@@ -45,7 +45,7 @@ struct CacheSize {
 
 // What a step could not do; sticky until cleared.
 struct Faults {
-  bool no_pages = false;    // a sequence had no page reserved for its new tokens: nothing of that step was appended to it
+  bool no_pages = false;  // a sequence had no page reserved for its new tokens: nothing of that step was appended to it
   bool not_finite = false;  // a NaN, an Inf or a value beyond 65504 came in: its page gives NaN
   explicit operator bool() const { return no_pages || not_finite; }
 };

@@ -2,7 +2,8 @@
 // launcher per kernel. A decode step is
 //
 //   rank first    launch_rank  -> lists ->  launch_attend  -> out
-//   fp4_mass      launch_rank  -> forced lists -> launch_attend -> states, page masses -> launch_choose_by_mass -> lists
+//   fp4_mass      launch_rank  -> forced lists -> launch_attend -> states, page masses -> launch_choose_by_mass ->
+//   lists
 //                 -> launch_exchange -> out
 //
 // and a prefill is launch_rank_prefill -> tiers -> launch_expand -> launch_prefill. Launchers check and return the
@@ -28,11 +29,11 @@ namespace thriftattn::cuda {
 // fills keep theirs while it lasts; a truncate lowers it again, but brings nothing back.
 struct LayerCache {
   DeviceLayout layout;
-  PageLayout canonical;  // of the summary records
-  uint8_t* fp4;          // [pages, h_kv, layout.fp4_bytes]; null for high_only
-  uint8_t* residual;     // the same, or null
-  uint8_t* high;         // [pages or max_sequences * ring_pages, h_kv, layout.high_bytes]
-  uint8_t* summary;      // [pages, h_kv, canonical.summary_bytes], or null
+  PageLayout canonical;        // of the summary records
+  uint8_t* fp4;                // [pages, h_kv, layout.fp4_bytes]; null for high_only
+  uint8_t* residual;           // the same, or null
+  uint8_t* high;               // [pages or max_sequences * ring_pages, h_kv, layout.high_bytes]
+  uint8_t* summary;            // [pages, h_kv, canonical.summary_bytes], or null
   const int32_t* block_table;  // [max_sequences, max_pages]; entries beyond what is reserved are -1
   const int32_t* s_kv;         // [max_sequences], tokens with those of the step under way
   const int32_t* released;     // [max_sequences], pages; at least sink
@@ -44,8 +45,9 @@ struct LayerCache {
 
   // The 16-bit record of head 0 of page j, and whether it still holds that page.
   THRIFTATTN_HD int64_t high_record(int slot, int j, int page_id) const {
-    return all_high ? page_id
-                    : static_cast<int64_t>(slot) * ring_pages + (j < sink ? j : sink + (j - sink) % (ring_pages - sink));
+    return all_high
+               ? page_id
+               : static_cast<int64_t>(slot) * ring_pages + (j < sink ? j : sink + (j - sink) % (ring_pages - sink));
   }
   THRIFTATTN_HD bool has_high(int j, int released_pages) const { return all_high || j < sink || j >= released_pages; }
 };
@@ -83,9 +85,9 @@ struct Shape {
 struct Lists {
   int k_max;          // room of one unit
   uint32_t* by_page;  // [units, k_max], ascending
-  uint32_t* by_tier;  // [units, k_max], those in fp16 first, then those in fp4x2, then those in fp4, then those in none;
-                      // ascending within
-  int32_t* counts;    // [units, 8]: listed, then in fp16, in fp4x2, in fp4, in none, wanted but not stored, 0, 0
+  uint32_t* by_tier;  // [units, k_max], those in fp16 first, then those in fp4x2, then those in fp4, then those in
+                      // none; ascending within
+  int32_t* counts;  // [units, 8]: listed, then in fp16, in fp4x2, in fp4, in none, wanted but not stored, 0, 0
 };
 
 // What a unit may see, as format/selection.h's block_pages says, is computed by each kernel from s_kv and s_q.
@@ -97,10 +99,10 @@ struct RankParams {
   Method method;        // resolved: policy, budget, force, storage
   bool lists_given;     // leave the lists alone: q_mean_log2 alone is wanted
   int row_stride;
-  float* q_mean;    // [units, max_pages, row_stride]: q . k_mean of every full page that is seen, times sm_scale * log2 e;
-                    // null without centring
-  float* score;     // [units, max_pages]: what the policy says of a page, the maximum over the unit's heads
-  float* q_norm;    // [units]: norm of the mean row, the maximum over heads, for a budget of tolerance
+  float* q_mean;  // [units, max_pages, row_stride]: q . k_mean of every full page that is seen, times sm_scale * log2
+                  // e; null without centring
+  float* score;       // [units, max_pages]: what the policy says of a page, the maximum over the unit's heads
+  float* q_norm;      // [units]: norm of the mean row, the maximum over heads, for a budget of tolerance
   float* row_weight;  // [units, row_stride]: what a row weighs in the mean over its head, 1 / (the head's rows without
                       // NaN and Inf); 0 for a row with them. For choose_by_mass; null where nobody asks
   Lists lists;
@@ -111,34 +113,34 @@ struct DecodeParams {
   LayerCache cache;
   Batch batch;
   Shape shape;
-  Rows<const void*> q;    // [rows, h_q, d]
-  Rows<void*> out;        // [rows, h_q, d_v]
-  float* lse;             // [rows, h_q], natural log, or null
-  const float* sinks;     // [h_q] or null
+  Rows<const void*> q;  // [rows, h_q, d]
+  Rows<void*> out;      // [rows, h_q, d_v]
+  float* lse;           // [rows, h_q], natural log, or null
+  const float* sinks;   // [h_q] or null
   Lists lists;
   int row_stride;
-  const float* q_mean;    // as in RankParams; null without centring
+  const float* q_mean;  // as in RankParams; null without centring
   // Softmax sums of parts of pages, or null where not wanted. mass_parts = 2: [units, max_pages, 2, row_stride], the
   // halves of pages read in fp4 or fp4x2. mass_parts = 8: [units, max_pages, 8, row_stride], eighths of every page that
   // is read; a half leaves its sum in the first of its four and l = 0 in the others. Of pages that are not read, and of
   // eighths without tokens, nothing is written.
   float2* page_mass;
   int mass_parts;
-  float* row_mass_high;   // [units, row_stride]: share of a row's mass read above fp4, or null
+  float* row_mass_high;  // [units, row_stride]: share of a row's mass read above fp4, or null
   // fp4_mass: attend leaves its rows' states here instead of writing out; exchange reads them, takes the listed pages
   // that are not forced (attend has read those in their tier) out of them, adds them in their tier, and writes out.
   Force force;
-  float* state_ml;        // [units, row_stride, 4]: m, l, l_high, unused
-  float* state_o;         // [units, row_stride, dv]
-  void* partials;         // decode.cu's own, decode_partial_bytes() of it
-  int32_t* tickets;       // [units * config.tiles], zero before and after
+  float* state_ml;   // [units, row_stride, 4]: m, l, l_high, unused
+  float* state_o;    // [units, row_stride, dv]
+  void* partials;    // decode.cu's own, decode_partial_bytes() of it
+  int32_t* tickets;  // [units * config.tiles], zero before and after
 };
 
 struct MassParams {
-  RankParams rank;         // of the launch_rank before: q_norm and row_weight are read, score and lists filled
-  const float* state_ml;   // as attend left it: m and l of all that a row sees, a learned sink included
-  const float2* page_mass; // as attend left it; of forced pages it is read for budgets of mass and tolerance alone,
-  int mass_parts;          // which therefore need 8 parts
+  RankParams rank;          // of the launch_rank before: q_norm and row_weight are read, score and lists filled
+  const float* state_ml;    // as attend left it: m and l of all that a row sees, a learned sink included
+  const float2* page_mass;  // as attend left it; of forced pages it is read for budgets of mass and tolerance alone,
+  int mass_parts;           // which therefore need 8 parts
 };
 
 cudaError_t launch_rank(const RankParams& params, cudaStream_t stream);
@@ -170,16 +172,16 @@ struct PrefillParams {
   Rows<void*> out;      // [rows, h_q, d_v]
   float* lse;
   const float* sinks;
-  int max_blocks;       // query blocks of one sequence, at most
+  int max_blocks;  // query blocks of one sequence, at most
   // Tier of every full page for every query block, 2 bits a page, little end first; the pages of a word that a block
   // does not see are 0 (none). All words are written.
-  uint32_t* tiers;      // [b, h_q, max_blocks, tier_words], tier_words = ceil(max_pages / 16)
+  uint32_t* tiers;  // [b, h_q, max_blocks, tier_words], tier_words = ceil(max_pages / 16)
   int tier_words;
-  bool tiers_given;     // an injected selection: rank_prefill leaves tiers alone
-  int32_t* counts;      // [b, h_q, max_blocks, 2]: promoted, wanted but not stored
+  bool tiers_given;      // an injected selection: rank_prefill leaves tiers alone
+  int32_t* counts;       // [b, h_q, max_blocks, 2]: promoted, wanted but not stored
   float* row_mass_high;  // [rows, h_q]: share of a row's mass read above fp4, or null
-  int high_room;        // prefill_high_room() of the problem
-  void* scratch;        // prefill_scratch_bytes() of it
+  int high_room;         // prefill_high_room() of the problem
+  void* scratch;         // prefill_scratch_bytes() of it
 };
 
 // Pages of one sequence that scratch has room for in 16 bit.
@@ -217,8 +219,8 @@ struct AppendParams {
 };
 cudaError_t launch_append(const AppendParams& params, cudaStream_t stream);
 
-// Writes `count` values of the host to the device. They travel as parameters of kernels, which the launch copies: so the
-// host's memory is free at once, and nothing waits, as a copy from memory that is not pinned may.
+// Writes `count` values of the host to the device. They travel as parameters of kernels, which the launch copies: so
+// the host's memory is free at once, and nothing waits, as a copy from memory that is not pinned may.
 cudaError_t launch_write(int32_t* to, const int32_t* values, int64_t count, cudaStream_t stream);
 
 // Makes `tokens` the length of a sequence, and zero what follows them in their 16-bit items, in all layers.

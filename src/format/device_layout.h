@@ -37,8 +37,8 @@ struct CodePlace {
 };
 
 struct DeviceLayout {
-  int dk = 0, dv = 0;  // padded channels
-  int item_bytes = 0;  // of 32 tokens of one plane
+  int dk = 0, dv = 0;                           // padded channels
+  int item_bytes = 0;                           // of 32 tokens of one plane
   int v_codes = 0, k_scales = 0, v_scales = 0;  // offsets in an item; K codes are at 0
   int64_t fp4_bytes = 0;
   int high_item_bytes = 0;  // of 8 tokens
