@@ -12,7 +12,7 @@
 
 namespace thriftattn::cuda::prefill {
 
-inline constexpr int kNotFinite = -128;  // an exponent of q
+inline constexpr int kNoExponent = -128;  // of a row of q that has NaN or Inf
 inline constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 inline constexpr float kUnseen = -1e30f;        // the reference of a row that has seen nothing
 inline constexpr float kRoom = 14, kBelow = 6;  // log2 of the largest p, and of the first maximum's
@@ -74,7 +74,7 @@ struct Warp {
   float* const l_high;        // [kRows], in shared memory: of a lane, where somebody asks for it
   const int position, s_kv;   // of its first row, tokens of the sequence
   const Visible seen_by_all;  // tokens that all rows see
-  int exponents = 0;  // of q, a byte for a row: it was multiplied by 2^-exponent; kNotFinite where it has NaN or Inf
+  int exponents = 0;  // of q, a byte for a row: it was multiplied by 2^-exponent; kNoExponent where it has NaN or Inf
   float reference[kRows], l[kRows];
   float o[kRowTiles][D / 8][4];
 
@@ -141,7 +141,7 @@ struct Warp {
     const bool finite = largest < 0x7f800000u;
     const int e = largest == 0 ? 0 : max(-90, min(120, static_cast<int>(largest >> 23) - 127 - 8));
     const float factor = !finite ? 0 : a.shape.sm_scale < 0 ? -pow2(-e) : pow2(-e);
-    if (lane / 4 == row % 8) exponents |= ((finite ? e : kNotFinite) & 0xff) << (row / 8 * 8);
+    if (lane / 4 == row % 8) exponents |= ((finite ? e : kNoExponent) & 0xff) << (row / 8 * 8);
 #pragma unroll
     for (int i = 0; i < n; i += 2) {
       const int ch = channel + i, fragment = ch / 32 * 2 + ch % 16 / 8, half = ch % 32 / 16;
@@ -351,7 +351,7 @@ struct Warp {
       return x + __shfl_xor_sync(~0u, x, 2);
     };
     const float mass = sum_of_four(l[r]), high = a.row_mass_high ? sum_of_four(l_high[r]) : 0;
-    const bool finite = exponent(r) != kNotFinite;
+    const bool finite = exponent(r) != kNoExponent;
     const int p = position + row(r);
     if (p >= first && p < s_kv && lane % 4 == 0) {
       const int64_t to = (first_row + (p - first)) * a.shape.h_q + head;
