@@ -7,7 +7,7 @@
 #   make tsan            the attention tests and the soak under ThreadSanitizer
 #   make soak            a cache in long random use against the oracle, SECONDS=600 of it unless told otherwise
 #   make fuzz            every parser of files under libFuzzer, RUNS=200000 inputs each unless told otherwise
-#   make test-python     installs the Python package into build/venv, beside PyTorch, and tests it there
+#   make test-python     installs the Python package into build/venv, beside Transformers, and tests it there
 #   make bench-peers     decode beside PyTorch and ONNX Runtime, installed there too; BENCH="--phase ..."
 #   make format-check    clang-format over the tracked C and C++ files; `make format` rewrites them
 
@@ -77,7 +77,7 @@ build/venv/with-%:
 	touch $@
 
 build/venv/with-peers: PACKAGES = numpy onnxruntime onnx
-build/venv/with-tests: PACKAGES = cmake scikit-build-core nanobind pytest hypothesis
+build/venv/with-tests: PACKAGES = cmake scikit-build-core nanobind pytest hypothesis transformers
 
 # The package computes on the CPU alone, so kernels for GPUs stay out of this build.
 test-python: build/venv/with-tests
