@@ -77,7 +77,7 @@ build/venv/with-%:
 	touch $@
 
 build/venv/with-peers: PACKAGES = numpy onnxruntime onnx
-build/venv/with-tests: PACKAGES = cmake scikit-build-core nanobind pytest hypothesis transformers
+build/venv/with-tests: PACKAGES = cmake scikit-build-core nanobind pytest hypothesis transformers matplotlib
 
 # The package computes on the CPU alone, so kernels for GPUs stay out of this build.
 test-python: build/venv/with-tests

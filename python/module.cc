@@ -228,7 +228,7 @@ void bind_results(nb::module_& m) {
 
 void bind_cache(nb::module_& m) {
   using Seqs = std::vector<SeqId>;
-  nb::class_<Cache>(m, "KvCache",
+  nb::class_<Cache>(m, "KvCache", nb::is_weak_referenceable(),
                     "The paged key/value cache: what a method keeps of every token, for all layers of a model.\n\n"
                     "A sequence is a number from new_sequence() or fork(). One step of one layer is append(), then "
                     "attend(); all layers must be brought to the same length before the next step. A page of 64 tokens "

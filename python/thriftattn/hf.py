@@ -21,7 +21,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from . import MAX_DECODE_ROWS, KvCache, MemoryUse, method_options
+from . import MAX_DECODE_ROWS, KvCache, MemoryUse, Stats, method_options
 
 __all__ = ["ThriftCache", "disable", "enable"]
 
@@ -29,11 +29,14 @@ NAME = "thriftattn"  # in Transformers' registries
 logger = logging.getLogger(__name__)
 
 
-def enable(model, method: str = "thrift", *, dtype: str = "float16", fallback: str | None = None):
+def enable(
+    model, method: str = "thrift", *, dtype: str = "float16", stats: bool = False, fallback: str | None = None
+):
     """Has `model`, an AutoModelForCausalLM, attend by `method` from now on; returns it.
 
     method: "name[:key=value,...]", as everywhere.
     dtype: the 16-bit form of keys and values; "float16" refuses values beyond 65504, "bfloat16" takes them.
+    stats: keep what the last step did in ThriftCache.stats, at some cost.
     fallback: "sdpa" leaves a model that cannot be served as it is, and logs why; None raises NotImplementedError.
 
     Calls that cannot be served (masks other than causal ones with left padding, another cache, attention weights as an
@@ -53,7 +56,7 @@ def enable(model, method: str = "thrift", *, dtype: str = "float16", fallback: s
     model.set_attn_implementation(NAME)
     decoder = model.base_model
     hook = decoder.register_forward_pre_hook(_give_cache, with_kwargs=True)
-    decoder._thriftattn = types.SimpleNamespace(method=method, dtype=dtype, before=before, hook=hook)
+    decoder._thriftattn = types.SimpleNamespace(method=method, dtype=dtype, stats=stats, before=before, hook=hook)
     model._prepare_cache_for_generation = functools.partial(_prepare_cache_for_generation, model)
     return model
 
@@ -82,7 +85,7 @@ class ThriftCache(Cache):
         state = getattr(model.base_model, "_thriftattn", None)
         if state is None:
             raise ValueError("the model is not enabled: call thriftattn.hf.enable(model, method) first")
-        self.store = _Store(state.method, model.config, state.dtype)
+        self.store = _Store(state.method, model.config, state.dtype, state.stats)
         super().__init__(layers=[_Layer(self.store, i) for i in range(len(self.store.columns))])
 
     @property
@@ -94,6 +97,12 @@ class ThriftCache(Cache):
     def sequences(self) -> list[int]:
         """The sequence in it of each row of the batch."""
         return list(self.store.seqs)
+
+    @property
+    def stats(self) -> list[list[Stats]]:
+        """What the last step did, by layer: one Stats for all rows, or one each where padding was among its columns.
+        Empty without enable(stats=True)."""
+        return self.store.stats
 
     def bytes(self) -> MemoryUse | None:
         """Bytes in use, as KvCache.bytes() says them; None before the first step."""
@@ -157,12 +166,13 @@ class _Layer(CacheLayerMixin):
 class _Store:
     """The rows of a batch as sequences of a KvCache. A column is a position of the batch, padding included."""
 
-    def __init__(self, method: str, config, dtype: str):
-        self.method, self.config, self.dtype = method, config, dtype
+    def __init__(self, method: str, config, dtype: str, keep_stats: bool):
+        self.method, self.config, self.dtype, self.keep_stats = method, config, dtype, keep_stats
         self.kv: KvCache | None = None
         self.seqs: list[int] = []
         self.padding: list[int] = []  # columns before each row's first token
         self.columns = [0] * config.num_hidden_layers  # that each layer has seen
+        self.stats: list[list[Stats]] = [[] for _ in self.columns] if keep_stats else []
 
     def step(self, layer: int, q, k, v, padding: list[int] | None, form: dict) -> torch.Tensor:
         """Appends k [b, s, h_kv, d] and v [b, s, h_kv, d_v] and gives the attention of q [b, s, h_q, d] over all."""
@@ -182,15 +192,15 @@ class _Store:
         self.padding = padding
         first = [max(0, p - past) for p in padding]  # column of the step at which each row begins
         form["phase"] = "decode" if past and s <= MAX_DECODE_ROWS else "prefill"
-        if not any(first):
-            self.kv.append(self.seqs, k, v, layer=layer)
-            out = self.kv.attend(self.seqs, q, layer=layer, **form)
-        else:
-            out = q.new_zeros(*q.shape[:3], v.shape[3])
-            for i, (seq, c) in enumerate(zip(self.seqs, first)):
-                row = slice(i, i + 1), slice(c, None)
-                self.kv.append([seq], k[row], v[row], layer=layer)
-                self.kv.attend([seq], q[row], layer=layer, out=out[row], **form)
+        out = q.new_zeros(*q.shape[:3], v.shape[3])
+        whole = [(self.seqs, (slice(None), slice(None)))]
+        by_row = [([seq], (slice(i, i + 1), slice(c, None))) for i, (seq, c) in enumerate(zip(self.seqs, first))]
+        done = []
+        for seqs, rows in by_row if any(first) else whole:
+            self.kv.append(seqs, k[rows], v[rows], layer=layer)
+            done.append(self.kv.attend(seqs, q[rows], layer=layer, out=out[rows], stats=self.keep_stats, **form))
+        if self.keep_stats:
+            self.stats[layer] = [stats for _, stats in done]
         self.columns[layer] += s
         return out
 
@@ -216,7 +226,7 @@ class _Store:
         self.padding = [self.padding[i] for i in rows]
 
     def copy(self) -> _Store:
-        copy = _Store(self.method, self.config, self.dtype)
+        copy = _Store(self.method, self.config, self.dtype, self.keep_stats)
         copy.kv, copy.padding, copy.columns = self.kv, list(self.padding), list(self.columns)
         copy.seqs = [self.kv.fork(seq) for seq in self.seqs]
         return copy

@@ -114,6 +114,18 @@ def test_methods_differ_by_what_they_store_and_agree_on_what_is_clear():
     assert stored["fp16"] > stored["thrift"] > stored["fp4"]
 
 
+def test_stats_say_what_the_last_step_did():
+    model, tokenizer = load(POCKET)
+    (row,) = prompts(tokenizer, [1001])
+    hf.enable(model, "thrift", stats=True)
+    cache = hf.ThriftCache(model)
+    generate(model, row, 3, cache=cache)
+    assert len(cache.stats) == model.config.num_hidden_layers
+    for (stats,) in cache.stats:
+        assert stats.pairs == 4 * 15 and 0 < stats.mass_above_fp4 <= 1
+        assert stats.promoted == 2 * len(stats.selection.pages)  # two query heads share a KV head's
+
+
 def test_beam_search_scores():
     model, tokenizer = load(POCKET)
     batch = left_padded(prompts(tokenizer, [61, 130]))
