@@ -7,7 +7,8 @@
 #   make tsan            the attention tests and the soak under ThreadSanitizer
 #   make soak            a cache in long random use against the oracle, SECONDS=600 of it unless told otherwise
 #   make fuzz            every parser of files under libFuzzer, RUNS=200000 inputs each unless told otherwise
-#   make test-python     installs the Python package into build/venv, beside Transformers, and tests it there
+#   make python          the Python package, installed into build/venv beside PyTorch and Transformers
+#   make test-python     ... and its tests; make docs: the documentation pages, in build/docs
 #   make bench-peers     decode beside PyTorch and ONNX Runtime, installed there too; BENCH="--phase ..."
 #   make format-check    clang-format over the tracked C and C++ files; `make format` rewrites them
 
@@ -20,7 +21,7 @@ RUNS ?= 200000
 SECONDS ?= 600
 BENCH ?= --phase decode --s-kv 16384 131072 --method fp16 fp4 thrift
 
-.PHONY: all build bench-peers demo test test-python asan tsan soak fuzz format format-check clean
+.PHONY: all build bench-peers demo test python test-python docs asan tsan soak fuzz format format-check clean
 
 all: build
 
@@ -77,13 +78,19 @@ build/venv/with-%:
 	touch $@
 
 build/venv/with-peers: PACKAGES = numpy onnxruntime onnx
-build/venv/with-tests: PACKAGES = cmake scikit-build-core nanobind pytest hypothesis transformers matplotlib
+build/venv/with-tests: PACKAGES = cmake scikit-build-core nanobind transformers matplotlib \
+  pytest hypothesis nbclient ipykernel sphinx myst-parser
 
 # The package computes on the CPU alone, so kernels for GPUs stay out of this build.
-test-python: build/venv/with-tests
+python: build/venv/with-tests
 	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) build/venv/bin/pip install --quiet --no-build-isolation --no-deps . \
 	  -C cmake.define.THRIFTATTN_CUDA=OFF
+
+test-python: python
 	build/venv/bin/python -m pytest -q
+
+docs: python
+	build/venv/bin/python -m sphinx -q -W --keep-going docs/site build/docs
 
 bench-peers: build build/venv/with-peers
 	build/venv/bin/python bench/peers_cpu.py $(BENCH) --json build/peers.json

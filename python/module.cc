@@ -11,6 +11,7 @@
 
 #include "attend.h"
 #include "codes.h"
+#include "docs.h"
 #include "tensors.h"
 #include "thriftattn/attention.h"
 
@@ -228,12 +229,7 @@ void bind_results(nb::module_& m) {
 
 void bind_cache(nb::module_& m) {
   using Seqs = std::vector<SeqId>;
-  nb::class_<Cache>(m, "KvCache", nb::is_weak_referenceable(),
-                    "The paged key/value cache: what a method keeps of every token, for all layers of a model.\n\n"
-                    "A sequence is a number from new_sequence() or fork(). One step of one layer is append(), then "
-                    "attend(); all layers must be brought to the same length before the next step. A page of 64 tokens "
-                    "is encoded once, when it is full. Methods raise ValueError for what the caller got wrong and "
-                    "MemoryError where max_bytes or the machine is at its end.")
+  nb::class_<Cache>(m, "KvCache", nb::is_weak_referenceable(), docs::kCache)
       .def(
           "__init__",
           [](Cache* self, const std::string& method, int h_kv, int d, int d_v, int layers, const std::string& dtype,
@@ -245,11 +241,7 @@ void bind_cache(nb::module_& m) {
             new (self) Cache(parsed, config);
           },
           "method"_a, nb::kw_only(), "h_kv"_a, "d"_a, "d_v"_a = 0, "layers"_a = 1, "dtype"_a = "float16",
-          "max_bytes"_a = 0,
-          "method: \"name[:key=value,...]\", which also says what is stored.\n"
-          "h_kv: KV heads. d, d_v: channels of a key and of a value head, multiples of 16 up to 256; d_v=0: as d.\n"
-          "dtype: the 16-bit form; \"float16\" refuses values beyond 65504, \"bfloat16\" takes them.\n"
-          "max_bytes: limit of bytes().total that append and fork keep; 0: none.")
+          "max_bytes"_a = 0, docs::kCacheInit)
       .def_prop_ro(
           "method", [](const Cache& c) { return to_string(c.method()); }, "The method, in its shortest words.")
       .def_prop_ro(
@@ -274,9 +266,7 @@ void bind_cache(nb::module_& m) {
           "seqs"_a, "k"_a, "v"_a, nb::kw_only(), "layer"_a = 0,
           nb::sig("def append(self, seqs: collections.abc.Sequence[int], k: Tensor, v: Tensor, *, layer: int = 0) -> "
                   "None"),
-          "Appends k [b, s, h_kv, d] and v [b, s, h_kv, d_v] to the sequences, one after another.\n\n"
-          "Read in place, whatever the strides before the last axis. NaN, Inf and values beyond the 16-bit form are a "
-          "ValueError, which names the sequence: that one is as it was, those before it have grown.")
+          docs::kAppend)
       .def(
           "attend",
           [](Cache& c, const Seqs& seqs, nb::handle q, int layer, const std::string& phase, bool causal, int64_t window,
@@ -295,9 +285,7 @@ void bind_cache(nb::module_& m) {
               "'decode', causal: bool = True, window: int = 0, sm_scale: float = 0.0, softcap: float = 0.0, sinks: "
               "Tensor | None = None, compute: str = 'float32', method: str | None = None, given: Selection | None = "
               "None, out: Tensor | None = None, return_lse: bool = False, stats: bool = False) -> typing.Any"),
-          "Attention of q [b, s_q, h_q, d] over the sequences; the last row stands at a sequence's last token.\n\n"
-          "Arguments and result are those of attention(); method may differ from the cache's where that stores what "
-          "it reads. Ends the step of the layer: 16-bit copies that it alone needed are freed.")
+          docs::kAttend)
       .def(
           "select",
           [](Cache& c, const Seqs& seqs, nb::handle q, int layer, const std::string& phase, bool causal, int64_t window,
@@ -311,7 +299,7 @@ void bind_cache(nb::module_& m) {
               "def select(self, seqs: collections.abc.Sequence[int], q: Tensor, *, layer: int = 0, phase: str = "
               "'decode', causal: bool = True, window: int = 0, sm_scale: float = 0.0, softcap: float = 0.0, method: "
               "str | None = None) -> Selection"),
-          "The selection alone that attend() would make.")
+          docs::kCacheSelect)
       .def(
           "settle", [](Cache& c, const Seqs& seqs, int layer) { c.settle(seqs, layer); }, "seqs"_a, nb::kw_only(),
           "layer"_a = 0, nb::sig("def settle(self, seqs: collections.abc.Sequence[int], *, layer: int = 0) -> None"),
@@ -327,11 +315,7 @@ void bind_cache(nb::module_& m) {
           [](Cache& c, SeqId seq, int64_t length, bool lossy) {
             check(in_turn([&](ThreadPool&) { return c.store().truncate(seq, length, lossy); }));
           },
-          "seq"_a, "length"_a, nb::kw_only(), "lossy"_a = false,
-          "Shortens a sequence to `length` tokens. A cut into an encoded page is exact where its 16-bit form is "
-          "stored, "
-          "which holds for the last two full pages of a sequence that has only grown; elsewhere it is a "
-          "NotImplementedError, and lossy=True rebuilds the page from FP4.")
+          "seq"_a, "length"_a, nb::kw_only(), "lossy"_a = false, docs::kTruncate)
       .def(
           "free", [](Cache& c, SeqId seq) { check(in_turn([&](ThreadPool&) { return c.store().free(seq); })); },
           "seq"_a, "Gives a sequence back.")
@@ -377,9 +361,7 @@ void bind_cache(nb::module_& m) {
             check(in_turn([&](ThreadPool&) { return c.store().save(seq, file, bytes); }));
           },
           "seq"_a, "path"_a, "metadata"_a = nb::bytes(""),
-          nb::sig("def save(self, seq: int, path: str | os.PathLike[str], metadata: bytes = b'') -> None"),
-          "Writes a sequence, and up to 512 MiB of bytes of yours, to a file. An older file is replaced in one step; "
-          "after an error it is untouched.")
+          nb::sig("def save(self, seq: int, path: str | os.PathLike[str], metadata: bytes = b'') -> None"), docs::kSave)
       .def(
           "load",
           [](Cache& c, nb::handle path) {
@@ -392,9 +374,7 @@ void bind_cache(nb::module_& m) {
             }
             return nb::make_tuple(value_or_raise(seq), nb::bytes(metadata.data(), metadata.size()));
           },
-          "path"_a, nb::sig("def load(self, path: str | os.PathLike[str]) -> tuple[int, bytes]"),
-          "(sequence, metadata) of a saved one, which goes on bit for bit as the saved one did. The cache must store "
-          "what the file's did. A file that is cut short or changed is a ValueError that says where.")
+          "path"_a, nb::sig("def load(self, path: str | os.PathLike[str]) -> tuple[int, bytes]"), docs::kLoad)
       .def(
           "bytes", [](Cache& c) { return in_turn([&](ThreadPool&) { return c.store().bytes(); }); },
           "Bytes in use now.")
@@ -407,46 +387,24 @@ void bind_cache(nb::module_& m) {
 }
 
 void bind_functions(nb::module_& m) {
-  m.def(
-      "attention", attention, "q"_a, "k"_a, "v"_a, nb::kw_only(), "causal"_a = true, "method"_a = "thrift",
-      "phase"_a = "prefill", "window"_a = 0, "sm_scale"_a = 0.0f, "softcap"_a = 0.0f, "sinks"_a = nb::none(),
-      "compute"_a = "float32", "given"_a.none() = nb::none(), "out"_a = nb::none(), "return_lse"_a = false,
-      "stats"_a = false,
-      nb::sig("def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, method: str = 'thrift', phase: "
-              "str = 'prefill', window: int = 0, sm_scale: float = 0.0, softcap: float = 0.0, sinks: Tensor | None = "
-              "None, compute: str = 'float32', given: Selection | None = None, out: Tensor | None = None, "
-              "return_lse: bool = False, stats: bool = False) -> typing.Any"),
-      "softmax(q k^T sm_scale) v, with k and v kept as `method` says.\n\n"
-      "q: [b, s_q, h_q, d]; k: [b, s_kv, h_kv, d]; v: [b, s_kv, h_kv, d_v]; float32, float16 or bfloat16, on the CPU, "
-      "the last axis contiguous, all other strides free. h_q is a multiple of h_kv; d and d_v are multiples of 16 up "
-      "to 256. k and v are read in place; so is q, unless its sequences do not follow one another at the stride of "
-      "its rows, when it is copied.\n"
-      "causal: row r stands at position s_kv - s_q + r and sees no key after it.\n"
-      "method: \"name[:key=value,...]\", see methods().\n"
-      "phase: \"prefill\" selects pages per query head for blocks of 64 rows, \"decode\" per KV head for all rows, "
-      "16 at most.\n"
-      "window: a row sees keys less than this many positions away alone; 0: all.\n"
-      "sm_scale: 0: 1/sqrt(d). softcap: a scaled score s becomes softcap tanh(s / softcap); 0: it stays.\n"
-      "sinks: float32 [h_q], a logit per head that takes mass and brings no value.\n"
-      "compute: \"bfloat16\" allows factors of a prefill's products to be rounded to it, where the machine gains.\n"
-      "given: promote exactly these pages instead of selecting.\n"
-      "out: a writable tensor [b, s_q, h_q, d_v] to write to, of any of the three types.\n\n"
-      "Returns out, of q's type and framework; followed, where asked for, by lse, float32 [b, s_q, h_q], the natural "
-      "logarithm, and by Stats. A row without a visible key gives out = 0, lse = -inf.\n"
-      "Raises TypeError and ValueError for arguments, by name, among them NaN, Inf and values beyond 65504 in k and "
-      "v; NotImplementedError where no kernel serves the problem, with each one's reason.");
+  m.def("attention", attention, "q"_a, "k"_a, "v"_a, nb::kw_only(), "causal"_a = true, "method"_a = "thrift",
+        "phase"_a = "prefill", "window"_a = 0, "sm_scale"_a = 0.0f, "softcap"_a = 0.0f, "sinks"_a = nb::none(),
+        "compute"_a = "float32", "given"_a.none() = nb::none(), "out"_a = nb::none(), "return_lse"_a = false,
+        "stats"_a = false,
+        nb::sig("def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, method: str = 'thrift', phase: "
+                "str = 'prefill', window: int = 0, sm_scale: float = 0.0, softcap: float = 0.0, sinks: Tensor | None = "
+                "None, compute: str = 'float32', given: Selection | None = None, out: Tensor | None = None, "
+                "return_lse: bool = False, stats: bool = False) -> typing.Any"),
+        docs::kAttention);
   m.def(
       "select", select, "q"_a, "k"_a, "v"_a, nb::kw_only(), "causal"_a = true, "method"_a = "thrift",
       "phase"_a = "prefill", "window"_a = 0, "sm_scale"_a = 0.0f, "softcap"_a = 0.0f,
       nb::sig("def select(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, method: str = 'thrift', phase: str "
               "= 'prefill', window: int = 0, sm_scale: float = 0.0, softcap: float = 0.0) -> Selection"),
-      "The pages that attention() would promote, without the attention.");
+      docs::kSelect);
   m.def("plan", plan_of, "method"_a = "thrift", nb::kw_only(), "phase"_a = "decode", "b"_a = 1, "s_q"_a = 0, "s_kv"_a,
         "h_q"_a, "h_kv"_a, "d"_a, "d_v"_a = 0, "causal"_a = true, "window"_a = 0, "sm_scale"_a = 0.0f,
-        "softcap"_a = 0.0f, "stats"_a = false, "compute"_a = "float32", "threads"_a = 0,
-        "What would run a problem on this machine, without running it.\n\n"
-        "s_q=0: 1 row in decode, s_kv rows in prefill. d_v=0: as d. threads=0: those of the pool. The rest is as in "
-        "attention(), errors too.");
+        "softcap"_a = 0.0f, "stats"_a = false, "compute"_a = "float32", "threads"_a = 0, docs::kPlan);
   m.def(
       "quantize",
       [](nb::handle x, const std::string& format, const std::string& scales) {
@@ -454,13 +412,7 @@ void bind_functions(nb::module_& m) {
       },
       "x"_a, nb::kw_only(), "format"_a = "nvfp4", "scales"_a = "6",
       nb::sig("def quantize(x: Tensor, *, format: str = 'nvfp4', scales: str = '6') -> tuple[typing.Any, typing.Any]"),
-      "(codes uint8 [..., n / 2], scales uint8 [..., n / block]) of x [..., n], in blocks along the last axis.\n\n"
-      "format: \"nvfp4\": E2M1 codes, a UE4M3 scale for every 16; \"mxfp4\": an E8M0 scale for every 32. n is a "
-      "multiple "
-      "of that. A byte holds two codes, the first in its low half.\n"
-      "scales: \"6\", or \"4over6\": the better of two scales for each block of nvfp4.\n"
-      "Bit for bit what the cache does to a block, its page scale and centring apart. A NaN makes its block NaN; "
-      "infinities saturate.");
+      docs::kQuantize);
   m.def(
       "dequantize",
       [](nb::handle codes, nb::handle scales, const std::string& format) {
@@ -468,7 +420,7 @@ void bind_functions(nb::module_& m) {
       },
       "codes"_a, "scales"_a, nb::kw_only(), "format"_a = "nvfp4",
       nb::sig("def dequantize(codes: Tensor, scales: Tensor, *, format: str = 'nvfp4') -> typing.Any"),
-      "float32 [..., n] of what quantize() gave; exact in bfloat16 and float16 too but for the latter's range.");
+      docs::kDequantize);
   m.def("methods", method_names, "The names of methods.");
   m.def(
       "method_options",

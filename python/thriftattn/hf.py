@@ -1,4 +1,4 @@
-"""thriftattn under a Transformers model: one line, and `generate()` goes on as before.
+"""thriftattn under a Transformers model: one line, and `generate()` goes on as before::
 
     model = AutoModelForCausalLM.from_pretrained(...)
     thriftattn.hf.enable(model, "thrift:budget=0.05")
@@ -32,15 +32,23 @@ logger = logging.getLogger(__name__)
 def enable(
     model, method: str = "thrift", *, dtype: str = "float16", stats: bool = False, fallback: str | None = None
 ):
-    """Has `model`, an AutoModelForCausalLM, attend by `method` from now on; returns it.
-
-    method: "name[:key=value,...]", as everywhere.
-    dtype: the 16-bit form of keys and values; "float16" refuses values beyond 65504, "bfloat16" takes them.
-    stats: keep what the last step did in ThriftCache.stats, at some cost.
-    fallback: "sdpa" leaves a model that cannot be served as it is, and logs why; None raises NotImplementedError.
+    """Has a model attend by `method` from now on.
 
     Calls that cannot be served (masks other than causal ones with left padding, another cache, attention weights as an
     output, dropout) raise ValueError or NotImplementedError with the reason.
+
+    Args:
+        model: An AutoModelForCausalLM in the CPU's memory.
+        method: "name[:key=value,...]", as everywhere.
+        dtype: The 16-bit form of keys and values: "float16" refuses values beyond 65504, "bfloat16" takes them.
+        stats: Keep what the last step did in ThriftCache.stats, at some cost.
+        fallback: "sdpa" leaves a model that cannot be served as it is, and logs why; None raises.
+
+    Returns:
+        The model.
+
+    Raises:
+        NotImplementedError: The model cannot be served; the message has the reason.
     """
     if fallback not in (None, "sdpa"):
         raise ValueError(f"fallback {fallback!r} is not known: None and 'sdpa' are")
@@ -72,7 +80,7 @@ def disable(model):
 
 
 class ThriftCache(Cache):
-    """The keys and values of a batch, in a `KvCache`. `generate()` makes one; make one to keep it over several turns:
+    """The keys and values of a batch, in a `KvCache`. `generate()` makes one; make one to keep it over several turns::
 
         cache = ThriftCache(model)
         model.generate(**first, cache=cache)
