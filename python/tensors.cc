@@ -24,6 +24,19 @@ std::string dtype_name(nb::dlpack::dtype t) {
                                     : fmt::format("DLPack type {} of {} bits", t.code, t.bits);
 }
 
+std::string device_name(int type) {
+  switch (type) {
+    case nb::device::cuda::value:
+      return "cuda";
+    case nb::device::rocm::value:
+      return "rocm";
+    case nb::device::metal::value:
+      return "metal";
+    default:
+      return fmt::format("DLPack device {}", type);
+  }
+}
+
 std::vector<int64_t> shape_of(const nb::ndarray<nb::ro>& array) {
   return {array.shape_ptr(), array.shape_ptr() + array.ndim()};
 }
@@ -58,8 +71,8 @@ nb::ndarray<nb::ro> on_cpu(nb::handle object, const char* name) {
                            kind_of(object)));
   }
   if (array.device_type() != nb::device::cpu::value)
-    value_error(fmt::format("{} is on device {}:{} (DLPack's numbers): tensors in the CPU's memory, 1, are supported",
-                            name, array.device_type(), array.device_id()));
+    value_error(fmt::format("{} is on {}:{}: tensors in the CPU's memory are supported", name,
+                            device_name(array.device_type()), array.device_id()));
   if (array.ndim() == 0) value_error(fmt::format("{} is a scalar: one axis or more is expected", name));
   const size_t last = array.ndim() - 1;
   if (array.size() > 0 && array.shape(last) > 1 && array.stride(last) != 1)

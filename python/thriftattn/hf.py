@@ -63,8 +63,11 @@ def enable(
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     decoder = model.base_model
-    hook = decoder.register_forward_pre_hook(_give_cache, with_kwargs=True)
-    decoder._thriftattn = types.SimpleNamespace(method=method, dtype=dtype, stats=stats, before=before, hook=hook)
+    hooks = (
+        decoder.register_forward_pre_hook(_give_cache, with_kwargs=True),
+        decoder.register_forward_hook(_take_cache),
+    )
+    decoder._thriftattn = types.SimpleNamespace(method=method, dtype=dtype, stats=stats, before=before, hooks=hooks)
     model._prepare_cache_for_generation = functools.partial(_prepare_cache_for_generation, model)
     return model
 
@@ -73,7 +76,8 @@ def disable(model):
     """Puts back what `enable` changed; returns the model."""
     state = model.base_model.__dict__.pop("_thriftattn", None)
     if state:
-        state.hook.remove()
+        for hook in state.hooks:
+            hook.remove()
         del model._prepare_cache_for_generation
         model.set_attn_implementation(state.before)
     return model
@@ -93,6 +97,7 @@ class ThriftCache(Cache):
         state = getattr(model.base_model, "_thriftattn", None)
         if state is None:
             raise ValueError("the model is not enabled: call thriftattn.hf.enable(model, method) first")
+        self.for_one_pass = False  # made by a forward pass for itself
         self.store = _Store(state.method, model.config, state.dtype, state.stats)
         super().__init__(layers=[_Layer(self.store, i) for i in range(len(self.store.columns))])
 
@@ -275,9 +280,20 @@ def _give_cache(decoder, args, kwargs):
     cache = next((kwargs[name] for name in ("cache", "past_key_values") if kwargs.get(name) is not None), None)
     if cache is None:
         kwargs["cache"] = ThriftCache(decoder)
+        use_cache = kwargs.get("use_cache")
+        kwargs["cache"].for_one_pass = not (decoder.config.use_cache if use_cache is None else use_cache)
     elif not isinstance(cache, ThriftCache):
         raise ValueError(f"the model's cache is a {type(cache).__name__}: pass a thriftattn.hf.ThriftCache, or none")
     return args, kwargs
+
+
+def _take_cache(decoder, args, output):
+    """After a forward pass without use_cache: the cache that served it does not show."""
+    if isinstance(output, tuple):
+        return tuple(x for x in output if not (isinstance(x, ThriftCache) and x.for_one_pass))
+    if getattr(output, "cache", None) is not None and output.cache.for_one_pass:
+        return type(output)(**{key: value for key, value in output.items() if key != "cache"})
+    return output
 
 
 def _prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs):

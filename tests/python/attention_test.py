@@ -194,7 +194,7 @@ MISTAKES = {
     "group": (lambda q, k, v: ((q[:, :, :3], k, v), {}), ValueError, "h_q 3 is not a multiple of h_kv 2"),
     "head size": (lambda q, k, v: ((q[..., :20], k[..., :20], v), {}), ValueError, "20 is not supported"),
     "rows": (lambda q, k, v: ((np.repeat(q, 4, 1), k, v), {"phase": "decode"}), ValueError, "max_s_q 20"),
-    "device": (lambda q, k, v: ((on_device(q, 2), k, v), {}), ValueError, "q is on device 2:0"),
+    "device": (lambda q, k, v: ((on_device(q, 2), k, v), {}), ValueError, "q is on cuda:0"),
     "NaN": (lambda q, k, v: ((q, k * np.float32(np.nan), v), {}), ValueError, "k"),
     "range": (lambda q, k, v: ((q, k, v * np.float32(1e6)), {}), ValueError, "v"),
     "method": (lambda q, k, v: ((q, k, v), {"method": "thirft"}), ValueError, "'thirft' is not known: fp16, fp4"),

@@ -189,6 +189,18 @@ def test_a_cache_serves_several_turns_and_copies():
         generate(model, second, 1, cache=fork)
 
 
+def test_without_a_cache_every_pass_stands_alone():
+    model, tokenizer = load(POCKET)
+    (row,) = prompts(tokenizer, [100])
+    theirs = generate(model, row, 5)
+    hf.enable(model, "fp16")
+    parting(generate(model, row, 5, use_cache=False), theirs)
+    with torch.no_grad():
+        assert model(row, use_cache=False).cache is None
+        assert not any(isinstance(x, hf.ThriftCache) for x in model(row, use_cache=False, return_dict=False))
+        assert isinstance(model(row).cache, hf.ThriftCache)
+
+
 def test_rows_can_be_chosen_and_cropped():
     model, tokenizer = load(POCKET)
     batch = left_padded(prompts(tokenizer, [40, 90, 131]))
