@@ -7,7 +7,9 @@
 #   make tsan            the attention tests and the soak under ThreadSanitizer
 #   make soak            a cache in long random use against the oracle, SECONDS=600 of it unless told otherwise
 #   make fuzz            every parser of files under libFuzzer, RUNS=200000 inputs each unless told otherwise
-#   make bench-peers     decode beside PyTorch and ONNX Runtime, which it installs into build/; BENCH="--phase ..."
+#   make python          the Python package, installed into build/venv beside PyTorch and Transformers
+#   make test-python     ... and its tests; make docs: the documentation pages, in build/docs
+#   make bench-peers     decode beside PyTorch and ONNX Runtime, installed there too; BENCH="--phase ..."
 #   make format-check    clang-format over the tracked C, C++ and CUDA files; `make format` rewrites them
 
 # Two texts, because the loss on one is known to about 0.002 nats only.
@@ -20,7 +22,7 @@ SECONDS ?= 600
 CUDA ?= AUTO
 BENCH ?= --phase decode --s-kv 16384 131072 --method fp16 fp4 thrift
 
-.PHONY: all build bench-peers demo test asan tsan soak fuzz format format-check clean
+.PHONY: all build bench-peers demo test python test-python docs asan tsan soak fuzz format format-check clean
 
 all: build
 
@@ -70,14 +72,29 @@ fuzz:
 	cmake --build --preset fuzz -j $(JOBS)
 	ctest --preset fuzz -j $(JOBS)
 
-build/peers/installed:
-	@scripts/setup.sh peers
-	python3 -m venv build/peers
-	build/peers/bin/pip install --quiet numpy torch onnxruntime onnx
+build/venv/with-%:
+	@scripts/setup.sh python
+	test -d build/venv || python3 -m venv build/venv
+	build/venv/bin/pip install --quiet torch $(PACKAGES)
 	touch $@
 
-bench-peers: build build/peers/installed
-	build/peers/bin/python bench/peers_cpu.py $(BENCH) --json build/peers.json
+build/venv/with-peers: PACKAGES = numpy onnxruntime onnx
+build/venv/with-tests: PACKAGES = cmake scikit-build-core nanobind transformers matplotlib \
+  pytest hypothesis nbclient ipykernel sphinx myst-parser
+
+# The package computes on the CPU alone, so kernels for GPUs stay out of this build.
+python: build/venv/with-tests
+	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) build/venv/bin/pip install --quiet --no-build-isolation --no-deps . \
+	  -C cmake.define.THRIFTATTN_CUDA=OFF
+
+test-python: python
+	build/venv/bin/python -m pytest -q
+
+docs: python
+	build/venv/bin/python -m sphinx -q -W --keep-going docs/site build/docs
+
+bench-peers: build build/venv/with-peers
+	build/venv/bin/python bench/peers_cpu.py $(BENCH) --json build/peers.json
 
 format-check:
 	@scripts/setup.sh check

@@ -6,6 +6,7 @@
 #   STEPS="build test" ...           some of: build test sanitize bench
 #   ARCHITECTURES=90a ...            instead of the GPU's own
 #   ROUNDS=3 ...                     of the benchmark
+#   SHARDS=8 ...                     of the tests, each a process
 # Libraries that are not where CMake looks come by its own variables (CMAKE_PREFIX_PATH, PKG_CONFIG_PATH); the peers
 # need a python3 with torch, and are left out without it.
 set -euo pipefail
@@ -14,6 +15,7 @@ cd "$(dirname "$0")/.."
 DEVICE=${DEVICE:-0}
 STEPS=${STEPS:-build test sanitize bench}
 ROUNDS=${ROUNDS:-3}
+SHARDS=${SHARDS:-8}
 BUILD=${BUILD:-build/gpu}
 PYTHON=${PYTHON:-python3}
 
@@ -45,8 +47,20 @@ fi
 
 if wants test; then
   say "tests"
-  timeout "$LIMIT" "$BUILD/tests/cuda/test_cuda" --gtest_brief=1
+  # Side by side: what takes time is the reference on one processor.
+  pids=()
+  for ((i = 0; i < SHARDS; ++i)); do
+    GTEST_TOTAL_SHARDS=$SHARDS GTEST_SHARD_INDEX=$i timeout "$LIMIT" "$BUILD/tests/cuda/test_cuda" --gtest_brief=1 \
+      > "$BUILD/test_cuda.$i.log" 2>&1 &
+    pids+=($!)
+  done
+  failed=0
+  for ((i = 0; i < SHARDS; ++i)); do
+    wait "${pids[$i]}" || { failed=1; cat "$BUILD/test_cuda.$i.log"; }
+    tail -n 1 "$BUILD/test_cuda.$i.log"
+  done
   timeout "$LIMIT" "$BUILD/tests/test_model_cuda" --gtest_brief=1
+  [ "$failed" = 0 ]
 fi
 
 if wants sanitize; then

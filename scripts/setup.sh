@@ -1,6 +1,6 @@
 #!/bin/bash
 # Installs the Debian packages that a task needs, and does nothing when they are there.
-#   scripts/setup.sh build | test | demo | check | fuzz | peers ...
+#   scripts/setup.sh build | test | demo | check | fuzz | python ...
 set -euo pipefail
 
 # ocl-icd-opencl-dev: the CMake file of libdnnl-dev asks for OpenCL and its package does not depend on it.
@@ -12,9 +12,9 @@ for task in "$@"; do
     test) packages+=" $build libgtest-dev python3" ;;
     demo) packages+=" $build bible-kjv" ;;
     fuzz) packages+=" $build clang libclang-rt-dev python3" ;;
-    peers) packages+=" python3-venv" ;;
+    python) packages+=" $build python3-dev python3-venv" ;;
     check) packages+=" git clang-format" ;;
-    *) echo "setup.sh: unknown task '$task': build, test, demo, check, fuzz and peers are known" >&2; exit 2 ;;
+    *) echo "setup.sh: unknown task '$task': build, test, demo, check, fuzz and python are known" >&2; exit 2 ;;
   esac
 done
 

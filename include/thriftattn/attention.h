@@ -40,6 +40,8 @@ struct Problem {
   // cache holds. bf16 allows each factor to be rounded to BF16 once (relative error 2^-9), which matrix tiles and
   // AVX512-BF16 need; sums stay FP32. A machine without them computes in FP32 all the same, and decode always does.
   DType compute = DType::f32;
+
+  bool operator==(const Problem&) const = default;
 };
 
 // An NVIDIA GPU as the planner sees it (thriftattn/cuda.h).
