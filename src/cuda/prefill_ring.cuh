@@ -111,7 +111,7 @@ __device__ inline void wait(uint64_t& barrier, uint32_t phase) {
 
 // Arrivals that complete a fill: one lane's, or where there is no bulk copy all lanes'.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kFillers = 32;
+constexpr int kFillers = 33;
 #else
 constexpr int kFillers = 1;
 #endif
@@ -171,6 +171,7 @@ __device__ inline void copy_to_ring(uint32_t to, const uint8_t* from, int bytes,
       asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(piece + b), "l"(source + b) : "memory");
   }
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(at) : "memory");
+  if (lane == 0) arrive(barrier);  // what it wrote about the entry by itself
 #endif
 }
 
