@@ -109,7 +109,7 @@ __device__ inline void wait(uint64_t& barrier, uint32_t phase) {
 
 // --- the ring
 
-// Arrivals that complete a fill: one lane's, or where there is no bulk copy all lanes'.
+// Arrivals that complete a fill: one lane's, or where there is no bulk copy all lanes' and lane 0's once more.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr int kFillers = 33;
 #else
