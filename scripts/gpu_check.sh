@@ -22,6 +22,8 @@ PYTHON=${PYTHON:-python3}
 # Kernels may wait for what a fault never brings: nothing here takes longer than this.
 LIMIT=${LIMIT:-1800}
 
+failed=0  # a test or a tool found something: the rest runs all the same, and the script fails at its end
+
 wants() { [[ " $STEPS " == *" $1 "* ]]; }
 say() { printf '\n== %s\n' "$*" >&2; }
 smi() { nvidia-smi -i "$DEVICE" --query-gpu="$1" --format=csv,noheader,nounits; }
@@ -54,13 +56,11 @@ if wants test; then
       > "$BUILD/test_cuda.$i.log" 2>&1 &
     pids+=($!)
   done
-  failed=0
   for ((i = 0; i < SHARDS; ++i)); do
     wait "${pids[$i]}" || { failed=1; cat "$BUILD/test_cuda.$i.log"; }
     tail -n 1 "$BUILD/test_cuda.$i.log"
   done
-  timeout "$LIMIT" "$BUILD/tests/test_model_cuda" --gtest_brief=1
-  [ "$failed" = 0 ]
+  timeout "$LIMIT" "$BUILD/tests/test_model_cuda" --gtest_brief=1 || failed=1
 fi
 
 if wants sanitize; then
@@ -70,9 +70,9 @@ if wants sanitize; then
   for tool in memcheck racecheck; do
     say "compute-sanitizer $tool"
     timeout "$LIMIT" compute-sanitizer --tool "$tool" --error-exitcode 1 --print-limit 20 \
-      "$BUILD/tests/cuda/test_cuda" --gtest_brief=1 --gtest_filter="${SANITIZE_FILTER:-$small}"
+      "$BUILD/tests/cuda/test_cuda" --gtest_brief=1 --gtest_filter="${SANITIZE_FILTER:-$small}" || failed=1
     timeout "$LIMIT" compute-sanitizer --tool "$tool" --error-exitcode 1 --print-limit 20 \
-      "$BUILD/tests/test_model_cuda" --gtest_brief=1 --gtest_filter='Kernels.*-*Fill*'
+      "$BUILD/tests/test_model_cuda" --gtest_brief=1 --gtest_filter='Kernels.*-*Fill*' || failed=1
   done
 fi
 
@@ -95,3 +95,6 @@ if wants bench; then
       --method fp16 thrift thrift:policy=block_mean fp4 --rounds "$ROUNDS" --json "$BUILD/model_b$batch.json"
   done
 fi
+
+[ "$failed" = 0 ] || say "something failed above"
+exit "$failed"

@@ -87,7 +87,7 @@ struct Lists {
   uint32_t* by_page;  // [units, k_max], ascending
   uint32_t* by_tier;  // [units, k_max], those in fp16 first, then those in fp4x2, then those in fp4, then those in
                       // none; ascending within
-  int32_t* counts;  // [units, 8]: listed, then in fp16, in fp4x2, in fp4, in none, wanted but not stored, 0, 0
+  int32_t* counts;    // [units, 8]: listed, then in fp16, in fp4x2, in fp4, in none, wanted but not stored, 0, 0
 };
 
 // What a unit may see, as format/selection.h's block_pages says, is computed by each kernel from s_kv and s_q.
@@ -101,8 +101,8 @@ struct RankParams {
   int row_stride;
   float* q_mean;  // [units, max_pages, row_stride]: q . k_mean of every full page that is seen, times sm_scale * log2
                   // e; null without centring
-  float* score;       // [units, max_pages]: what the policy says of a page, the maximum over the unit's heads
-  float* q_norm;      // [units]: norm of the mean row, the maximum over heads, for a budget of tolerance
+  float* score;   // [units, max_pages]: what the policy says of a page, the maximum over the unit's heads
+  float* q_norm;  // [units]: norm of the mean row, the maximum over heads, for a budget of tolerance
   float* row_weight;  // [units, row_stride]: what a row weighs in the mean over its head, 1 / (the head's rows without
                       // NaN and Inf); 0 for a row with them. For choose_by_mass; null where nobody asks
   Lists lists;

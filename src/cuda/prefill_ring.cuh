@@ -156,8 +156,7 @@ __device__ inline void copy_to_ring(uint32_t to, const uint8_t* from, int bytes,
   const uint32_t at = shared_address(&barrier);
 #if __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // what was read here before is read
-  if (lane == 0)
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(at), "r"(all_bytes) : "memory");
+  if (lane == 0) asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(at), "r"(all_bytes) : "memory");
   __syncwarp();
   if (bytes > 0)
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),

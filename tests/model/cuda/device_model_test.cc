@@ -155,6 +155,10 @@ TEST_F(Device, ReplayedStepsEqualLaunchedOnesBitForBit) {
   }
 }
 
+// Products of more rows add in another order; where that turns the rounding of a key to FP16, or of a code, logits of
+// order 1 move by up to 6e-4 (measured).
+constexpr double kBatchRounding = 2e-3;
+
 TEST_F(Device, SequencesOfABatchDoNotMeet) {
   constexpr int kSize = 3;
   const auto model = load("qwen3");
@@ -172,7 +176,8 @@ TEST_F(Device, SequencesOfABatchDoNotMeet) {
   const auto compare = [&](const std::vector<float>& got, int from, int count, Phase phase) {
     for (int i = 0; i < kSize; ++i) {
       const auto want = last_logits(alone[i].get(), std::span(tokens[i]).subspan(from, count), phase, vocab);
-      EXPECT_LE(worst(std::span(got).subspan(i * vocab, vocab), want), 1e-4) << "sequence " << i << " at " << from;
+      EXPECT_LE(worst(std::span(got).subspan(i * vocab, vocab), want), kBatchRounding)
+          << "sequence " << i << " at " << from;
     }
   };
   compare(last_logits(batch.get(), together, Phase::prefill, vocab, kSize), 0, 130, Phase::prefill);

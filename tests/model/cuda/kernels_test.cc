@@ -200,7 +200,7 @@ TEST_F(Kernels, ProductsMatchTheirDefinition) {
   auto products = Products::create();
   ASSERT_TRUE(products.ok()) << products.status().message();
   for (const DType type : {DType::f32, DType::bf16}) {
-    for (const auto [rows, inputs, outputs, with_bias] :
+    for (const auto& [rows, inputs, outputs, with_bias] :
          {std::tuple{1, 32, 48, true}, {7, 256, 1024, false}, {300, 704, 256, true}, {4, 4096, 300, false}}) {
       const bool rounded = type == DType::bf16;
       Floats x = noise(rows * inputs, 1), w = noise(outputs * inputs, 2), bias = noise(outputs, 3);
