@@ -11,7 +11,8 @@
 
 namespace thriftattn::cuda {
 
-struct Cache::State {
+// Hidden, because what belongs to a class that a shared library shows would be shown with it.
+struct __attribute__((visibility("hidden"))) Cache::State {
   CacheConfig config;
   CacheSize size;  // pages filled in
   int device = 0;

@@ -62,7 +62,8 @@ struct WorkspaceLayout {
 // `config` of a decode step, `scratch_bytes` of a prefill.
 WorkspaceLayout workspace_layout(const Problem& problem, const DecodeConfig& config, int64_t scratch_bytes);
 
-struct Workspace::State {
+// Hidden as in state.h.
+struct __attribute__((visibility("hidden"))) Workspace::State {
   Plan plan;  // that this was made for
   int device = 0;
   DecodeConfig config{};
