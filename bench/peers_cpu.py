@@ -16,71 +16,28 @@ heads of a group as rows over their KV head ("packed"); in prefill K and V repea
 FP16, and INT8 and INT4 caches, these with scales by channel or by tensor and queries in FP32 or FP16, whichever is the
 fastest. What the installed version refuses is printed and left out.
 """
-import argparse
 import glob
-import json
 import math
 import os
-import pathlib
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 
-PEERS = ("torch", "ort", "none")
+import peers as common
+from peers import Refused, finish, positive, say
+
 PACKAGES = {"torch": ("numpy", "torch"), "ort": ("numpy", "onnxruntime", "onnx")}
 LIMITS = {"f32": 1e-3, "fp32": 1e-3, "fp16": 1e-2, "bf16": 5e-2, "int8": 0.1, "int4": 0.5}  # relative error
 SECONDS = 3  # of one peer in one round: what takes longer is repeated less often
 
 
-class Refused(Exception):
-    """What the user gave cannot be had: one line, exit code 2."""
-
-
-def positive(text):
-    value = int(text) if text.isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
-    return value
-
-
 def parse(arguments):
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise Refused(message)
-
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    root = pathlib.Path(__file__).resolve().parent.parent
-    parser.add_argument("--program", default=str(root / "build" / "release" / "thriftattn"))
-    parser.add_argument("--phase", choices=("decode", "prefill"), default="decode")
-    parser.add_argument("--s-kv", type=positive, nargs="+", default=[16384], metavar="N", help="tokens of a sequence")
-    parser.add_argument("--s-q", type=positive, help="rows of a prefill; default all of --s-kv. decode: 1")
-    parser.add_argument("--batch", type=positive, default=1)
-    parser.add_argument("--h-q", type=positive, default=32)
-    parser.add_argument("--h-kv", type=positive, default=8)
-    parser.add_argument("--d", type=positive, default=128)
-    parser.add_argument("--method", nargs="+", default=["fp16", "fp4", "thrift"], metavar="SPEC")
+    parser = common.Parser(__doc__, peers=("torch", "ort"), s_kv=16384, methods=["fp16", "fp4", "thrift"])
     parser.add_argument("--target", help="instruction set of thriftattn; default the best")
     parser.add_argument("--compute", choices=("f32", "bf16"), default="f32",
                         help="what thriftattn may round a prefill's factors to; PyTorch's BF16 rounds them too")
     parser.add_argument("--threads", type=positive, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=["torch", "ort"])
-    parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--reps", type=positive, default=5, help="repetitions in one round")
-    parser.add_argument("--json", help="write all figures to this file")
-    o = parser.parse_args(arguments)
-    if o.h_q % o.h_kv:
-        raise Refused(f"--h-q {o.h_q} is not a multiple of --h-kv {o.h_kv}")
-    if o.phase == "decode" and o.s_q not in (None, 1):
-        raise Refused(f"--s-q {o.s_q}: the peers decode one row; --phase prefill takes more")
-    if "none" in o.peers and len(o.peers) > 1:
-        raise Refused("--peers none stands alone")
-    if not os.access(o.program, os.X_OK):
-        raise Refused(f"{o.program} is no program: make build makes it, --program names another")
-    if o.json and not os.path.isdir(os.path.dirname(os.path.abspath(o.json))):
-        raise Refused(f"cannot write {o.json}: no such folder")
-    return o
+    return parser.parse(arguments)
 
 
 def load(name, package):
@@ -100,15 +57,7 @@ def last_level_cache():
     return max(sizes) or 32 << 20
 
 
-class Shape:
-    def __init__(self, o, s_kv):
-        self.phase, self.s_kv = o.phase, s_kv
-        self.s_q = 1 if o.phase == "decode" else min(o.s_q or s_kv, s_kv)
-        self.batch, self.h_q, self.h_kv, self.d = o.batch, o.h_q, o.h_kv, o.d
-        self.group = o.h_q // o.h_kv
-        pairs = self.s_q * (s_kv - (self.s_q - 1) / 2)
-        self.flops = 4 * pairs * o.d * o.h_q * o.batch
-
+class Shape(common.Shape):
     def bytes(self, per_element):
         """What must be read: K and V once, and q; out is written."""
         return (2 * self.batch * self.h_kv * self.s_kv * self.d * per_element
@@ -189,31 +138,19 @@ class Peer:
     def row(self, o, machine):
         s = self.shape
         layers = len(self.calls)
-        return finish({"phase": s.phase, "s_q": s.s_q, "s_kv": s.s_kv, "batch": s.batch, "h_q": s.h_q, "h_kv": s.h_kv,
-                       "d": s.d, "method": self.name, "form": self.form, "target": self.target, "threads": o.threads},
-                      self.rounds, s.bytes(self.per_element), s.flops, machine,
+        return finish({**s.fields(), "method": self.name, "form": self.form, "target": self.target, "threads": o.threads},
+                      self.rounds, s.bytes(self.per_element), s.flops, machine, rate,
                       {"rel_err": self.rel_err, "layers": layers,
                        "cold": layers * s.bytes(self.per_element) >= 4 * last_level_cache()})
 
 
-def finish(row, rounds, size, flops, machine, rest):
-    """A row in the format of `thriftattn bench attention`; `rounds`: the times of each, in milliseconds."""
-    by_round = [statistics.median(times) for times in rounds]
-    ms = statistics.median(by_round)
-    gb = size / ms / 1e6
-    return {**row, "ms_median": ms, "ms_min": min(map(min, rounds)), "ms_max": max(map(max, rounds)),
-            "ms_by_round": by_round, "bytes": size, "flops": flops, "gb_per_s": gb,
-            "pct_of_read_bandwidth": 100 * gb / machine["read_gb_per_s"],
-            "pct_of_matrix_peak": 100 * flops / ms / 1e6 / machine["matrix_gflops"], **rest}
+def rate(flops, ms, machine):
+    return {"pct_of_matrix_peak": 100 * flops / ms / 1e6 / machine["matrix_gflops"]}
 
 
 def copies(shape, per_element):
     """So many that they hold four times the last-level cache together."""
     return math.ceil(4 * last_level_cache() / (2 * shape.batch * shape.h_kv * shape.s_kv * shape.d * per_element))
-
-
-def say(text):
-    print(text, file=sys.stderr, flush=True)
 
 
 def torch_peers(o, inputs):
@@ -381,24 +318,6 @@ def ort_peers(o, inputs):
             yield best[1]
 
 
-def ours(o, shape):
-    """One round of thriftattn: its machine and its rows."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = os.path.join(folder, "ours.json")
-        command = [o.program, "bench", "attention", "--phase", o.phase, "--s-kv", shape.s_kv, "--s-q", shape.s_q,
-                   "--batch", o.batch, "--h-q", o.h_q, "--h-kv", o.h_kv, "--d", o.d, "--threads", o.threads,
-                   "--reps", o.reps, *(["--target", o.target] if o.target else []), "--compute", o.compute,
-                   "--json", out,
-                   "--method", *o.method]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-        if done.returncode:
-            said = done.stderr.strip().removeprefix("thriftattn: ")
-            raise Refused(said or f"{o.program} ended with {done.returncode}")
-        with open(out, encoding="utf-8") as f:
-            found = json.load(f)
-    return found["machine"], found["rows"]
-
-
 def spread(values):
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
@@ -415,28 +334,16 @@ def bench(o, s_kv, machines):
     mine = []
     for i in range(o.rounds):
         say(f"{s_kv} tokens: round {i + 1} of {o.rounds}")
-        machine, rows = ours(o, shape)
+        machine, rows = common.ours(o, shape, "--threads", o.threads, *(["--target", o.target] if o.target else []),
+                                    "--compute", o.compute)
         machines.append(machine)
         mine.append(rows)
         for peer in peers:
             peer.round(o.reps)
     machine = {key: statistics.mean(m[key] for m in machines) for key in ("read_gb_per_s", "matrix_gflops")}
-    rows = []
-    for same in zip(*mine):  # one method in all rounds
-        first = same[0]
-        shape_of = ("phase", "s_q", "s_kv", "batch", "h_q", "h_kv", "d", "method", "target", "threads")
-        row = finish({key: first[key] for key in shape_of}, [[r["ms_median"]] for r in same], first["bytes"],
-                     first["flops"], machine, {key: first[key] for key in ("rel_err", "layers", "cold")})
-        row["ms_min"], row["ms_max"] = min(r["ms_min"] for r in same), max(r["ms_max"] for r in same)
-        rows.append(row)
+    rows = common.own_rows(mine, (*shape.fields(), "method", "target", "threads"), machine, rate)
     others = [peer.row(o, machine) for peer in peers]
-    ratios = []
-    for row in rows:
-        for other in others:
-            by_round = [theirs / own for theirs, own in zip(other["ms_by_round"], row["ms_by_round"])]
-            ratios.append({"method": row["method"], "peer": other["method"], "s_q": shape.s_q, "s_kv": s_kv,
-                           "times_faster": statistics.median(by_round), "by_round": by_round})
-    return rows + others, ratios
+    return rows + others, common.compare(rows, others, ("s_q", "s_kv"))
 
 
 def table(rows):
@@ -446,9 +353,7 @@ def table(rows):
                       f"{r['ms_median']:.3f}", f"{r['ms_min']:.3f}", f"{r['ms_max']:.3f}", f"{r['bytes'] / 1e6:.1f}",
                       f"{r['gb_per_s']:.1f}", f"{r['pct_of_read_bandwidth']:.1f}", f"{r['pct_of_matrix_peak']:.1f}",
                       f"{r['rel_err']:.1e}"))
-    width = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.ljust(w) if i < 2 else cell.rjust(w)
-                               for i, (cell, w) in enumerate(zip(line, width))) for line in lines)
+    return common.columns(lines)
 
 
 def main(arguments):
@@ -472,25 +377,9 @@ def main(arguments):
     print(f"\nms: median of {o.rounds} rounds of {o.reps} repetitions; rel err: to attention in double")
     if not all(row["cold"] for row in rows):
         print("* the caches it rotates over are not four times the last-level cache: parts of them stay in it")
-    if ratios:
-        print("\nmedian of the rounds (least to most):")
-    for r in ratios:
-        faster = r["times_faster"] >= 1
-        values = r["by_round"] if faster else [1 / ratio for ratio in r["by_round"]]
-        print(f"{r['s_kv']} tokens: thriftattn {r['method']} is {statistics.median(values):.2f}x "
-              f"{'faster' if faster else 'slower'} than {r['peer']} ({min(values):.2f} to {max(values):.2f})")
-    if o.json:
-        with open(o.json, "w", encoding="utf-8") as f:
-            json.dump({"schema": "thriftattn.peers/1", "machine": machine, "rounds": o.rounds, "reps": o.reps,
-                       "rows": rows, "ratios": ratios}, f, indent=1)
-            f.write("\n")
+    common.print_ratios(ratios)
+    common.write(o, machine, rows, ratios)
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (Refused, OSError) as refused:
-        print(f"peers_cpu.py: {' '.join(str(refused).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    common.run(main)

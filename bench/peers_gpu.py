@@ -12,70 +12,24 @@ is timed, and so is ours by `thriftattn bench attention`. Clocks and power are t
 PyTorch in FP16, in each form that a caller can choose: enable_gqa=True and, in decode, the query heads of a group as
 rows over their KV head ("packed"). What the installed version refuses is printed and left out.
 """
-import argparse
-import json
 import math
-import os
-import pathlib
 import statistics
 import subprocess
-import sys
-import tempfile
 import threading
+
+import peers as common
+from peers import Refused, finish, positive, say
 
 LIMIT = 1e-2  # relative error of an FP16 peer
 GRAPH_MS = 10  # a graph holds so many calls that it lasts about this long
 
 
-class Refused(Exception):
-    """What the user gave cannot be had: one line, exit code 2."""
-
-
-def positive(text):
-    value = int(text) if text.isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
-    return value
-
-
 def parse(arguments):
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise Refused(message)
-
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    root = pathlib.Path(__file__).resolve().parent.parent
-    parser.add_argument("--program", default=str(root / "build" / "release" / "thriftattn"))
+    parser = common.Parser(__doc__, peers=("cudnn", "flash"), s_kv=131072,
+                           methods=["fp16", "fp4", "thrift", "thrift:policy=block_mean"])
     parser.add_argument("--device", type=int, default=0, help="index of the GPU")
-    parser.add_argument("--phase", choices=("decode", "prefill"), default="decode")
-    parser.add_argument("--s-kv", type=positive, nargs="+", default=[131072], metavar="N", help="tokens of a sequence")
-    parser.add_argument("--s-q", type=positive, help="rows of a prefill; default all of --s-kv. decode: 1")
-    parser.add_argument("--batch", type=positive, default=1)
-    parser.add_argument("--h-q", type=positive, default=32)
-    parser.add_argument("--h-kv", type=positive, default=8)
-    parser.add_argument("--d", type=positive, default=128)
-    parser.add_argument("--method", nargs="+", default=["fp16", "fp4", "thrift", "thrift:policy=block_mean"],
-                        metavar="SPEC")
-    parser.add_argument("--peers", nargs="+", choices=("cudnn", "flash", "none"), default=["cudnn", "flash"])
-    parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--reps", type=positive, default=5, help="graphs in one round")
-    parser.add_argument("--json", help="write all figures to this file")
-    o = parser.parse_args(arguments)
-    if o.h_q % o.h_kv:
-        raise Refused(f"--h-q {o.h_q} is not a multiple of --h-kv {o.h_kv}")
-    if o.phase == "decode" and o.s_q not in (None, 1):
-        raise Refused(f"--s-q {o.s_q}: the peers decode one row; --phase prefill takes more")
-    if "none" in o.peers and len(o.peers) > 1:
-        raise Refused("--peers none stands alone")
-    if not os.access(o.program, os.X_OK):
-        raise Refused(f"{o.program} is no program: make build makes it, --program names another")
-    if o.json and not os.path.isdir(os.path.dirname(os.path.abspath(o.json))):
-        raise Refused(f"cannot write {o.json}: no such folder")
-    return o
-
-
-def say(text):
-    print(text, file=sys.stderr, flush=True)
+    return parser.parse(arguments)
 
 
 class Watch:
@@ -110,14 +64,9 @@ class Watch:
                 for name, values in zip(self.FIELDS, zip(*self.samples))}
 
 
-class Shape:
+class Shape(common.Shape):
     def __init__(self, o, s_kv):
-        self.phase, self.s_kv = o.phase, s_kv
-        self.s_q = 1 if o.phase == "decode" else min(o.s_q or s_kv, s_kv)
-        self.batch, self.h_q, self.h_kv, self.d = o.batch, o.h_q, o.h_kv, o.d
-        self.group = o.h_q // o.h_kv
-        pairs = self.s_q * (s_kv - (self.s_q - 1) / 2)
-        self.flops = 4 * pairs * o.d * o.h_q * o.batch
+        super().__init__(o, s_kv)
         self.cache_bytes = 2 * o.batch * o.h_kv * s_kv * o.d * 2
         self.bytes = self.cache_bytes + 2 * 2 * o.batch * o.h_q * self.s_q * o.d
 
@@ -175,20 +124,13 @@ class Peer:
 
     def row(self, machine):
         s = self.shape
-        return finish({"phase": s.phase, "s_q": s.s_q, "s_kv": s.s_kv, "batch": s.batch, "h_q": s.h_q, "h_kv": s.h_kv,
-                       "d": s.d, "method": self.name, "form": self.form}, self.rounds, s.bytes, s.flops, machine,
+        return finish({**s.fields(), "method": self.name, "form": self.form}, self.rounds, s.bytes, s.flops, machine, rate,
                       {"rel_err": self.rel_err, "layers": self.copies,
                        "cold": self.copies * s.cache_bytes >= 4 * machine["l2_bytes"]})
 
 
-def finish(row, rounds, size, flops, machine, rest):
-    """A row in the format of `thriftattn bench attention`; `rounds`: the times of each, in milliseconds."""
-    by_round = [statistics.median(times) for times in rounds]
-    ms = statistics.median(by_round)
-    gb = size / ms / 1e6
-    return {**row, "ms_median": ms, "ms_min": min(map(min, rounds)), "ms_max": max(map(max, rounds)),
-            "ms_by_round": by_round, "bytes": size, "flops": flops, "gb_per_s": gb,
-            "pct_of_read_bandwidth": 100 * gb / machine["read_gb_per_s"], "tflop_per_s": flops / ms / 1e9, **rest}
+def rate(flops, ms, _):
+    return {"tflop_per_s": flops / ms / 1e9}
 
 
 def torch_peers(o, shape, l2_bytes):
@@ -241,29 +183,13 @@ def torch_peers(o, shape, l2_bytes):
             yield best[1]
 
 
-def ours(o, shape):
-    """One round of thriftattn: its machine and its rows."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = os.path.join(folder, "ours.json")
-        command = [o.program, "bench", "attention", "--device", f"cuda:{o.device}", "--phase", o.phase, "--s-kv",
-                   shape.s_kv, "--s-q", shape.s_q, "--batch", o.batch, "--h-q", o.h_q, "--h-kv", o.h_kv, "--d", o.d,
-                   "--reps", o.reps, "--json", out, "--method", *o.method]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-        if done.returncode:
-            said = done.stderr.strip().removeprefix("thriftattn: ")
-            raise Refused(said or f"{o.program} ended with {done.returncode}")
-        with open(out, encoding="utf-8") as f:
-            found = json.load(f)
-    return found["machine"], found["rows"]
-
-
 def bench(o, s_kv, machines):
     """All rounds of one length: rows, ratios."""
     shape = Shape(o, s_kv)
     mine, peers = [], None
     for i in range(o.rounds):
         say(f"{s_kv} tokens: round {i + 1} of {o.rounds}")
-        machine, rows = ours(o, shape)
+        machine, rows = common.ours(o, shape, "--device", f"cuda:{o.device}")
         machines.append(machine)
         mine.append(rows)
         if peers is None:
@@ -271,26 +197,10 @@ def bench(o, s_kv, machines):
         for peer in peers:
             peer.round(o.reps)
     machine = {**machines[-1], "read_gb_per_s": max(m["read_gb_per_s"] for m in machines)}
-    rows = []
-    for same in zip(*mine):  # one method in all rounds
-        first = same[0]
-        rest = {key: first[key] for key in ("rel_err", "layers", "cold")}
-        for key in ("ms_single", "ms_given"):
-            if all(key in r for r in same):
-                rest[key] = statistics.median(r[key] for r in same)
-        shape_of = ("phase", "s_q", "s_kv", "batch", "h_q", "h_kv", "d", "method", "kernel", "target")
-        row = finish({key: first[key] for key in shape_of}, [[r["ms_median"]] for r in same], first["bytes"],
-                     first["flops"], machine, rest)
-        row["ms_min"], row["ms_max"] = min(r["ms_min"] for r in same), max(r["ms_max"] for r in same)
-        rows.append(row)
+    rows = common.own_rows(mine, (*shape.fields(), "method", "kernel", "target"), machine, rate,
+                           medians=("ms_single", "ms_given"))
     others = [peer.row(machine) for peer in peers]
-    ratios = []
-    for row in rows:
-        for other in others:
-            by_round = [theirs / own for theirs, own in zip(other["ms_by_round"], row["ms_by_round"])]
-            ratios.append({"method": row["method"], "peer": other["method"], "s_q": shape.s_q, "s_kv": s_kv,
-                           "batch": o.batch, "times_faster": statistics.median(by_round), "by_round": by_round})
-    return rows + others, ratios
+    return rows + others, common.compare(rows, others, ("s_q", "s_kv", "batch"))
 
 
 def table(rows):
@@ -301,9 +211,7 @@ def table(rows):
         lines.append((r["method"] + ("" if r["cold"] else " *"), r.get("form") or r.get("kernel") or "", str(r["s_q"]),
                       str(r["s_kv"]), *us, f"{r['bytes'] / 1e6:.1f}", f"{r['gb_per_s']:.0f}",
                       f"{r['pct_of_read_bandwidth']:.1f}", f"{r['tflop_per_s']:.1f}", f"{r['rel_err']:.1e}"))
-    width = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.ljust(w) if i < 2 else cell.rjust(w)
-                               for i, (cell, w) in enumerate(zip(line, width))) for line in lines)
+    return common.columns(lines)
 
 
 def main(arguments):
@@ -334,25 +242,9 @@ def main(arguments):
           "selection that was made; rel err: to attention in double")
     if not all(row["cold"] for row in rows):
         print("* the caches it rotates over are not four times the L2 cache: parts of them stay in it")
-    if ratios:
-        print("\nmedian of the rounds (least to most):")
-    for r in ratios:
-        faster = r["times_faster"] >= 1
-        values = r["by_round"] if faster else [1 / ratio for ratio in r["by_round"]]
-        print(f"{r['s_kv']} tokens, batch {r['batch']}: thriftattn {r['method']} is {statistics.median(values):.2f}x "
-              f"{'faster' if faster else 'slower'} than {r['peer']} ({min(values):.2f} to {max(values):.2f})")
-    if o.json:
-        with open(o.json, "w", encoding="utf-8") as f:
-            json.dump({"schema": "thriftattn.peers/1", "machine": machine, "rounds": o.rounds, "reps": o.reps,
-                       "rows": rows, "ratios": ratios}, f, indent=1)
-            f.write("\n")
+    common.print_ratios(ratios)
+    common.write(o, machine, rows, ratios)
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (Refused, OSError) as refused:
-        print(f"peers_gpu.py: {' '.join(str(refused).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    common.run(main)
