@@ -15,13 +15,6 @@ namespace {
 // Two FP32 results of the same sums in another order.
 constexpr double kReordered = 5e-6;
 
-// How the last tokens of a sequence are asked: in one go, in a chunk, one token, a verify step.
-struct Step {
-  const char* name;
-  Phase phase;
-  int64_t rows;
-};
-std::ostream& operator<<(std::ostream& out, const Step& step) { return out << step.name; }
 const Step kSteps[] = {{"prefill", Phase::prefill, 500},
                        {"chunk", Phase::prefill, 77},
                        {"decode", Phase::decode, 1},
@@ -90,22 +83,6 @@ INSTANTIATE_TEST_SUITE_P(Steps, Identity,
                          [](const auto& test) {
                            return std::string(std::get<0>(test.param).name) + "_" + std::get<1>(test.param).name;
                          });
-
-// A selection that promotes the first page of each block, not the second, and about a third of the others, in the tiers
-// given; otherwise without sense.
-Selection random_selection(const oracle::Input& input, const std::vector<Tier>& tiers, uint32_t seed = 1) {
-  std::mt19937 random(seed);
-  Selection selection;
-  selection.first.push_back(0);
-  for (const oracle::QueryBlock& block : oracle::query_blocks(input)) {
-    for (auto j = static_cast<int32_t>(block.first_page); j < block.pages; ++j) {
-      const int64_t nth = j - block.first_page;
-      if (nth == 0 || (nth > 1 && random() % 3 == 0)) selection.pages.push_back({j, tiers[random() % tiers.size()]});
-    }
-    selection.first.push_back(static_cast<int64_t>(selection.pages.size()));
-  }
-  return selection;
-}
 
 TEST_P(Identity, PromoteAllIsFp16BitForBit) {
   for (const char* spec : {"thrift:storage=dual", "thrift:storage=dual,arithmetic=mma4", "paper:policy=quest",

@@ -109,6 +109,14 @@ inline Method method(const std::string& spec) {
     EXPECT_TRUE(status_of_call.ok()) << status_of_call.message(); \
   } while (0)
 
+// How the last tokens of a sequence are asked: in one go, in a chunk, one token, a verify step.
+struct Step {
+  const char* name;
+  Phase phase;
+  int64_t rows;
+};
+inline std::ostream& operator<<(std::ostream& out, const Step& step) { return out << step.name; }
+
 struct Call {
   Phase phase = Phase::prefill;
   bool causal = true;
@@ -295,6 +303,22 @@ inline Selection promote_all(const oracle::Input& input, Tier tier) {
 inline Selection promote_none(const oracle::Input& input) {
   Selection selection;
   selection.first.assign(oracle::query_blocks(input).size() + 1, 0);
+  return selection;
+}
+
+// A selection that promotes the first page of each block, not the second, and about a third of the others, in the tiers
+// given; otherwise without sense.
+inline Selection random_selection(const oracle::Input& input, const std::vector<Tier>& tiers, uint32_t seed = 1) {
+  std::mt19937 random(seed);
+  Selection selection;
+  selection.first.push_back(0);
+  for (const oracle::QueryBlock& block : oracle::query_blocks(input)) {
+    for (auto j = static_cast<int32_t>(block.first_page); j < block.pages; ++j) {
+      const int64_t nth = j - block.first_page;
+      if (nth == 0 || (nth > 1 && random() % 3 == 0)) selection.pages.push_back({j, tiers[random() % tiers.size()]});
+    }
+    selection.first.push_back(static_cast<int64_t>(selection.pages.size()));
+  }
   return selection;
 }
 

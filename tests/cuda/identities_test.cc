@@ -15,14 +15,6 @@ namespace {
 // The same pages walked in another order: p is rounded to FP16 against another running maximum.
 constexpr double kReordered = 3e-4;
 
-struct Setting {
-  const char* name;
-  int h_q, h_kv, d, d_v;
-  int64_t window;
-  float softcap;
-  bool sinks;
-};
-std::ostream& operator<<(std::ostream& out, const Setting& setting) { return out << setting.name; }
 const Setting kSettings[] = {
     {"d128", 8, 2, 128, 128, 0, 0, false},
     {"d64_window", 4, 2, 64, 64, 100, 0, false},
@@ -30,12 +22,6 @@ const Setting kSettings[] = {
     {"d128_group8_sinks", 16, 2, 128, 128, 0, 0, true},
     {"d256_softcap", 4, 2, 256, 256, 0, 4, false},
 };
-struct Step {
-  const char* name;
-  Phase phase;
-  int64_t rows;
-};
-std::ostream& operator<<(std::ostream& out, const Step& step) { return out << step.name; }
 const Step kSteps[] = {{"prefill", Phase::prefill, 500},
                        {"chunk", Phase::prefill, 77},
                        {"decode", Phase::decode, 1},
@@ -51,14 +37,7 @@ class GpuIdentity : public ::testing::TestWithParam<std::tuple<Step, Setting>> {
   const Setting& setting() const { return std::get<1>(GetParam()); }
   Shape shape() const { return {setting().h_q, setting().h_kv, setting().d, setting().d_v}; }
   size_t d_v() const { return static_cast<size_t>(setting().d_v); }
-  Call call() const {
-    Call c;
-    c.phase = phase();
-    c.window = setting().window;
-    c.softcap = setting().softcap;
-    c.sinks = setting().sinks;
-    return c;
-  }
+  Call call() const { return call_of(setting(), phase()); }
   Call given(const Selection& selection) const {
     Call c = call();
     c.given = &selection;
@@ -91,21 +70,6 @@ INSTANTIATE_TEST_SUITE_P(Steps, GpuIdentity,
                          [](const auto& test) {
                            return std::string(std::get<0>(test.param).name) + "_" + std::get<1>(test.param).name;
                          });
-
-// Promotes the first page of each block, not the second, and about a third of the others.
-Selection random_selection(const oracle::Input& input, const std::vector<Tier>& tiers, uint32_t seed = 1) {
-  std::mt19937 random(seed);
-  Selection selection;
-  selection.first.push_back(0);
-  for (const oracle::QueryBlock& block : oracle::query_blocks(input)) {
-    for (auto j = static_cast<int32_t>(block.first_page); j < block.pages; ++j) {
-      const int64_t nth = j - block.first_page;
-      if (nth == 0 || (nth > 1 && random() % 3 == 0)) selection.pages.push_back({j, tiers[random() % tiers.size()]});
-    }
-    selection.first.push_back(static_cast<int64_t>(selection.pages.size()));
-  }
-  return selection;
-}
 
 TEST_P(GpuIdentity, PromoteAllIsFp16) {
   const Selection all = promote_all(input(tokens_), Tier::fp16);

@@ -23,14 +23,6 @@ constexpr double kExpandedError = 1.5e-2, kExpandedLseShare = 4e-3;  // times sm
 // Masses by FP16 scores, relative to the largest.
 constexpr double kHalfTie = 2e-3;
 
-struct Setting {
-  const char* name;
-  int h_q, h_kv, d, d_v;
-  int64_t window;
-  float softcap;
-  bool sinks;
-};
-std::ostream& operator<<(std::ostream& out, const Setting& setting) { return out << setting.name; }
 // Every head size, group and mask, not every combination.
 const Setting kSettings[] = {
     {"d128", 8, 2, 128, 128, 0, 0, false},
@@ -46,12 +38,6 @@ const Setting kSettings[] = {
     {"d256_window_softcap", 4, 2, 256, 256, 130, 4, false},
     {"d256_group16", 16, 1, 256, 256, 0, 0, false},
 };
-struct Step {
-  const char* name;
-  Phase phase;
-  int64_t rows;
-};
-std::ostream& operator<<(std::ostream& out, const Step& step) { return out << step.name; }
 const Step kSteps[] = {{"prefill", Phase::prefill, 500},
                        {"chunk", Phase::prefill, 77},
                        {"decode", Phase::decode, 1},
@@ -59,17 +45,8 @@ const Step kSteps[] = {{"prefill", Phase::prefill, 500},
                        {"verify16", Phase::decode, 16}};
 constexpr int64_t kTokens = 500;
 
-Call call_of(const Setting& setting, Phase phase) {
-  Call c;
-  c.phase = phase;
-  c.window = setting.window;
-  c.softcap = setting.softcap;
-  c.sinks = setting.sinks;
-  return c;
-}
-
 // About half of the pages that every block sees, in tiers of which all occur.
-Selection random_selection(const oracle::Input& input, const std::vector<Tier>& tiers, uint32_t seed = 1) {
+Selection random_half(const oracle::Input& input, const std::vector<Tier>& tiers, uint32_t seed = 1) {
   std::mt19937 random(seed);
   Selection selection;
   selection.first.push_back(0);
@@ -141,7 +118,7 @@ TEST_P(GpuRun, ReadsAGivenSelectionAsTheCpuDoes) {
               {"topk", {Tier::fp16}}};
   for (const auto& row : rows) {
     Pair pair(row.spec, x, step().rows);
-    const Selection some = random_selection(pair.cpu.oracle_input(step().rows, call()), row.tiers);
+    const Selection some = random_half(pair.cpu.oracle_input(step().rows, call()), row.tiers);
     Call given = call();
     given.given = &some;
     expect_near(pair.gpu.attend(given), pair.cpu.attend(step().rows, given), x, row.spec);

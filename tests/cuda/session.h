@@ -305,4 +305,22 @@ class GpuSession {
   std::vector<float> sinks_;  // [h_q], as a Session's
 };
 
+// Heads and masks of a call.
+struct Setting {
+  const char* name;
+  int h_q, h_kv, d, d_v;
+  int64_t window;
+  float softcap;
+  bool sinks;
+};
+inline std::ostream& operator<<(std::ostream& out, const Setting& setting) { return out << setting.name; }
+inline Call call_of(const Setting& setting, Phase phase) {
+  Call c;
+  c.phase = phase;
+  c.window = setting.window;
+  c.softcap = setting.softcap;
+  c.sinks = setting.sinks;
+  return c;
+}
+
 }  // namespace thriftattn::testing
