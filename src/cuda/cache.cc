@@ -3,6 +3,7 @@
 //   create       one block of memory: pools of records, block tables, lengths, batch, faults
 //   reserve      free page ids --> block table                    (values travel in kernel parameters: launch_write)
 //   fork         full pages --> both block tables; tail, ring --> copies
+//   grow         create, then pools, rings, tables and lengths --> the new block; the old one is freed
 //   set_batch    slots, s_q, first rows --> batch table
 //   begin_step, append, end_step                                  append.cu, steps.cu; nothing but launches
 //   upload, download                                              transfer.cc
@@ -17,6 +18,7 @@
 #include <algorithm>
 #include <initializer_list>
 #include <new>
+#include <vector>
 
 #include "cuda/check.h"
 #include "cuda/params.h"
@@ -48,20 +50,28 @@ class Parts {
   bool fits_ = true;
 };
 
-Status check_config(const CacheConfig& config, const CacheSize& size) {
-  const auto refuse = [](const char* name, int64_t value, const char* supported) {
-    return invalid_argument(fmt::format("{} {} is not supported: {}", name, value, supported));
-  };
+Status check_config(const CacheConfig& config) {
   THRIFTATTN_RETURN_IF_ERROR(KvCache::create(config).status());
   if (!config.storage_by_head.empty())
     return unsupported("storage_by_head is not supported on a GPU: one storage for all heads is");
   if (config.high_dtype != DType::f16) return unsupported("high_dtype bf16 is not supported on a GPU: f16 is");
+  return {};
+}
+
+// A size that can be, with what was left open filled in.
+Result<CacheSize> checked(CacheSize size) {
+  const auto refuse = [](const char* name, int64_t value, const char* supported) {
+    return invalid_argument(fmt::format("{} {} is not supported: {}", name, value, supported));
+  };
   if (size.max_sequences < 1 || size.max_sequences > kMaxSequences)
     return refuse("max_sequences", size.max_sequences, "1 to 65535");
   if (size.max_tokens < 1 || size.max_tokens > kMaxTokens) return refuse("max_tokens", size.max_tokens, "1 to 2^30");
-  if (size.pages < 0 || size.pages > INT32_MAX) return refuse("pages", size.pages, "0 (as many as needed) to 2^31 - 1");
   if (size.max_append < 1 || size.max_append > kMaxAppend) return refuse("max_append", size.max_append, "1 to 2^21");
-  return {};
+  if (size.pages == 0) size.pages = size.max_sequences * pages_for(size.max_tokens);
+  if (size.pages < 0 || size.pages > INT32_MAX)
+    return refuse("pages", size.pages, "up to 2^31 - 1, or 0 for as many as max_sequences of max_tokens take");
+  size.max_append = std::min(size.max_append, size.max_tokens);
+  return size;
 }
 
 StepParams step_params(const Cache::State& s) {
@@ -91,14 +101,59 @@ Status clear_table(const Cache::State& s, SeqId seq, int64_t first, int64_t end,
                "cudaMemsetAsync");
 }
 
-// Copies 16-bit records of all heads in all layers.
-Status copy_high(const Cache::State& s, const std::vector<RecordPair>& records, Stream stream) {
+// Copies 16-bit records of all heads in all layers, within a cache or to another one.
+Status copy_high(const Cache::State& from, const Cache::State& to, const std::vector<RecordPair>& records,
+                 Stream stream) {
   CopyParams p{};
-  p.from = p.to = s.high;
-  p.record_bytes = s.config.h_kv * s.layout.high_bytes;
-  p.from_layer_bytes = p.to_layer_bytes = s.high_records * p.record_bytes;
-  p.layers = s.config.layers;
+  p.from = from.high;
+  p.to = to.high;
+  p.record_bytes = from.config.h_kv * from.layout.high_bytes;
+  p.from_layer_bytes = from.high_records * p.record_bytes;
+  p.to_layer_bytes = to.high_records * p.record_bytes;
+  p.layers = from.config.layers;
   return check(launch_copy(p, records.data(), std::ssize(records), to_cuda(stream)), "launch_copy");
+}
+
+// Copies all that the device holds of a cache to a larger one, whose host side is as it will be.
+Status copy_contents(const Cache::State& from, const Cache::State& to, Stream stream) {
+  const auto on_device = [&](void* target, const void* source, int64_t bytes) {
+    return copy(target, source, bytes, cudaMemcpyDeviceToDevice, stream);
+  };
+  // The records of all pages, [layers, pages, h_kv, bytes].
+  const auto pool = [&](uint8_t* target, const uint8_t* source, int64_t bytes) -> Status {
+    const int64_t page = from.config.h_kv * bytes;
+    for (int64_t l = 0; source && l < from.config.layers; ++l)
+      THRIFTATTN_RETURN_IF_ERROR(
+          on_device(target + l * to.size.pages * page, source + l * from.size.pages * page, from.size.pages * page));
+    return {};
+  };
+  THRIFTATTN_RETURN_IF_ERROR(pool(to.fp4, from.fp4, from.layout.fp4_bytes));
+  THRIFTATTN_RETURN_IF_ERROR(pool(to.residual, from.residual, from.layout.fp4_bytes));
+  THRIFTATTN_RETURN_IF_ERROR(pool(to.summary, from.summary, from.canonical.summary_bytes));
+  if (from.all_high) THRIFTATTN_RETURN_IF_ERROR(pool(to.high, from.high, from.layout.high_bytes));
+
+  const int64_t slots = std::ssize(from.sequences), row = slots * sizeof(int32_t);
+  std::vector<int32_t> lengths(3 * slots);  // settled, s_kv, released
+  THRIFTATTN_RETURN_IF_ERROR(to_host(lengths.data(), from.settled, 3 * row, stream));
+  THRIFTATTN_RETURN_IF_ERROR(wait(stream));
+  for (SeqId seq = 0; seq < slots; ++seq) {
+    if (!from.has(seq)) continue;
+    THRIFTATTN_RETURN_IF_ERROR(write_table(to, seq, 0, stream));
+    int32_t& released = lengths[2 * slots + seq];
+    if (!from.all_high) {
+      const LayerCache old_rings = from.layer(0), rings = to.layer(0);
+      std::vector<RecordPair> records;
+      for (int j = 0; j < pages_for(lengths[slots + seq]); ++j)
+        if (old_rings.has_high(j, released))
+          records.push_back({old_rings.high_record(seq, j, 0), rings.high_record(seq, j, 0)});
+      THRIFTATTN_RETURN_IF_ERROR(copy_high(from, to, records, stream));
+    }
+    released = std::max(released, to.sink);  // where max_tokens held fewer pages than the config's sink
+  }
+  int32_t* const rows[] = {to.settled, to.s_kv, to.released};
+  for (int i = 0; i < 3; ++i) THRIFTATTN_RETURN_IF_ERROR(to_device(rows[i], &lengths[i * slots], row, stream));
+  THRIFTATTN_RETURN_IF_ERROR(on_device(to.batch_table, from.batch_table, 3 * std::ssize(from.seqs) * sizeof(int32_t)));
+  return on_device(to.faults, from.faults, sizeof(int32_t));
 }
 
 // Gives up the pages of a sequence that others share, from the one with token `tokens` on, so that it can be written
@@ -120,7 +175,7 @@ Status unshare(Cache::State& s, SeqId seq, int64_t tokens, Stream stream) {
   THRIFTATTN_RETURN_IF_ERROR(clear_table(s, seq, first, before, stream));
   THRIFTATTN_RETURN_IF_ERROR(write_table(s, seq, first, stream));
   if (!cuts || !s.all_high) return {};  // a ring's record is the sequence's own
-  return copy_high(s, {{cut_page, pages[first]}}, stream);
+  return copy_high(s, s, {{cut_page, pages[first]}}, stream);
 }
 
 }  // namespace
@@ -200,8 +255,9 @@ const CacheConfig& Cache::config() const { return state_->config; }
 const CacheSize& Cache::size() const { return state_->size; }
 int Cache::device() const { return state_->device; }
 
-Result<Cache> Cache::create(const CacheConfig& config, const CacheSize& size, int device) {
-  THRIFTATTN_RETURN_IF_ERROR(check_config(config, size));
+Result<Cache> Cache::create(const CacheConfig& config, const CacheSize& wanted, int device) {
+  THRIFTATTN_RETURN_IF_ERROR(check_config(config));
+  THRIFTATTN_ASSIGN_OR_RETURN(size, checked(wanted));
   THRIFTATTN_RETURN_IF_ERROR(machine(device).status());
   auto state = std::make_unique<State>();
   State& s = *state;
@@ -213,21 +269,16 @@ Result<Cache> Cache::create(const CacheConfig& config, const CacheSize& size, in
   s.max_pages = static_cast<int>(pages_for(size.max_tokens));
   s.sink = std::min(config.sink, s.max_pages);
   s.recent = std::min(config.recent, s.max_pages);
-  s.size.max_append = std::min(size.max_append, size.max_tokens);
-  const int64_t sequences = size.max_sequences;
-  if (size.pages == 0) s.size.pages = sequences * s.max_pages;
-  if (s.size.pages > INT32_MAX)
-    return invalid_argument(
-        fmt::format("{} sequences of {} pages are more than 2^31 - 1 pages", sequences, s.max_pages));
+  const int64_t sequences = size.max_sequences, pages = size.pages;
   const bool encoded = config.storage != Storage::high_only;
   s.all_high = !encoded || config.storage == Storage::dual;
   // The window, the tail, the pages that a step fills and one more; never more than a sequence has.
-  s.ring_pages = static_cast<int>(std::min<int64_t>(int64_t{s.sink} + s.recent + 2 + pages_for(s.size.max_append),
+  s.ring_pages = static_cast<int>(std::min<int64_t>(int64_t{s.sink} + s.recent + 2 + pages_for(size.max_append),
                                                     std::max(s.max_pages, s.sink + 1)));
-  s.high_records = s.all_high ? s.size.pages : sequences * s.ring_pages;
+  s.high_records = s.all_high ? pages : sequences * s.ring_pages;
 
   Parts parts;
-  const int64_t heads = int64_t{config.layers} * config.h_kv, pages = s.size.pages, int_bytes = sizeof(int32_t);
+  const int64_t heads = int64_t{config.layers} * config.h_kv, int_bytes = sizeof(int32_t);
   const bool summaries = encoded || s.canonical.summary_bytes > int64_t{sizeof(PageSummary)};
   const bool residuals = config.storage == Storage::residual;
   const int64_t fp4 = parts.take({encoded ? heads : 0, pages, s.layout.fp4_bytes});
@@ -348,7 +399,7 @@ Result<SeqId> Cache::fork(SeqId seq, Stream stream) {
     for (int j = s.all_high ? static_cast<int>(full) : 0; j < full + tail; ++j)
       if (cache.has_high(j, now.released))
         records.push_back({cache.high_record(seq, j, from[j]), cache.high_record(copy, j, to[j])});
-    THRIFTATTN_RETURN_IF_ERROR(copy_high(s, records, stream));
+    THRIFTATTN_RETURN_IF_ERROR(copy_high(s, s, records, stream));
     return cut(s, copy, now.s_kv, now.released, stream);
   });
 }
@@ -368,6 +419,38 @@ Status Cache::truncate(SeqId seq, int64_t length, Stream stream) {
         seq, length, page, now.released * kPageTokens, kPageTokens));
   THRIFTATTN_RETURN_IF_ERROR(unshare(s, seq, length, stream));
   return cut(s, seq, length, std::min<int64_t>(now.released, std::max<int64_t>(page, s.sink)), stream);
+}
+
+Status Cache::grow(const CacheSize& size, Stream stream) {
+  const State& from = *state_;
+  const CacheSize now = from.size;
+  THRIFTATTN_ASSIGN_OR_RETURN(wanted, checked(size));
+  if (wanted.max_sequences < now.max_sequences || wanted.max_tokens < now.max_tokens || wanted.pages < now.pages ||
+      wanted.max_append < now.max_append)
+    return invalid_argument(fmt::format(
+        "a cache of {} sequences of {} tokens, {} pages and {} tokens a step cannot grow to {}, {}, {} and {}: none of "
+        "them may be smaller",
+        now.max_sequences, now.max_tokens, now.pages, now.max_append, wanted.max_sequences, wanted.max_tokens,
+        wanted.pages, wanted.max_append));
+  THRIFTATTN_ASSIGN_OR_RETURN(grown, create(from.config, wanted, from.device));
+  State& to = *grown.state_;
+  try {
+    std::copy(from.sequences.begin(), from.sequences.end(), to.sequences.begin());
+    std::copy(from.users.begin(), from.users.end(), to.users.begin());
+    to.free_pages.resize(wanted.pages - now.pages);  // the new ones, which have the highest ids and are taken last
+    to.free_pages.insert(to.free_pages.end(), from.free_pages.begin(), from.free_pages.end());
+    to.seqs = from.seqs;
+    to.s_q = from.s_q;
+    to.rows = from.rows;
+    to.max_s_q = from.max_s_q;
+    const CurrentDevice current(from.device);
+    THRIFTATTN_RETURN_IF_ERROR(copy_contents(from, to, stream));
+    THRIFTATTN_RETURN_IF_ERROR(wait(stream));
+  } catch (const std::bad_alloc&) {
+    return no_memory("the tables of a larger cache");
+  }
+  *this = std::move(grown);
+  return {};
 }
 
 Status Cache::set_batch(std::span<const SeqId> seqs, std::span<const int64_t> s_q, Stream stream) {

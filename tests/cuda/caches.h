@@ -19,6 +19,8 @@
 
 namespace thriftattn::testing {
 
+inline constexpr Storage kStorages[] = {Storage::high_only, Storage::dual, Storage::residual, Storage::fp4_only};
+
 class CudaCache : public ::testing::Test {
  protected:
   void SetUp() override {
@@ -168,5 +170,87 @@ inline void expect_equal(const cuda::Cache& gpu, SeqId gpu_seq, const KvCache& c
       }
   }
 }
+
+// A cache on the GPU and one of the CPU. A sequence here has a twin there that shares nothing: a fork's goes through
+// the whole history of the sequence again.
+class Twins {
+ public:
+  Twins(const CacheConfig& config, const cuda::CacheSize& size, cudaStream_t stream)
+      : stream_(stream), k_(kRows, config.h_kv, config.d), v_(kRows, config.h_kv, config.d_v) {
+    auto gpu = cuda::Cache::create(config, size, 0);
+    auto cpu = KvCache::create(config);
+    EXPECT_TRUE(gpu.ok() && cpu.ok()) << gpu.status().message();
+    gpu_.emplace(std::move(*gpu));
+    cpu_.emplace(std::move(*cpu));
+    std::mt19937 random(21);
+    k_.fill(random);
+    v_.fill(random);
+    EXPECT_OK(k_.send(stream));
+    EXPECT_OK(v_.send(stream));
+  }
+
+  cuda::Cache& gpu() { return *gpu_; }
+  size_t count() const { return all_.size(); }
+  int64_t length(size_t i) const { return cpu_->length(all_[i].cpu); }
+  SeqId seq(size_t i) const { return all_[i].gpu; }
+
+  void start() {
+    auto seq = gpu_->new_sequence(stream_);
+    ASSERT_OK(seq.status());
+    all_.push_back({*seq, cpu_->new_sequence(), {}});
+  }
+  void fork(size_t i) {
+    auto seq = gpu_->fork(all_[i].gpu, stream_);
+    ASSERT_OK(seq.status());
+    Sequence copy{*seq, cpu_->new_sequence(), all_[i].history};
+    for (const Event& event : copy.history) ASSERT_OK(live(copy.cpu, event));
+    all_.push_back(copy);
+  }
+  // Appends n rows of the tensors, from `first` on.
+  void append(size_t i, int64_t first, int64_t n) {
+    ASSERT_OK(gpu_->reserve(all_[i].gpu, length(i) + n, stream_));
+    ASSERT_OK(step(*gpu_, all_[i].gpu, k_.device(first, n), v_.device(first, n), stream_));
+    all_[i].history.push_back({false, first, n});
+    ASSERT_OK(live(all_[i].cpu, all_[i].history.back()));
+  }
+  void cut(size_t i, int64_t tokens) {
+    const Event event{true, 0, tokens};
+    const Status want = live(all_[i].cpu, event), got = gpu_->truncate(all_[i].gpu, tokens, stream_);
+    ASSERT_EQ(got.code(), want.code()) << got.message() << " / " << want.message();
+    if (want.ok()) all_[i].history.push_back(event);
+  }
+  void free(size_t i) {
+    ASSERT_OK(gpu_->free(all_[i].gpu, stream_));
+    ASSERT_OK(cpu_->free(all_[i].cpu));
+    all_.erase(all_.begin() + static_cast<std::ptrdiff_t>(i));
+  }
+  void expect_equal(const std::string& what) {
+    for (size_t i = 0; i < all_.size(); ++i)
+      testing::expect_equal(*gpu_, all_[i].gpu, *cpu_, all_[i].cpu, stream_, what + ", sequence " + std::to_string(i));
+    EXPECT_FALSE(*gpu_->faults(stream_)) << what;
+  }
+
+  static constexpr int64_t kRows = 1000;
+
+ private:
+  struct Event {
+    bool cut;
+    int64_t first, n;  // rows; or the length that remains
+  };
+  struct Sequence {
+    SeqId gpu, cpu;
+    std::vector<Event> history;
+  };
+
+  Status live(SeqId twin, const Event& e) {
+    return e.cut ? cpu_->truncate(twin, e.n) : step(*cpu_, twin, k_.host(e.first, e.n), v_.host(e.first, e.n));
+  }
+
+  cudaStream_t stream_;
+  Tensor k_, v_;
+  std::optional<cuda::Cache> gpu_;
+  std::optional<KvCache> cpu_;
+  std::vector<Sequence> all_;
+};
 
 }  // namespace thriftattn::testing

@@ -11,91 +11,7 @@
 namespace thriftattn::testing {
 namespace {
 
-constexpr Storage kStorages[] = {Storage::high_only, Storage::dual, Storage::residual, Storage::fp4_only};
-
 class CudaFork : public CudaCache {};
-
-// A cache on the GPU and one of the CPU. A sequence here has a twin there that shares nothing: a fork's goes through
-// the whole history of the sequence again.
-class Twins {
- public:
-  Twins(const CacheConfig& config, const cuda::CacheSize& size, cudaStream_t stream)
-      : stream_(stream), k_(kRows, config.h_kv, config.d), v_(kRows, config.h_kv, config.d_v) {
-    auto gpu = cuda::Cache::create(config, size, 0);
-    auto cpu = KvCache::create(config);
-    EXPECT_TRUE(gpu.ok() && cpu.ok()) << gpu.status().message();
-    gpu_.emplace(std::move(*gpu));
-    cpu_.emplace(std::move(*cpu));
-    std::mt19937 random(21);
-    k_.fill(random);
-    v_.fill(random);
-    EXPECT_OK(k_.send(stream));
-    EXPECT_OK(v_.send(stream));
-  }
-
-  cuda::Cache& gpu() { return *gpu_; }
-  size_t count() const { return all_.size(); }
-  int64_t length(size_t i) const { return cpu_->length(all_[i].cpu); }
-  SeqId seq(size_t i) const { return all_[i].gpu; }
-
-  void start() {
-    auto seq = gpu_->new_sequence(stream_);
-    ASSERT_OK(seq.status());
-    all_.push_back({*seq, cpu_->new_sequence(), {}});
-  }
-  void fork(size_t i) {
-    auto seq = gpu_->fork(all_[i].gpu, stream_);
-    ASSERT_OK(seq.status());
-    Sequence copy{*seq, cpu_->new_sequence(), all_[i].history};
-    for (const Event& event : copy.history) ASSERT_OK(live(copy.cpu, event));
-    all_.push_back(copy);
-  }
-  // Appends n rows of the tensors, from `first` on.
-  void grow(size_t i, int64_t first, int64_t n) {
-    ASSERT_OK(gpu_->reserve(all_[i].gpu, length(i) + n, stream_));
-    ASSERT_OK(step(*gpu_, all_[i].gpu, k_.device(first, n), v_.device(first, n), stream_));
-    all_[i].history.push_back({false, first, n});
-    ASSERT_OK(live(all_[i].cpu, all_[i].history.back()));
-  }
-  void cut(size_t i, int64_t tokens) {
-    const Event event{true, 0, tokens};
-    const Status want = live(all_[i].cpu, event), got = gpu_->truncate(all_[i].gpu, tokens, stream_);
-    ASSERT_EQ(got.code(), want.code()) << got.message() << " / " << want.message();
-    if (want.ok()) all_[i].history.push_back(event);
-  }
-  void free(size_t i) {
-    ASSERT_OK(gpu_->free(all_[i].gpu, stream_));
-    ASSERT_OK(cpu_->free(all_[i].cpu));
-    all_.erase(all_.begin() + static_cast<std::ptrdiff_t>(i));
-  }
-  void expect_equal(const std::string& what) {
-    for (size_t i = 0; i < all_.size(); ++i)
-      testing::expect_equal(*gpu_, all_[i].gpu, *cpu_, all_[i].cpu, stream_, what + ", sequence " + std::to_string(i));
-    EXPECT_FALSE(*gpu_->faults(stream_)) << what;
-  }
-
-  static constexpr int64_t kRows = 1000;
-
- private:
-  struct Event {
-    bool cut;
-    int64_t first, n;  // rows; or the length that remains
-  };
-  struct Sequence {
-    SeqId gpu, cpu;
-    std::vector<Event> history;
-  };
-
-  Status live(SeqId twin, const Event& e) {
-    return e.cut ? cpu_->truncate(twin, e.n) : step(*cpu_, twin, k_.host(e.first, e.n), v_.host(e.first, e.n));
-  }
-
-  cudaStream_t stream_;
-  Tensor k_, v_;
-  std::optional<cuda::Cache> gpu_;
-  std::optional<KvCache> cpu_;
-  std::vector<Sequence> all_;
-};
 
 TEST_F(CudaFork, BothGoOnAsIfAlone) {
   for (const Storage storage : kStorages)
@@ -103,15 +19,15 @@ TEST_F(CudaFork, BothGoOnAsIfAlone) {
       const std::string what = to_string(storage) + ", " + std::to_string(tokens) + " tokens";
       Twins twins(config_of(storage, 32, 48, 2), {2, 1000, 0, 1000}, stream);
       twins.start();
-      twins.grow(0, 0, tokens);
+      twins.append(0, 0, tokens);
       twins.fork(0);
       twins.expect_equal(what + ", forked");
-      twins.grow(0, 100, 70);
-      twins.grow(1, 200, 1);
-      twins.grow(1, 300, 190);
+      twins.append(0, 100, 70);
+      twins.append(1, 200, 1);
+      twins.append(1, 300, 190);
       twins.expect_equal(what + ", grown");
       twins.free(0);
-      twins.grow(0, 150, 30);
+      twins.append(0, 150, 30);
       twins.expect_equal(what + ", alone");
       if (HasFailure()) return;
     }
@@ -122,23 +38,23 @@ TEST_F(CudaFork, ACutIntoASharedPageLeavesTheOthersTheirs) {
     const auto after = [&](const char* event) { return to_string(storage) + ", " + event; };
     Twins twins(config_of(storage, 48, 32, 2), {4, 1000, 0, 1000}, stream);
     twins.start();
-    twins.grow(0, 0, 64 * 6 + 20);
+    twins.append(0, 0, 64 * 6 + 20);
     twins.fork(0);
     twins.cut(1, 64 * 5 + 10);  // the fork: in a page that it shares, with 16 bit
     twins.expect_equal(after("the fork is cut"));
-    twins.grow(1, 200, 64 * 3);
+    twins.append(1, 200, 64 * 3);
     twins.expect_equal(after("the fork has grown"));
     twins.fork(0);
     twins.cut(0, 64 * 4 + 50);  // the parent, in a page that three share
-    twins.grow(0, 300, 300);
+    twins.append(0, 300, 300);
     twins.expect_equal(after("the parent is cut and has grown"));
     twins.cut(0, 64 * 3);  // between shared pages
     twins.expect_equal(after("cut between pages"));
-    twins.grow(0, 100, 65);
+    twins.append(0, 100, 65);
     twins.cut(2, 30);  // the sink page
-    twins.grow(2, 70, 200);
+    twins.append(2, 70, 200);
     twins.cut(1, 0);
-    twins.grow(1, 10, 70);
+    twins.append(1, 10, 70);
     twins.expect_equal(after("all are apart"));
     if (HasFailure()) return;
   }
@@ -158,10 +74,10 @@ TEST_F(CudaFork, AnyOrderOfEvents) {
       std::string what = to_string(storage) + ", event " + std::to_string(event);
       if (twins.count() == 0) {
         twins.start();
-        twins.grow(0, 0, 130);
+        twins.append(0, 0, 130);
       } else if (kind < 4) {
         const int64_t n = std::min(below(3) == 0 ? below(150) : below(20), 900 - twins.length(i));
-        twins.grow(i, below(Twins::kRows - 150), n);
+        twins.append(i, below(Twins::kRows - 150), n);
       } else if (kind < 7) {
         if (twins.count() == 5) twins.free(i);
         twins.fork(static_cast<size_t>(below(static_cast<int64_t>(twins.count()))));
@@ -182,7 +98,7 @@ TEST_F(CudaFork, SharedPagesCountOnce) {
   for (const Storage storage : kStorages) {
     Twins twins(config_of(storage, 32, 32), {3, 64 * 4, 5, 64 * 4}, stream);
     twins.start();
-    twins.grow(0, 0, 64 * 3 + 1);
+    twins.append(0, 0, 64 * 3 + 1);
     const MemoryUse one = twins.gpu().bytes();
     twins.fork(0);
     EXPECT_EQ(twins.gpu().bytes().codes * 4, one.codes * 5) << "its tail alone";

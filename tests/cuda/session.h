@@ -155,6 +155,11 @@ class GpuSession {
     seqs_[i] = *seq;
     lengths_[i] = lengths_[0];
   }
+  void grow(const cuda::CacheSize& size) {
+    size_ = size;
+    EXPECT_OK(cache_->grow(size, stream_));
+    for (const SeqId seq : seqs_) EXPECT_OK(cache_->reserve(seq, size.max_tokens, stream_));
+  }
   // Frees the sequences in this order, and begins with an empty one for the first tokens, alone.
   void start_over(const std::vector<size_t>& order) {
     for (const size_t i : order) EXPECT_OK(cache_->free(seqs_[i], stream_));
