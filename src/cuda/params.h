@@ -235,4 +235,17 @@ struct CutParams {
 };
 cudaError_t launch_cut(const CutParams& params, cudaStream_t stream);
 
+// Copies 16-bit records of all heads, in all layers, within a cache or from one to another.
+struct CopyParams {
+  const uint8_t* from;  // [layers, records, record_bytes], of all heads together
+  uint8_t* to;
+  int64_t from_layer_bytes, to_layer_bytes;  // from one layer to the next
+  int64_t record_bytes;
+  int layers;
+};
+struct RecordPair {
+  int64_t from, to;
+};
+cudaError_t launch_copy(const CopyParams& params, const RecordPair* records, int64_t count, cudaStream_t stream);
+
 }  // namespace thriftattn::cuda

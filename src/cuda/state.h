@@ -2,7 +2,10 @@
 // and the batch as it was set, and nothing that a step changes: lengths live on the device alone.
 #pragma once
 
+#include <fmt/format.h>
+
 #include <cstdint>
+#include <new>
 #include <vector>
 
 #include "cuda/check.h"
@@ -36,7 +39,8 @@ struct __attribute__((visibility("hidden"))) Cache::State {
     std::vector<int32_t> pages;  // those that its block table names
   };
   std::vector<Sequence> sequences;  // [max_sequences], a SeqId is the slot
-  std::vector<int32_t> free_pages;  // the last is taken next
+  std::vector<int32_t> users;       // [pages], sequences whose block table names the page
+  std::vector<int32_t> free_pages;  // those without users; the last is taken next
 
   // The batch as set_batch was given it.
   std::vector<SeqId> seqs;
@@ -47,6 +51,51 @@ struct __attribute__((visibility("hidden"))) Cache::State {
   Batch batch() const;
   bool has(SeqId seq) const { return seq >= 0 && seq < std::ssize(sequences) && sequences[seq].live; }
 };
+
+inline cudaStream_t to_cuda(Stream stream) { return static_cast<cudaStream_t>(stream); }
+inline Status wait(Stream stream) { return check(cudaStreamSynchronize(to_cuda(stream)), "cudaStreamSynchronize"); }
+inline Status copy(void* to, const void* from, int64_t bytes, cudaMemcpyKind kind, Stream stream) {
+  return check(cudaMemcpyAsync(to, from, bytes, kind, to_cuda(stream)), "cudaMemcpyAsync");
+}
+inline Status to_device(void* to, const void* from, int64_t bytes, Stream stream) {
+  return copy(to, from, bytes, cudaMemcpyHostToDevice, stream);
+}
+inline Status to_host(void* to, const void* from, int64_t bytes, Stream stream) {
+  return copy(to, from, bytes, cudaMemcpyDeviceToHost, stream);
+}
+
+inline Status unknown(SeqId seq) { return not_found(fmt::format("sequence {} does not exist", seq)); }
+inline Status no_memory(const char* what) {
+  return Status(Code::out_of_memory, fmt::format("no host memory left for {}", what));
+}
+
+// What the device knows of one sequence.
+struct Lengths {
+  int32_t settled = 0, s_kv = 0, released = 0;
+};
+
+// Of a sequence that lives. Synchronises. The second refuses in the middle of a step, when a sequence cannot be `done`.
+Result<Lengths> read_lengths(const Cache::State& state, SeqId seq, Stream stream);
+Result<Lengths> settled_lengths(const Cache::State& state, SeqId seq, const char* done, Stream stream);
+
+// Makes `tokens` the length of a sequence that holds at least as many.
+Status cut(const Cache::State& state, SeqId seq, int64_t tokens, int64_t released, Stream stream);
+
+// A new sequence to which fill(seq) -> Status gives its content, for `what`; where it fails, or throws for want of
+// memory, there is none.
+template <class Fill>
+Result<SeqId> filled_sequence(Cache& cache, const char* what, Stream stream, const Fill& fill) {
+  THRIFTATTN_ASSIGN_OR_RETURN(seq, cache.new_sequence(stream));
+  Status status;
+  try {
+    status = fill(seq);
+  } catch (const std::bad_alloc&) {
+    status = no_memory(what);
+  }
+  if (status.ok()) return seq;
+  (void)cache.free(seq, stream);  // the first error is the one to tell
+  return status;
+}
 
 // The records of one page and head, in canonical order; empty where the page is not stored in that form.
 struct PageRecords {
