@@ -43,14 +43,19 @@ PageAddress address(const Cache::State& s, SeqId seq, int layer, int64_t j, cons
   return a;
 }
 
+// Whether records mean the same in a KvCache.
+Status check_config(const Cache::State& s, const KvCache& host, const char* done) {
+  CacheConfig theirs = host.config();
+  theirs.max_bytes = s.config.max_bytes;
+  if (theirs == s.config) return {};
+  return invalid_argument(fmt::format("a sequence can be {} a cache of the same configuration only", done));
+}
+
 }  // namespace
 
 Result<SeqId> Cache::upload(const KvCache& from, SeqId seq, Stream stream) {
   State& s = *state_;
-  CacheConfig theirs = from.config();
-  theirs.max_bytes = s.config.max_bytes;
-  if (!(theirs == s.config))
-    return invalid_argument("a sequence can be uploaded to a cache of the same configuration only");
+  THRIFTATTN_RETURN_IF_ERROR(check_config(s, from, "uploaded to"));
   const CacheState& host = from.state();
   const Sequence* q = host.find(seq);
   if (!q) return unknown(seq);
@@ -138,6 +143,42 @@ Result<std::vector<PageRecords>> download_records(const Cache::State& s, SeqId s
       }
     }
     return records;
+  } catch (const std::bad_alloc&) {
+    return no_memory("a download");
+  }
+}
+
+Result<SeqId> Cache::download(SeqId seq, KvCache& to, Stream stream) const {
+  const State& s = *state_;
+  THRIFTATTN_RETURN_IF_ERROR(check_config(s, to, "downloaded to"));
+  const CurrentDevice current(s.device);
+  THRIFTATTN_ASSIGN_OR_RETURN(now, settled_lengths(s, seq, "downloaded", stream));
+  const int h_kv = s.config.h_kv;
+  CacheState& host = to.state();
+  SequenceForms shape;
+  std::vector<PageRecords> page_records;  // [h_kv], of the page under way
+  try {
+    shape.tokens = now.s_kv;
+    shape.released.assign(s.config.layers, std::max(now.released, s.config.sink));
+    for (int l = 0; l < s.config.layers; ++l)
+      for (int64_t j = 0; j < shape.pages(); ++j)
+        shape.forms.insert(shape.forms.end(), h_kv, stored_forms(host, l, 0, j, shape.tokens, shape.released[l]));
+    const auto fill = [&](int layer, int64_t j, int h, const PageForms& forms) -> Status {
+      if (h == 0) {
+        THRIFTATTN_ASSIGN_OR_RETURN(records, download_records(s, seq, layer, j, j + 1, stream));
+        page_records = std::move(records);
+      }
+      const auto put = [](const RecordPool& pool, int32_t record, const std::vector<uint8_t>& bytes) {
+        if (record >= 0) std::memcpy(pool.at(record), bytes.data(), bytes.size());
+      };
+      const PageRecords& records = page_records[h];
+      put(host.fp4, forms.fp4, records.fp4);
+      put(host.residual, forms.residual, records.residual);
+      put(host.high, forms.high, records.high);
+      put(host.summary, forms.summary, records.summary);
+      return {};
+    };
+    return bring_in(to, shape, fmt::format("sequence {} of GPU {}", seq, s.device), fill);
   } catch (const std::bad_alloc&) {
     return no_memory("a download");
   }

@@ -190,9 +190,11 @@ class Twins {
   }
 
   cuda::Cache& gpu() { return *gpu_; }
+  KvCache& cpu() { return *cpu_; }
   size_t count() const { return all_.size(); }
   int64_t length(size_t i) const { return cpu_->length(all_[i].cpu); }
   SeqId seq(size_t i) const { return all_[i].gpu; }
+  SeqId twin(size_t i) const { return all_[i].cpu; }
 
   void start() {
     auto seq = gpu_->new_sequence(stream_);
