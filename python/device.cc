@@ -1,6 +1,7 @@
 #include "device.h"
 
 #include <fmt/format.h>
+#include <nanobind/stl/string.h>
 
 #include <charconv>
 #include <string_view>
