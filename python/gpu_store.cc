@@ -158,7 +158,11 @@ class GpuStore final : public Store {
 
   MemoryUse bytes() const override { return cache_.bytes(); }
   int64_t peak_bytes() const override { return peak_bytes_; }
-  int64_t reserved_bytes() const override { return cache_.reserved_bytes(); }
+  int64_t reserved_bytes() const override {
+    int64_t bytes = cache_.reserved_bytes();
+    for (const auto& prepared : prepared_) bytes += prepared.workspace.bytes();
+    return bytes;
+  }
 
   Status order_on(cuda::Stream stream) override {
     if (stream == stream_) return {};

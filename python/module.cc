@@ -398,7 +398,7 @@ void bind_cache(nb::module_& m) {
           "The largest total so far.")
       .def(
           "reserved_bytes", [](Cache& c) { return in_turn([&] { return c.store().reserved_bytes(); }); },
-          "Taken from the system, free records included.")
+          "Taken from the system, free records included; on a GPU scratch memory too.")
       .def(
           "check", [](Cache& c) { check(in_turn([&] { return c.store().check_appended(); })); }, docs::kCheck);
 }

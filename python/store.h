@@ -64,7 +64,7 @@ class Store {
 
   virtual MemoryUse bytes() const = 0;
   virtual int64_t peak_bytes() const = 0;
-  virtual int64_t reserved_bytes() const = 0;
+  virtual int64_t reserved_bytes() const = 0;  // on a GPU scratch memory too
 
   // The stream of all calls from now on. One that has changed waits for the work on the last.
   virtual Status order_on(cuda::Stream) { return {}; }
