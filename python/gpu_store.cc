@@ -357,11 +357,9 @@ class GpuStore final : public Store {
 Result<std::unique_ptr<Store>> make_gpu_store(const CacheConfig& config, Machine machine, const Room& room) {
   cuda::CacheSize size = kSmall;
   if (room.sequences > 0) size.max_sequences = room.sequences;
-  if (room.step_tokens > 0) size.max_append = room.step_tokens;
-  if (room.tokens > 0) {
-    size.max_tokens = std::max(room.tokens, size.max_append);
-    size.pages = 0;  // those of all sequences
-  }
+  if (room.step > 0) size.max_append = room.step;
+  if (room.tokens > 0) size.pages = 0;  // those of all sequences
+  size.max_tokens = std::max(room.tokens > 0 ? room.tokens : size.max_tokens, size.max_append);
   THRIFTATTN_ASSIGN_OR_RETURN(cache, cuda::Cache::create(config, size, machine.gpu->index));
   return std::unique_ptr<Store>(std::make_unique<GpuStore>(std::move(cache), std::move(machine)));
 }

@@ -250,15 +250,16 @@ void bind_cache(nb::module_& m) {
       .def(
           "__init__",
           [](Cache* self, const std::string& method, int h_kv, int d, int d_v, int layers, const std::string& dtype,
-             int64_t max_bytes, const std::string& device, int max_sequences, int64_t max_tokens) {
+             int64_t max_bytes, const std::string& device, int max_sequences, int64_t max_tokens, int64_t max_step) {
             const Method parsed = method_of(method);
             CacheConfig config = CacheConfig::for_method(parsed, layers, h_kv, d, d_v > 0 ? d_v : d);
             config.high_dtype = word<DType>("dtype", dtype, {{"float16", DType::f16}, {"bfloat16", DType::bf16}});
             config.max_bytes = max_bytes;
-            new (self) Cache(parsed, config, device_of(device), {max_sequences, max_tokens, 0});
+            new (self) Cache(parsed, config, device_of(device), {max_sequences, max_tokens, max_step});
           },
           "method"_a, nb::kw_only(), "h_kv"_a, "d"_a, "d_v"_a = 0, "layers"_a = 1, "dtype"_a = "float16",
-          "max_bytes"_a = 0, "device"_a = "cpu", "max_sequences"_a = 0, "max_tokens"_a = 0, docs::kCacheInit)
+          "max_bytes"_a = 0, "device"_a = "cpu", "max_sequences"_a = 0, "max_tokens"_a = 0, "max_step"_a = 0,
+          docs::kCacheInit)
       .def_prop_ro(
           "device", [](const Cache& c) { return to_string(c.device()); }, "\"cpu\", or \"cuda:0\" and so on.")
       .def_prop_ro(

@@ -76,8 +76,8 @@ class Store {
 // What a cache on a GPU begins with; 0 = little. It grows when more is needed, for which it needs the memory of both.
 struct Room {
   int sequences = 0;
-  int64_t tokens = 0;       // of one sequence
-  int64_t step_tokens = 0;  // of one sequence in one step
+  int64_t tokens = 0;  // of one sequence
+  int64_t step = 0;    // tokens of one sequence in one step
 };
 
 Result<std::unique_ptr<Store>> make_cpu_store(const CacheConfig& config);

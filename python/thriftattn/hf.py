@@ -205,7 +205,7 @@ class _Store:
         if self.kv is None:
             self.kv = KvCache(
                 self.method, h_kv=k.shape[2], d=k.shape[3], d_v=v.shape[3], layers=len(self.columns), dtype=self.dtype,
-                device=str(k.device), max_sequences=b, max_tokens=self.max_tokens,
+                device=str(k.device), max_sequences=b, max_tokens=self.max_tokens, max_step=s,
             )
         if not self.seqs:
             self.seqs = [self.kv.new_sequence() for _ in range(b)]

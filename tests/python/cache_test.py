@@ -78,7 +78,7 @@ def test_a_prefill_of_several_sequences_is_one_of_each(place):
 
 
 def test_a_cache_grows_and_is_what_a_large_one_is(place):
-    grown, large = Cache(place, layers=2), Cache(place, layers=2, max_sequences=9, max_tokens=3000)
+    grown, large = Cache(place, layers=2), Cache(place, layers=2, max_sequences=9, max_tokens=3000, max_step=1500)
     for cache in (grown, large):
         cache.seqs = [cache.new_sequence() for _ in range(9)]
     for n in (70, 1, 1500, 3, 1200):
