@@ -17,7 +17,7 @@
 #include <new>
 
 #include "attention/cache_state.h"
-#include "cuda/check.h"
+#include "core/device.h"
 #include "cuda/convert.h"
 #include "cuda/params.h"
 #include "cuda/state.h"

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cuda/check.h"
+#include "core/device.h"
 #include "cuda/params.h"
 #include "thriftattn/cuda.h"
 
