@@ -184,6 +184,14 @@ struct PrefillParams {
   void* scratch;         // prefill_scratch_bytes() of it
 };
 
+// What a block of threads of a prefill works on; pure. Where even the least does not fit, its shared_bytes say so.
+struct PrefillConfig {
+  int units;   // query blocks of query heads of one KV head
+  int stages;  // places of the ring, a page or half of one each
+  int warps, shared_bytes;
+};
+PrefillConfig prefill_config(const DeviceLayout& layout, bool row_mass_high, int64_t shared_bytes);
+
 // Pages of one sequence that scratch has room for in 16 bit.
 int prefill_high_room(const Problem& problem);
 int64_t prefill_scratch_bytes(const Problem& problem, const Gpu& gpu);

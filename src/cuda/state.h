@@ -8,7 +8,7 @@
 #include <new>
 #include <vector>
 
-#include "cuda/check.h"
+#include "core/device.h"
 #include "cuda/params.h"
 #include "thriftattn/cuda.h"
 

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "attention/cache_state.h"
-#include "cuda/check.h"
+#include "core/device.h"
 #include "cuda/session.h"
 #include "cuda/state.h"
 #include "format/rows.h"
