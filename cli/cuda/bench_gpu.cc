@@ -12,7 +12,7 @@
 
 #include "bench_kernels.h"
 #include "bench_problem.h"
-#include "cuda/check.h"
+#include "core/device.h"
 #include "format/page_layout.h"
 #include "format/rows.h"
 #include "input.h"

@@ -20,7 +20,7 @@
 #include <new>
 #include <vector>
 
-#include "cuda/check.h"
+#include "core/device.h"
 #include "cuda/params.h"
 #include "cuda/state.h"
 #include "thriftattn/cuda.h"

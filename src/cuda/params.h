@@ -184,6 +184,14 @@ struct PrefillParams {
   void* scratch;         // prefill_scratch_bytes() of it
 };
 
+// What a block of threads of a prefill works on; pure. Where even the least does not fit, its shared_bytes say so.
+struct PrefillConfig {
+  int units;   // query blocks of query heads of one KV head
+  int stages;  // places of the ring, a page or half of one each
+  int warps, shared_bytes;
+};
+PrefillConfig prefill_config(const DeviceLayout& layout, bool row_mass_high, int64_t shared_bytes);
+
 // Pages of one sequence that scratch has room for in 16 bit.
 int prefill_high_room(const Problem& problem);
 int64_t prefill_scratch_bytes(const Problem& problem, const Gpu& gpu);
@@ -247,5 +255,25 @@ struct RecordPair {
   int64_t from, to;
 };
 cudaError_t launch_copy(const CopyParams& params, const RecordPair* records, int64_t count, cudaStream_t stream);
+
+// Converts records of one layer between a pool and a buffer in canonical order, [count, h_kv], of at most kStagedPages
+// pages.
+inline constexpr int kStagedPages = 64;
+enum class RecordKind : uint8_t { fp4, high, summary };  // fp4: of either plane; summaries are the same in both orders
+struct StagedPage {
+  int64_t record;  // in the pool
+  int tokens;      // that the page holds
+};
+struct ConvertParams {
+  PageLayout canonical;
+  DeviceLayout layout;
+  RecordKind kind;
+  bool to_pool;  // or from it
+  uint8_t* pool;
+  uint8_t* staged;
+  int64_t pool_bytes, staged_bytes;  // of a record of one head
+};
+cudaError_t launch_convert(const ConvertParams& params, int h_kv, const StagedPage* pages, int count,
+                           cudaStream_t stream);
 
 }  // namespace thriftattn::cuda

@@ -72,20 +72,21 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(const __grid_
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < a.stages; ++i) {
-      init_barrier(c.full[i], kFillers);
-      init_barrier(c.empty[i], warps);
+      init_barrier(shared_address(&c.full[i]), kFillers);
+      init_barrier(shared_address(&c.empty[i]), 32 * warps);
     }
+    init_barrier(shared_address(&c.refilled), 32);
     Work work;
     if (!find_work(a, chunks, work)) work.units = 0;
     c.work = work;
-    c.next = c.token = c.count = c.refills = 0;
+    c.next = c.token = c.count = 0;
     c.window_page = work.first_page / kWindow * kWindow;
   }
   if (a.cache.layout.dk != D || a.cache.layout.dv != D)
     for (int i = threadIdx.x * 16; i < a.stages * Tile<D>::kPlaceBytes; i += blockDim.x * 16)
       *reinterpret_cast<uint4*>(ring + i) = uint4{};
 #if __CUDA_ARCH__ >= 900
-  asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+  before_bulk_copies();
 #endif
   __syncthreads();
   const Work& work = c.work;
@@ -98,7 +99,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(const __grid_
   const int block = work.first_block + unit / a.shape.group * kPageTokens;
   const int64_t first_row = a.batch.first_row[work.sequence];
   uint8_t* q = ring + a.stages * Tile<D>::kPlaceBytes;
-  float* l_high = reinterpret_cast<float*>(q + warps * Tile<D>::kQBytes) + threadIdx.x * 4;
+  float* l_high = reinterpret_cast<float*>(q + warps * Tile<D>::kQBytes) + threadIdx.x * Warp<D>::kRows;
   Warp<D> rows(a, lane, shared_address(q + warp * Tile<D>::kQBytes) + lane * 16, l_high,
                block + warp % Tile<D>::kUnitWarps * Tile<D>::kRows, work.s_kv);
   const bool exists = u < work.units;
@@ -107,11 +108,13 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(const __grid_
     rows.start(head);
   }
   // Warps take turns to refill: before it leaves page j, warp j % warps waits until all have left page j - lag, which
-  // as a rule they have, and fills its place. One refill comes after the other: they share the list of what is next.
+  // as a rule they have, and fills its place. One refill comes after the other, for they share the list of what is
+  // next. A parity says whether the one before is done: the one before that is, since its warp has left page j - 2.
+  static_assert(kMaxStages - 2 <= 2);
   const int lag = max(1, a.stages - 2);
   int stage = 0, turn = warp, refill = warp - lag;
   for (uint32_t phase = 0;;) {
-    wait(c.full[stage], phase);
+    wait(shared_address(&c.full[stage]), phase);
     const int2 entry = c.entry[stage];
     if (entry.x == kEnd) break;
     if (entry.y >> u & 1) rows.attend(first_fragment + stage * Tile<D>::kPlaceBytes, entry.x, entry.y < 0);
@@ -119,18 +122,15 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(const __grid_
       if (refill >= 0) {
         const bool before = stage < lag;
         const int place = before ? stage - lag + a.stages : stage - lag;
-        wait(c.empty[place], phase ^ before);
-        while (load_acquire(c.refills) != refill) {
-        }
+        wait(shared_address(&c.empty[place]), phase ^ before);
+        wait(shared_address(&c.refilled), (refill + 1) % 2);
         fill<D>(a, c, ring, place, lane);
-        __syncwarp();
-        if (lane == 0) store_release(c.refills, refill + 1);
+        arrive(shared_address(&c.refilled));
       }
       refill += warps;
       turn = warps - 1;
     }
-    __syncwarp();
-    if (lane == 0) arrive(c.empty[stage]);
+    arrive(shared_address(&c.empty[stage]));
     if (++stage == a.stages) {
       stage = 0;
       phase ^= 1;
@@ -139,12 +139,26 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(const __grid_
   if (exists) rows.finish(work.first, first_row, head);
 }
 
+// As many rows as there are warps for, unless that leaves no room to load while what came before is read.
 template <int D>
-cudaError_t launch(const PrefillParams& p, cudaStream_t stream) {
-  int device = 0, shared = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error != cudaSuccess) return error;
+PrefillConfig config_of(bool row_mass_high, int64_t shared_bytes) {
+  const auto bytes_of = [&](int units, int stages) {
+    const int l_high = row_mass_high ? 32 * Warp<D>::kRows * static_cast<int>(sizeof(float)) : 0;
+    return static_cast<int>(sizeof(Control)) + stages * Tile<D>::kPlaceBytes +
+           units * Tile<D>::kUnitWarps * (Tile<D>::kQBytes + l_high);
+  };
+  PrefillConfig c{};
+  c.units = kMaxWarps / Tile<D>::kUnitWarps;
+  while (c.units > 1 && bytes_of(c.units, 2) > shared_bytes) c.units /= 2;
+  c.stages = kMaxStages;
+  while (c.stages > 2 && bytes_of(c.units, c.stages) > shared_bytes) --c.stages;
+  c.warps = c.units * Tile<D>::kUnitWarps;
+  c.shared_bytes = bytes_of(c.units, c.stages);
+  return c;
+}
+
+template <int D>
+cudaError_t launch(const PrefillParams& p, const PrefillConfig& config, cudaStream_t stream) {
   Attend a{};
   a.cache = p.cache;
   a.batch = p.batch;
@@ -163,35 +177,40 @@ cudaError_t launch(const PrefillParams& p, cudaStream_t stream) {
     a.to_cap = 2 * a.scale / p.shape.softcap;
     a.from_cap = p.shape.softcap / std::abs(p.shape.sm_scale);
   }
-  // As many rows as there are warps for, unless that leaves no room to load while what came before is read.
-  const auto bytes_of = [&](int units, int stages) {
-    const int warps = units * Tile<D>::kUnitWarps;
-    return static_cast<int>(sizeof(Control)) + stages * Tile<D>::kPlaceBytes +
-           warps * (Tile<D>::kQBytes + (p.row_mass_high ? 32 * 4 * static_cast<int>(sizeof(float)) : 0));
-  };
-  a.units = kMaxWarps / Tile<D>::kUnitWarps;
-  while (a.units > 1 && bytes_of(a.units, 2) > shared) a.units /= 2;
-  a.stages = kMaxStages;
-  while (a.stages > 2 && bytes_of(a.units, a.stages) > shared) --a.stages;
-  const int warps = a.units * Tile<D>::kUnitWarps, bytes = bytes_of(a.units, a.stages);
-  error = cudaFuncSetAttribute(attend_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  a.units = config.units;
+  a.stages = config.stages;
+  const cudaError_t error =
+      cudaFuncSetAttribute(attend_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, config.shared_bytes);
   if (error != cudaSuccess) return error;
   const int64_t chunks = (static_cast<int64_t>(p.max_blocks) * p.shape.group + a.units - 1) / a.units;
   const int64_t blocks = chunks * p.batch.b * p.shape.h_kv;
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  attend_kernel<D><<<static_cast<unsigned>(blocks), 32 * warps, bytes, stream>>>(a, static_cast<int>(chunks));
+  attend_kernel<D>
+      <<<static_cast<unsigned>(blocks), 32 * config.warps, config.shared_bytes, stream>>>(a, static_cast<int>(chunks));
   return cudaGetLastError();
 }
 
 }  // namespace
 }  // namespace prefill
 
+PrefillConfig prefill_config(const DeviceLayout& layout, bool row_mass_high, int64_t shared_bytes) {
+  const int channels = std::max(layout.dk, layout.dv);
+  return channels <= 64    ? prefill::config_of<64>(row_mass_high, shared_bytes)
+         : channels <= 128 ? prefill::config_of<128>(row_mass_high, shared_bytes)
+                           : prefill::config_of<256>(row_mass_high, shared_bytes);
+}
+
 cudaError_t launch_prefill(const PrefillParams& p, cudaStream_t stream) {
+  int device = 0, shared = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  const PrefillConfig config = prefill_config(p.cache.layout, p.row_mass_high != nullptr, shared);
   const int channels = std::max(p.cache.layout.dk, p.cache.layout.dv);
-  return channels <= 64    ? prefill::launch<64>(p, stream)
-         : channels <= 128 ? prefill::launch<128>(p, stream)
-                           : prefill::launch<256>(p, stream);
+  return channels <= 64    ? prefill::launch<64>(p, config, stream)
+         : channels <= 128 ? prefill::launch<128>(p, config, stream)
+                           : prefill::launch<256>(p, config, stream);
 }
 
 }  // namespace thriftattn::cuda

@@ -2,6 +2,7 @@
 // says why it is so.
 #pragma once
 
+#include "cuda/mbarrier.cuh"
 #include "cuda/prefill.cuh"
 
 namespace thriftattn::cuda::prefill {
@@ -49,12 +50,12 @@ struct Work {
 // The front of shared memory; then the ring, the fragments of q, and l_high where somebody asks for it.
 struct alignas(128) Control {
   uint64_t full[kMaxStages];   // a page has come
-  uint64_t empty[kMaxStages];  // all warps have left it
+  uint64_t empty[kMaxStages];  // all lanes have left it
+  uint64_t refilled;           // the next refill may begin
   int2 entry[kMaxStages];      // its first token, and the units that read it
   Work work;
   // What comes next: from `token` of the page on, of entry `next` of `count`; then the pages from `window_page`.
   int next, token, count, window_page;
-  int refills;  // done
   Entry window[3 * kWindow];
 };
 
@@ -68,44 +69,6 @@ struct Tile {
   static constexpr int kV = kTokens * 2 * D, kPlaceBytes = 2 * kV;
   static constexpr int kQBytes = kRows * D * 2;  // of a warp
 };
-
-// --- instructions
-
-__device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-
-__device__ inline int load_acquire(const int& x) {
-  int y;
-  asm volatile("ld.acquire.cta.shared.s32 %0, [%1];" : "=r"(y) : "r"(shared_address(&x)) : "memory");
-  return y;
-}
-
-__device__ inline void store_release(int& x, int y) {
-  asm volatile("st.release.cta.shared.s32 [%0], %1;" ::"r"(shared_address(&x)), "r"(y) : "memory");
-}
-
-__device__ inline void init_barrier(uint64_t& barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(arrivals) : "memory");
-}
-
-__device__ inline void arrive(uint64_t& barrier) {
-  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(shared_address(&barrier))
-               : "memory");
-}
-
-__device__ inline void wait(uint64_t& barrier, uint32_t phase) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-#define THRIFTATTN_MBARRIER_WAIT "mbarrier.test_wait"
-#else
-#define THRIFTATTN_MBARRIER_WAIT "mbarrier.try_wait"
-#endif
-  asm volatile(
-      "{\n.reg .pred p;\n"
-      "WAIT%=:\n" THRIFTATTN_MBARRIER_WAIT
-      ".parity.shared.b64 p, [%0], %1;\n@!p bra WAIT%=;\n}" ::"r"(shared_address(&barrier)),
-      "r"(phase)
-      : "memory");
-#undef THRIFTATTN_MBARRIER_WAIT
-}
 
 // --- the ring
 
@@ -151,26 +114,21 @@ __device__ inline void look_up(const Attend& a, Control& c, int lane) {
 }
 
 // Copies `bytes`, a multiple of 16, of every lane that has some, and arrives at the barrier when all are there.
-__device__ inline void copy_to_ring(uint32_t to, const uint8_t* from, int bytes, int all_bytes, uint64_t& barrier,
+__device__ inline void copy_to_ring(uint32_t to, const uint8_t* from, int bytes, int all_bytes, uint32_t barrier,
                                     int lane) {
-  const uint32_t at = shared_address(&barrier);
 #if __CUDA_ARCH__ >= 900
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // what was read here before is read
-  if (lane == 0) asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(at), "r"(all_bytes) : "memory");
+  before_bulk_copies();
+  if (lane == 0) arrive_expecting(barrier, all_bytes);
   __syncwarp();
-  if (bytes > 0)
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-                 "l"(from), "r"(bytes), "r"(at)
-                 : "memory");
+  if (bytes > 0) copy_bulk(to, from, bytes, barrier);
 #else
   for (int i = 0; i < 32; ++i) {  // one lane's piece after the other, all lanes at it
     const uint32_t piece = __shfl_sync(~0u, to, i);
     const uint8_t* source = reinterpret_cast<const uint8_t*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(from), i));
     const int end = __shfl_sync(~0u, bytes, i);
-    for (int b = lane * 16; b < end; b += 512)
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(piece + b), "l"(source + b) : "memory");
+    for (int b = lane * 16; b < end; b += 512) copy_async<16>(piece + b, source + b);
   }
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(at) : "memory");
+  arrive_after_copies(barrier);
   if (lane == 0) arrive(barrier);  // what it wrote about the entry by itself
 #endif
 }
@@ -193,12 +151,12 @@ __device__ void fill(const Attend& a, Control& c, uint8_t* ring, int stage, int 
   }
   __syncwarp();
   const int dk = a.cache.layout.dk, dv = a.cache.layout.dv;
-  const uint32_t to = shared_address(ring + stage * T::kPlaceBytes);
+  const uint32_t full = shared_address(&c.full[stage]), to = shared_address(ring + stage * T::kPlaceBytes);
   if (end) {
-    copy_to_ring(to, nullptr, 0, 0, c.full[stage], lane);
+    copy_to_ring(to, nullptr, 0, 0, full, lane);
   } else if (dk == D && dv == D) {
     copy_to_ring(to + lane * T::kV, entry.page_at + lane * T::kPage.v + token * 2 * D, lane < 2 ? T::kV : 0, 2 * T::kV,
-                 c.full[stage], lane);
+                 full, lane);
   } else {  // each item to where it stands with D channels; the rest of the ring is zero
     const ExpandedPage from = expanded_page(dk, dv);
     constexpr int kItems = T::kTokens / 8;
@@ -209,7 +167,7 @@ __device__ void fill(const Attend& a, Control& c, uint8_t* ring, int stage, int 
                  is_k   ? from.k_item
                  : is_v ? from.v_item
                         : 0,
-                 T::kTokens * 2 * (dk + dv), c.full[stage], lane);
+                 T::kTokens * 2 * (dk + dv), full, lane);
   }
 }
 

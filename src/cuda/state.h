@@ -8,7 +8,7 @@
 #include <new>
 #include <vector>
 
-#include "cuda/check.h"
+#include "core/device.h"
 #include "cuda/params.h"
 #include "thriftattn/cuda.h"
 
@@ -97,13 +97,29 @@ Result<SeqId> filled_sequence(Cache& cache, const char* what, Stream stream, con
   return status;
 }
 
-// The records of one page and head, in canonical order; empty where the page is not stored in that form.
-struct PageRecords {
-  std::vector<uint8_t> fp4, residual, high, summary;
+// Records of pages [first, end) of a sequence in one layer, in canonical order.
+struct LayerRecords {
+  struct OneForm {
+    int64_t record_bytes = 0;
+    std::vector<StagedPage> pages;  // that are stored in this form
+    std::vector<int32_t> place;     // [end - first], in `pages`; -1 = not stored
+    std::vector<uint8_t> bytes;     // [pages, h_kv, record_bytes]
+  };
+  static constexpr int kFp4 = 0, kResidual = 1, kHigh = 2, kSummary = 3;
+  int64_t first = 0;
+  int h_kv = 0;
+  OneForm forms[4];
+
+  // Null where the page is not stored in that form.
+  uint8_t* at(int form, int64_t page, int head) {
+    OneForm& f = forms[form];
+    const int64_t place = f.place[page - first];
+    return place < 0 ? nullptr : f.bytes.data() + (place * h_kv + head) * f.record_bytes;
+  }
 };
 
-// Those of pages [first, end) of a sequence in one layer, [pages, h_kv]. Synchronises.
-Result<std::vector<PageRecords>> download_records(const Cache::State& state, SeqId seq, int layer, int64_t first,
-                                                  int64_t end, Stream stream);
+// Synchronises.
+Result<LayerRecords> download_records(const Cache::State& state, SeqId seq, int layer, int64_t first, int64_t end,
+                                      Stream stream);
 
 }  // namespace thriftattn::cuda

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cuda/check.h"
+#include "core/device.h"
 #include "cuda/params.h"
 #include "format/selection.h"
 #include "thriftattn/attention.h"

@@ -17,9 +17,9 @@ const std::map<std::string, std::set<std::string>> kMayInclude = {
     {"format", {}},
     {"oracle", {}},
     {"cpu", {"format"}},
-    {"cuda", {"format", "attention"}},
+    {"cuda", {"core", "format", "attention"}},
     {"attention", {"format"}},
-    {"model", {"format"}},
+    {"model", {"core", "format"}},
     {"c_api", {}},
 };
 

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "attention/cache_state.h"
-#include "cuda/check.h"
+#include "core/device.h"
 #include "cuda/session.h"
 #include "cuda/state.h"
 #include "format/rows.h"
@@ -131,30 +131,34 @@ inline void expect_equal(const cuda::Cache& gpu, SeqId gpu_seq, const KvCache& c
   const auto length = gpu.length(gpu_seq, stream);
   ASSERT_TRUE(length.ok()) << length.status().message();
   ASSERT_EQ(*length, tokens) << what;
+  using Records = cuda::LayerRecords;
   const CacheState& s = cpu.state();
   for (int l = 0; l < s.config.layers; ++l) {
-    const auto records = cuda::download_records(gpu.state(), gpu_seq, l, 0, pages, stream);
+    auto records = cuda::download_records(gpu.state(), gpu_seq, l, 0, pages, stream);
     ASSERT_TRUE(records.ok()) << records.status().message();
     for (int64_t j = 0; j < pages; ++j)
       for (int h = 0; h < s.config.h_kv; ++h) {
         const PageForms& forms =
             s.forms_of(s.sequences[static_cast<size_t>(cpu_seq)].pages[static_cast<size_t>(j)], l)[h];
-        const cuda::PageRecords& got = (*records)[static_cast<size_t>(j * s.config.h_kv + h)];
+        const auto got = [&](int form) {
+          const uint8_t* at = records->at(form, j, h);
+          return at ? std::vector<uint8_t>(at, at + records->forms[form].record_bytes) : std::vector<uint8_t>{};
+        };
         const std::string where = what + ", layer " + std::to_string(l) + ", page " + std::to_string(j) + " of " +
                                   std::to_string(pages) + ", head " + std::to_string(h);
         const auto want = [&](const RecordPool& records_of, int32_t record) {
           const uint8_t* at = records_of.at(record);
           return at ? std::vector<uint8_t>(at, at + records_of.record_bytes()) : std::vector<uint8_t>{};
         };
-        ASSERT_EQ(got.summary, want(s.summary, forms.summary)) << "summary, " << where;
-        ASSERT_EQ(got.fp4, want(s.fp4, forms.fp4)) << "fp4, " << where;
-        ASSERT_EQ(got.residual, want(s.residual, forms.residual)) << "residual, " << where;
-        const std::vector<uint8_t> high = want(s.high, forms.high);
-        ASSERT_EQ(got.high.size(), high.size()) << "high, " << where;
+        ASSERT_EQ(got(Records::kSummary), want(s.summary, forms.summary)) << "summary, " << where;
+        ASSERT_EQ(got(Records::kFp4), want(s.fp4, forms.fp4)) << "fp4, " << where;
+        ASSERT_EQ(got(Records::kResidual), want(s.residual, forms.residual)) << "residual, " << where;
+        const std::vector<uint8_t> high = want(s.high, forms.high), got_high = got(Records::kHigh);
+        ASSERT_EQ(got_high.size(), high.size()) << "high, " << where;
         if (high.empty()) continue;
         const int held = static_cast<int>(std::min<int64_t>(tokens - j * kPageTokens, kPageTokens));
         const auto same = [&](int64_t at) {
-          return std::memcmp(got.high.data() + 2 * at, high.data() + 2 * at, 2) == 0;
+          return std::memcmp(got_high.data() + 2 * at, high.data() + 2 * at, 2) == 0;
         };
         for (int t = 0; t < held; ++t) {
           for (int c = 0; c < s.config.d; ++c) ASSERT_TRUE(same(s.layout.high_k_at(t, c))) << where << ", token " << t;
@@ -165,7 +169,7 @@ inline void expect_equal(const cuda::Cache& gpu, SeqId gpu_seq, const KvCache& c
         for (int t = held; t < (held + kHighItemTokens - 1) / kHighItemTokens * kHighItemTokens; ++t)
           for (int c = 0; c < s.config.d_v; ++c) {
             const int64_t at = 2 * s.layout.high_v_at(t, c);
-            ASSERT_EQ(got.high[static_cast<size_t>(at)] | got.high[static_cast<size_t>(at + 1)], 0) << where;
+            ASSERT_EQ(got_high[static_cast<size_t>(at)] | got_high[static_cast<size_t>(at + 1)], 0) << where;
           }
       }
   }

@@ -19,23 +19,23 @@ TEST_F(CudaGrow, KeepsWhatItHolds) {
       };
       CacheConfig config = config_of(storage, 32, 48, 2);
       config.sink = sink;
-      Twins twins(config, {3, 64 * 5, 0, 100}, stream);
+      Twins twins(config, {3, 64 * 5, 0, 280}, stream);
       twins.start();
       twins.start();
       twins.append(0, 0, 64 * 4 + 20);
       twins.append(1, 50, 64);
       twins.fork(0);
-      ASSERT_OK(twins.gpu().grow({3, 64 * 5, 0, 300}, stream));  // steps alone: rings of another size
+      ASSERT_OK(twins.gpu().grow({3, 64 * 5, 0, 310}, stream));  // steps alone: rings of another size
       twins.expect_equal(after("longer steps"));
       twins.append(2, 100, 30);
       twins.append(0, 0, 1);
-      ASSERT_OK(twins.gpu().grow({3, 900, 40, 300}, stream));
+      ASSERT_OK(twins.gpu().grow({3, 900, 40, 310}, stream));
       twins.expect_equal(after("longer sequences"));
       twins.append(0, 300, 270);
       twins.append(2, 200, 64 * 3);
       twins.cut(2, 64 * 4 + 5);
       twins.expect_equal(after("longer sequences, appended"));
-      ASSERT_OK(twins.gpu().grow({5, 900, 0, 300}, stream));
+      ASSERT_OK(twins.gpu().grow({5, 900, 0, 310}, stream));
       twins.start();
       twins.append(3, 7, 210);
       twins.fork(0);

@@ -35,7 +35,7 @@ struct Activations {
   int32_t *tokens, *targets;  // [rows]; a decode step leaves the tokens of the next one
   int32_t* past;              // [b], tokens of every sequence before the step
   int64_t chunk, logit_rows;
-  Memory memory;
+  DeviceMemory memory;
   int64_t bytes = 0;
 };
 
@@ -63,7 +63,7 @@ Result<Activations> take_activations(const ModelConfig& c, DType type, int64_t b
   part(&a.targets, rows * 4);
   part(&a.past, b * 4);
   THRIFTATTN_ASSIGN_OR_RETURN(memory, take(a.bytes, "activations"));
-  for (const auto& [pointer, at] : parts) *pointer = static_cast<char*>(memory.get()) + at;
+  for (const auto& [pointer, at] : parts) *pointer = memory.data() + at;
   a.memory = std::move(memory);
   return a;
 }
@@ -144,7 +144,7 @@ Status Batch::start() {
     THRIFTATTN_RETURN_IF_ERROR(cache_.reserve(seq, plan_.max_tokens, stream()));
     seqs_.push_back(seq);
   }
-  return check(cudaMemsetAsync(a_.memory.get(), 0, static_cast<size_t>(a_.bytes), stream()), "cudaMemsetAsync");
+  return check(cudaMemsetAsync(a_.memory.data(), 0, static_cast<size_t>(a_.bytes), stream()), "cudaMemsetAsync");
 }
 
 // The model: embedding, layers, logits of n tokens of every sequence. What a part of a layer gives waits in `delta`

@@ -34,7 +34,7 @@ struct Kernel {
 
 struct Products::State {
   Handle handle;
-  Memory scratch;
+  DeviceMemory scratch;
   std::map<std::tuple<DType, int64_t, int64_t, int64_t, bool>, Kernel> kernels;
 
   Result<Kernel> choose(const Matrix& w, int64_t rows) const {
@@ -108,7 +108,7 @@ Status Products::multiply(const Matrix& w, const void* x, int64_t rows, float* y
   }
   const float one = 1, zero = 0;
   return check(cublasLtMatmul(s.handle.get(), k.operation.get(), &one, w.weights, k.w.get(), x, k.x.get(), &zero, y,
-                              k.y.get(), y, k.y.get(), &k.algorithm, s.scratch.get(), kScratchBytes, stream),
+                              k.y.get(), y, k.y.get(), &k.algorithm, s.scratch.data(), kScratchBytes, stream),
                "cublasLtMatmul");
 }
 

@@ -42,15 +42,14 @@ class Maker {
       if (t.dtype == type) {
         THRIFTATTN_RETURN_IF_ERROR(copy(to, t.data, t.bytes));
       } else {
-        if (t.bytes > unconverted_bytes_) {
+        if (t.bytes > unconverted_.bytes()) {
           unconverted_ = {};  // freeing waits for what still reads it
           THRIFTATTN_ASSIGN_OR_RETURN(larger, take(t.bytes, "a tensor before its conversion"));
           unconverted_ = std::move(larger);
-          unconverted_bytes_ = t.bytes;
         }
-        THRIFTATTN_RETURN_IF_ERROR(copy(unconverted_.get(), t.data, t.bytes));
+        THRIFTATTN_RETURN_IF_ERROR(copy(unconverted_.data(), t.data, t.bytes));
         THRIFTATTN_RETURN_IF_ERROR(
-            check(convert(unconverted_.get(), t.dtype, to, type, t.elements(), stream_.get()), "convert"));
+            check(convert(unconverted_.data(), t.dtype, to, type, t.elements(), stream_.get()), "convert"));
       }
       to += t.elements() * size_of(type);
     }
@@ -85,7 +84,7 @@ class Maker {
   Result<void*> take_room(int64_t bytes) {
     THRIFTATTN_ASSIGN_OR_RETURN(memory, take(bytes, "weights"));
     w_.bytes += bytes;
-    return w_.memory.emplace_back(std::move(memory)).get();
+    return w_.memory.emplace_back(std::move(memory)).data();
   }
   // From pageable memory, which has been read when the call returns.
   Status copy(void* to, const void* from, int64_t bytes) {
@@ -95,8 +94,7 @@ class Maker {
 
   Weights w_;
   Stream stream_;
-  Memory unconverted_;
-  int64_t unconverted_bytes_ = 0;
+  DeviceMemory unconverted_;
 };
 
 }  // namespace

@@ -28,7 +28,7 @@ struct Weights {
   Matrix logits;
   const float *frequencies = nullptr, *local_frequencies = nullptr;  // [d/2], radians per position
 
-  std::vector<Memory> memory;  // all of the above
+  std::vector<DeviceMemory> memory;  // all of the above
   int64_t bytes = 0;
 };
 

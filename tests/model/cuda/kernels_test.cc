@@ -51,8 +51,8 @@ TEST_F(Kernels, EmbedGathersRowsOfEveryType) {
     const auto on_device = device_copy(table);
     const auto typed = device_room(kVocab * kHidden * size_of(type));
     const auto ids = device_copy(tokens), x = device_copy(Floats(tokens.size() * kHidden));
-    ASSERT_EQ(convert(on_device.get(), DType::f32, typed.get(), type, kVocab * kHidden, nullptr), cudaSuccess);
-    ASSERT_EQ(embed(typed.get(), type, kHidden, as<int32_t>(ids), 4, 2.5f, as<float>(x), nullptr), cudaSuccess);
+    ASSERT_EQ(convert(on_device.data(), DType::f32, typed.data(), type, kVocab * kHidden, nullptr), cudaSuccess);
+    ASSERT_EQ(embed(typed.data(), type, kHidden, as<int32_t>(ids), 4, 2.5f, as<float>(x), nullptr), cudaSuccess);
     Floats want;
     for (const int32_t token : tokens) {
       for (int64_t c = 0; c < kHidden; ++c) want.push_back(2.5f * table[token * kHidden + c]);
@@ -74,7 +74,7 @@ TEST_F(Kernels, AddNormIsAnAddAndANorm) {
       const auto dx = device_copy(x), dy = device_copy(y), dw = device_copy(weight), dyw = device_copy(y_weight),
                  out = device_copy(Floats(x.size()));
       AddNorm a{as<float>(dx), as<float>(dy), output_norm ? as<float>(dyw) : nullptr,
-                as<float>(dw), out.get(),     DType::f32,
+                as<float>(dw), out.data(),    DType::f32,
                 kRows,         hidden,        hidden,
                 1e-5f};
       ASSERT_EQ(add_norm(a, nullptr), cudaSuccess);
@@ -144,9 +144,9 @@ TEST_F(Kernels, GateMultiplyFollowsTheProcessorForAnyGate) {
   for (const Activation f : {Activation::silu, Activation::gelu_tanh}) {
     Floats want(kRows * kChannels);
     gate_multiply(f, gate_up.data(), kRows, kChannels, want.data(), pool);
-    ASSERT_EQ(gate_multiply(f, as<float>(x), kRows, kChannels, y.get(), DType::f32, nullptr), cudaSuccess);
+    ASSERT_EQ(gate_multiply(f, as<float>(x), kRows, kChannels, y.data(), DType::f32, nullptr), cudaSuccess);
     expect_near(host_floats(y, std::ssize(want)), want, 1e-6);
-    ASSERT_EQ(gate_multiply(f, as<float>(x), kRows, kChannels, y.get(), DType::bf16, nullptr), cudaSuccess);
+    ASSERT_EQ(gate_multiply(f, as<float>(x), kRows, kChannels, y.data(), DType::bf16, nullptr), cudaSuccess);
     expect_near(host_bf16(y, std::ssize(want)), want, 4.1e-3);
   }
 }
@@ -178,7 +178,7 @@ TEST_F(Kernels, ScoreCapsAndGivesLossesAndTheLowestOfTheBest) {
 TEST_F(Kernels, FillNormalHasTheMomentsItPromises) {
   constexpr int64_t kN = 1 << 20;
   const auto room = device_room(kN * 4);
-  ASSERT_EQ(fill_normal(room.get(), DType::f32, kN, 2, 7, 32, 6, nullptr), cudaSuccess);
+  ASSERT_EQ(fill_normal(room.data(), DType::f32, kN, 2, 7, 32, 6, nullptr), cudaSuccess);
   const Floats x = host_floats(room, kN);
   double sum = 0, squares = 0, moved = 0;
   for (int64_t i = 0; i < kN; ++i) {
@@ -218,9 +218,9 @@ TEST_F(Kernels, ProductsMatchTheirDefinition) {
         return rounded ? device_copy(bf16_bits(from)) : device_copy(from);
       };
       const auto dx = to_device(x), dw = to_device(w), db = device_copy(bias), y = device_copy(want);
-      ASSERT_EQ(cudaMemset(y.get(), 0xff, want.size() * 4), cudaSuccess);
-      const Matrix matrix{dw.get(), with_bias ? as<float>(db) : nullptr, inputs, outputs, type};
-      const Status status = products->multiply(matrix, dx.get(), rows, as<float>(y), nullptr);
+      ASSERT_EQ(cudaMemset(y.data(), 0xff, want.size() * 4), cudaSuccess);
+      const Matrix matrix{dw.data(), with_bias ? as<float>(db) : nullptr, inputs, outputs, type};
+      const Status status = products->multiply(matrix, dx.data(), rows, as<float>(y), nullptr);
       ASSERT_TRUE(status.ok()) << status.message();
       // Sums of `inputs` terms in F32: TF32, with 2^-11 per factor, would be far outside.
       const Floats got = host_floats(y, std::ssize(want));

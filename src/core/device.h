@@ -1,4 +1,5 @@
-// CUDA's errors as a Status, and what must be given back: device memory, the current device.
+// CUDA's errors as a Status, and what must be given back: device memory, the current device. For host code of builds
+// with CUDA; both what attends on a GPU and what runs a model there stand on it.
 #pragma once
 
 #include <cuda_runtime_api.h>
