@@ -12,7 +12,7 @@
 #include <tuple>
 
 #ifdef THRIFTATTN_PYTHON_CUDA
-#include "cuda/check.h"
+#include "core/device.h"
 #endif
 
 namespace thriftattn::python {
