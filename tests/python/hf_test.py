@@ -108,7 +108,8 @@ def test_methods_differ_by_what_they_store_and_agree_on_what_is_clear(device):
         for method in ("fp16", "thrift", "fp4"):
             hf.enable(model, method)
             cache = hf.ThriftCache(model)
-            model(row[:, :-1], cache=cache)
+            for part in row[:, :-1].split(128, 1):  # what a step brings stays in 16 bit until it ends
+                model(part, cache=cache)
             loss = (exact.exp() * (exact - model(row[:, -1:], cache=cache).logits[0, -1].log_softmax(0))).sum()
             assert loss < 0.1, (method, loss)
             stored[method] = cache.bytes().total
