@@ -1,4 +1,5 @@
-"""What hf_cpu.py and hf_gpu.py share: who takes part, rounds of single tokens in turn, and how the rows are printed."""
+"""What hf_cpu.py and hf_gpu.py share: who takes part, rounds of single tokens in turn, ratios, the JSON."""
+import contextlib
 import json
 import statistics
 import time
@@ -10,13 +11,24 @@ import thriftattn.hf
 
 
 def cache_of(model, name, max_tokens=0):
-    """An empty cache for a contender: "sdpa", a backend of QuantizedCache, or a method, for which the model is enabled."""
-    if name == "sdpa":
+    """An empty cache for a contender: "sdpa" or "flash", a backend of QuantizedCache, or a method, for which the model is
+    enabled."""
+    if name in ("sdpa", "flash"):
         return transformers.DynamicCache()
     if name in ("fp8", "quanto", "hqq"):
         return transformers.QuantizedCache(name, model.config)
     thriftattn.hf.enable(model, name)
     return thriftattn.hf.ThriftCache(model, max_tokens=max_tokens)
+
+
+def kernels(name):
+    """What a contender runs under: PyTorch's own choice of kernels, and without cuDNN, which prepares anew for every
+    length, for all but "sdpa"."""
+    if name == "sdpa":
+        return contextlib.nullcontext()
+    others = (torch.nn.attention.SDPBackend.FLASH_ATTENTION, torch.nn.attention.SDPBackend.EFFICIENT_ATTENTION,
+              torch.nn.attention.SDPBackend.MATH)
+    return torch.nn.attention.sdpa_kernel(list(others))
 
 
 def cache_bytes(cache):
@@ -36,11 +48,12 @@ def time_tokens(contenders, rows, ids, context, rounds, tokens, done=lambda: Non
     for round_ in range(rounds + 1):  # the first one warms up
         for name, (model, cache) in contenders.items():
             for i in range(at, at + tokens):
-                done()
-                start = time.perf_counter()
-                logits = model(ids[:, i : i + 1], cache=cache).logits
-                done()
-                spent = time.perf_counter() - start
+                with kernels(name):
+                    done()
+                    start = time.perf_counter()
+                    logits = model(ids[:, i : i + 1], cache=cache).logits
+                    done()
+                    spent = time.perf_counter() - start
                 loss = torch.nn.functional.cross_entropy(logits[:, -1].float(), ids[:, i + 1])
                 rows[name]["nll"] = rows[name].get("nll", 0) + float(loss) / steps
                 if round_:
@@ -49,14 +62,13 @@ def time_tokens(contenders, rows, ids, context, rounds, tokens, done=lambda: Non
 
 
 def summarize(rows, tokens):
-    """Adds row["median_ms"] and row["faster"], the median of the ratio to sdpa within rounds."""
+    """Adds row["median_ms"] and row["faster"]: the median, within rounds, of the ratio to the faster of sdpa and flash."""
     for row in rows.values():
         row["median_ms"] = statistics.median(row["ms"])
-        ratios = [
-            statistics.median(rows["sdpa"]["ms"][i : i + tokens]) / statistics.median(row["ms"][i : i + tokens])
-            for i in range(0, len(row["ms"]), tokens)
-        ]
-        row["faster"] = statistics.median(ratios)
+    base = min((rows[name] for name in ("sdpa", "flash") if name in rows), key=lambda row: row["median_ms"])
+    for row in rows.values():
+        rounds = [slice(i, i + tokens) for i in range(0, len(row["ms"]), tokens)]
+        row["faster"] = statistics.median(statistics.median(base["ms"][r]) / statistics.median(row["ms"][r]) for r in rounds)
 
 
 def write(path, context, rows, **others):
