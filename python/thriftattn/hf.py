@@ -217,14 +217,18 @@ class _Store:
         self.padding = padding
         first = [max(0, p - past) for p in padding]  # column of the step at which each row begins
         form["phase"] = "decode" if past and s <= MAX_DECODE_ROWS else "prefill"
-        whole = [(self.seqs, (slice(None), slice(None)))]
-        by_row = [([seq], (slice(i, i + 1), slice(c, None))) for i, (seq, c) in enumerate(zip(self.seqs, first))]
         keep_stats = self.keep_stats and (q.device.type == "cpu" or form["phase"] == "decode")
-        out = (q.new_zeros if any(first) else q.new_empty)(*q.shape[:3], v.shape[3])
-        done = []
-        for seqs, rows in by_row if any(first) else whole:
-            self.kv.append(seqs, k[rows], v[rows], layer=layer)
-            done.append(self.kv.attend(seqs, q[rows], layer=layer, out=out[rows], stats=keep_stats, **form))
+        form.update(layer=layer, stats=keep_stats)
+        if any(first):
+            out, done = q.new_zeros(*q.shape[:3], v.shape[3]), []
+            for i, (seq, column) in enumerate(zip(self.seqs, first)):
+                rows = slice(i, i + 1), slice(column, None)
+                self.kv.append([seq], k[rows], v[rows], layer=layer)
+                done.append(self.kv.attend([seq], q[rows], out=out[rows], **form))
+        else:
+            self.kv.append(self.seqs, k, v, layer=layer)
+            done = [self.kv.attend(self.seqs, q, **form)]
+            out = done[0][0] if keep_stats else done[0]
         if self.keep_stats:
             self.stats[layer] = [stats for _, stats in done] if keep_stats else []
         self.columns[layer] += s
