@@ -22,7 +22,7 @@ def cache_of(model, name, max_tokens=0):
 
 
 def kernels(name):
-    """What a contender runs under: PyTorch's own choice of kernels, and without cuDNN, which prepares anew for every
+    """What a contender decodes under: PyTorch's own choice of kernels, and without cuDNN, which prepares anew for every
     length, for all but "sdpa"."""
     if name == "sdpa":
         return contextlib.nullcontext()
