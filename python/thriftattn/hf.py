@@ -203,9 +203,10 @@ class _Store:
         b, s = q.shape[:2]
         padding = padding or [0] * b
         if self.kv is None:
-            self.kv = KvCache(
-                self.method, h_kv=k.shape[2], d=k.shape[3], d_v=v.shape[3], layers=len(self.columns), dtype=self.dtype,
-                device=str(k.device), max_sequences=b, max_tokens=self.max_tokens, max_step=s,
+            shape = {"h_kv": k.shape[2], "d": k.shape[3], "d_v": v.shape[3], "layers": len(self.columns)}
+            room = {"max_sequences": b, "max_tokens": self.max_tokens, "max_step": s}
+            self.kv = _with_memory(
+                k.device, KvCache, self.method, dtype=self.dtype, device=str(k.device), **shape, **room
             )
         if not self.seqs:
             self.seqs = [self.kv.new_sequence() for _ in range(b)]
@@ -223,10 +224,10 @@ class _Store:
             out, done = q.new_zeros(*q.shape[:3], v.shape[3]), []
             for i, (seq, column) in enumerate(zip(self.seqs, first)):
                 rows = slice(i, i + 1), slice(column, None)
-                self.kv.append([seq], k[rows], v[rows], layer=layer)
+                _with_memory(k.device, self.kv.append, [seq], k[rows], v[rows], layer=layer)
                 done.append(self.kv.attend([seq], q[rows], out=out[rows], **form))
         else:
-            self.kv.append(self.seqs, k, v, layer=layer)
+            _with_memory(k.device, self.kv.append, self.seqs, k, v, layer=layer)
             done = [self.kv.attend(self.seqs, q, **form)]
             out = done[0][0] if keep_stats else done[0]
         if self.keep_stats:
@@ -270,6 +271,17 @@ class _Store:
         self.seqs, self.padding, self.columns = [], [], [0] * len(self.columns)
 
     __del__ = clear  # a copy may share the KvCache
+
+
+def _with_memory(device, call, *args, **kwargs):
+    """The call, once more where a GPU has no memory left and PyTorch has given back what it only keeps."""
+    try:
+        return call(*args, **kwargs)
+    except MemoryError:
+        if device.type == "cpu":
+            raise
+        torch.cuda.empty_cache()
+        return call(*args, **kwargs)
 
 
 def _why_not(model) -> str | None:
