@@ -273,7 +273,7 @@ class _Store:
     __del__ = clear  # a copy may share the KvCache
 
 
-def _with_memory(device, call, *args, **kwargs):
+def _with_memory(device, call, /, *args, **kwargs):
     """The call, once more where a GPU has no memory left and PyTorch has given back what it only keeps."""
     try:
         return call(*args, **kwargs)
