@@ -117,8 +117,8 @@ Args:
     device: "cpu", "cuda" or "cuda:1" and so on: where tensors must be, too.
     max_sequences: On a GPU: room to begin with, for so many sequences; 0: a few.
     max_tokens: And for so many tokens of each; 0: a few.
-    max_step: And for steps of so many tokens of each, which are kept in 16 bit until the step ends; 0: a few. A cache
-        that must grow is copied, and needs the memory of both.
+    max_step: And for steps of so many tokens of each, all of which have room in 16 bit from then on; 0: a few. A cache
+        that must grow is copied, and needs the memory of both: read long prompts in steps.
 
 Raises:
     ValueError: This build or machine has no such device.

@@ -11,7 +11,7 @@ sequences and attends. Each row of a batch is a sequence of its own, which begin
 is neither stored nor seen. A page is quantised once, when it is full.
 
 The cache is where the model is, in the CPU's memory or on a GPU. There `generate()` reads a prompt in chunks, because
-the tokens of one step are kept in 16 bit for all layers until it ends.
+a cache keeps room in 16 bit for the tokens of its largest step.
 """
 
 from __future__ import annotations
