@@ -11,8 +11,8 @@ import thriftattn.hf
 
 
 def cache_of(model, name, max_tokens=0):
-    """An empty cache for a contender: "sdpa" or "flash", a backend of QuantizedCache, or a method, for which the model is
-    enabled."""
+    """An empty cache for a contender: "sdpa" or "flash", a backend of QuantizedCache, or a method, for which the model
+    is enabled."""
     if name in ("sdpa", "flash"):
         return transformers.DynamicCache()
     if name in ("fp8", "quanto", "hqq"):
@@ -62,13 +62,14 @@ def time_tokens(contenders, rows, ids, context, rounds, tokens, done=lambda: Non
 
 
 def summarize(rows, tokens):
-    """Adds row["median_ms"] and row["faster"]: the median, within rounds, of the ratio to the faster of sdpa and flash."""
+    """Adds row["median_ms"] and row["faster"]: the ratio to the faster of sdpa and flash, median over rounds."""
     for row in rows.values():
         row["median_ms"] = statistics.median(row["ms"])
     base = min((rows[name] for name in ("sdpa", "flash") if name in rows), key=lambda row: row["median_ms"])
     for row in rows.values():
         rounds = [slice(i, i + tokens) for i in range(0, len(row["ms"]), tokens)]
-        row["faster"] = statistics.median(statistics.median(base["ms"][r]) / statistics.median(row["ms"][r]) for r in rounds)
+        ratios = [statistics.median(base["ms"][r]) / statistics.median(row["ms"][r]) for r in rounds]
+        row["faster"] = statistics.median(ratios)
 
 
 def write(path, context, rows, **others):

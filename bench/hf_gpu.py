@@ -8,9 +8,10 @@ QuantizedCache, in turn.
 Needs thriftattn built with CUDA, torch and transformers; peers of QuantizedCache that are not installed are named and
 left out. A shape is a Llama of random weights, whose tokens take as long as a trained one's: what is compared of its
 losses is that they are equal. Every contender reads the same context in chunks; then rounds of single tokens are timed
-in turn. "sdpa" is PyTorch's own choice of kernels; "flash" decodes without cuDNN's, which PyTorch 2.11 prefers on Hopper and which
-prepare themselves, for milliseconds, at every new length. Prints medians in ms, the ratio to the faster of these two
-within rounds, and memory in GiB: what the cache keeps, and the peak of everything beside the weights, prefill included.
+in turn. "sdpa" is PyTorch's own choice of kernels; "flash" decodes without cuDNN's, which PyTorch 2.11 prefers on
+Hopper and which prepare themselves, for milliseconds, at every new length. Prints medians in ms, the ratio to the
+faster of these two within rounds, and memory in GiB: what the cache keeps, and the peak of everything beside the
+weights, prefill included.
 """
 
 import argparse
@@ -33,7 +34,8 @@ SHAPES = {  # those of Llama 3.2 1B and Llama 3 8B
 
 def random_model(shape, dtype):
     config = transformers.LlamaConfig(
-        **SHAPES[shape], num_attention_heads=32, num_key_value_heads=8, vocab_size=32000, max_position_embeddings=1 << 20
+        **SHAPES[shape], num_attention_heads=32, num_key_value_heads=8, vocab_size=32000,
+        max_position_embeddings=1 << 20,
     )
     torch.set_default_dtype(dtype)
     with torch.device("cuda"):

@@ -331,7 +331,9 @@ def _take_cache(decoder, args, output):
     return output
 
 
-def _prepare_cache_for_generation(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length):
+def _prepare_cache_for_generation(
+    model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+):
     """generate()'s own, with a ThriftCache for a DynamicCache."""
     if generation_config.cache_implementation not in (None, "dynamic"):
         raise ValueError(f"cache_implementation={generation_config.cache_implementation!r}: thriftattn brings its own")
