@@ -18,10 +18,10 @@ inline constexpr int kNotes = 64;  // 32 made, and those that are still in the r
 
 template <int kColumns>
 struct alignas(16) Note {
-  char4 exponents;  // of the page: K of both planes, V of both planes
-  uint32_t word;    // Item's, and kWait
-  uint32_t unused[2];
-  float q_mean[kColumns];  // of the tile's rows; of rows that do not exist anything
+  char4 exponents;         // of the page: K of both planes, V of both planes
+  uint32_t word;           // Item's, and kWait
+  const uint8_t* mean;     // Item's
+  float q_mean[kColumns];  // of the tile's rows, which the reader puts here where there is a mean
 
   static constexpr uint32_t kWait = 1u << 31;
 };
@@ -83,6 +83,8 @@ class Feed {
       word_ = item.word;
       record_ = item.record;
       take_note(item, notes_[(made_ + lane) % kNotes], lane == 0);
+    } else {
+      notes_[(made_ + lane) % kNotes].mean = nullptr;
     }
     __syncwarp();
     made_ += batch_;
@@ -92,14 +94,14 @@ class Feed {
 
   __device__ void take_note(const Item& item, Note<kColumns>& note, bool wait) const {
     note.word = item.word | (wait ? Note<kColumns>::kWait : 0);
+    note.mean = item.mean;
     if (item.summary != nullptr)
       copy_async<4>(shared_address(&note.exponents), item.summary);
     else
       note.exponents = {0, 0, 0, 0};
-#pragma unroll
-    for (int row = 0; row < kColumns; row += 4)
-      if (item.q_mean != nullptr && segment_.unit.first_row + row < args_.p.row_stride)
-        copy_async<16>(shared_address(note.q_mean + row), item.q_mean + row);
+    if (item.mean != nullptr)
+#pragma unroll 1
+      for (int at = 0; at < 2 * args_.p.shape.d; at += 64) prefetch_l2(item.mean + at);
   }
 
   const DecodeArgs& args_;

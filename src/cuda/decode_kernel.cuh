@@ -5,7 +5,7 @@
 //
 // One CTA of 12 warps per multiprocessor; each warp reads items of its own (decode_units.cuh) and knows nothing of the
 // others until the CTA's part of a unit ends. Memory: 9216 bytes of a page of 64 tokens and one head at d = 128, and
-// its exponents and q.k_mean, 20 bytes at 4 rows. Shared memory then: rings 111 KB, notes 25 KB, merge 33 KB.
+// its exponents and mean, 272 bytes. Shared memory then: rings 111 KB, notes 25 KB, merge 33 KB.
 // An item of 32 tokens takes about 680 instructions of a warp, 450 of them in the two products: 2.7 for each of a
 // lane's 256 codes. Binds on DRAM where there is much to read; on its set-up and merge, 8 us, where there is little.
 #pragma once
@@ -35,7 +35,7 @@ THRIFTATTN_HD constexpr SharedLayout shared_layout(const DeviceLayout& layout, i
   SharedLayout s{};
   s.notes = warps * static_cast<int>(kRingSlots) * slot_bytes(layout);
   s.queries = s.notes + warps * kNotes * (16 + 4 * columns);
-  s.merge = s.queries + 2 * columns * layout.dk;
+  s.merge = s.queries + queries_bytes(columns, layout.dk);
   s.barriers = static_cast<int>(
       round_up(s.merge + merge_layout(warps, columns, layout.dv, blocks).floats * static_cast<int>(sizeof(float)), 16));
   s.scan = s.barriers + warps * static_cast<int>(kRingSlots) * 8;
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(32 * max_warps(D, N), 1) decode_kernel(const _
   // The same in all lanes, and the compiler is to know it: addresses made of it can stay out of the lanes' registers.
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0), warps = blockDim.x / 32;
   const SharedLayout layout = shared_layout(device, N, warps, gridDim.x);
-  uint32_t* queries = reinterpret_cast<uint32_t*>(shared + layout.queries);
+  const Queries<N> queries{reinterpret_cast<uint32_t*>(shared + layout.queries), device.dk};
   Share& share = *reinterpret_cast<Share*>(shared + layout.share);
   Segment* segments = reinterpret_cast<Segment*>(shared + layout.segments);
   Segment& segment = segments[2 * warp];  // that is being read; the next one is the feed's
@@ -70,12 +70,12 @@ __global__ void __launch_bounds__(32 * max_warps(D, N), 1) decode_kernel(const _
   copy_segment(segment, first_segment);
   Merge<Rows> merge(args, merge_layout(warps, N, device.dv, gridDim.x),
                     reinterpret_cast<float*>(shared + layout.merge));
-  Rows rows(args, notes);
+  Rows rows(args, queries, notes);
 
   bool cancelled = false;
   int end_number = 0, to_fill = kRingSlots;  // slots
   while (true) {
-    rows.load_queries(segment.unit, queries);
+    queries.load(args.p, segment.unit);
     rows.start();
     bool started = false;
 #pragma unroll 1
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(32 * max_warps(D, N), 1) decode_kernel(const _
       for (; to_fill > 0; --to_fill) feed.fill(ring);
       if (!started) {
         __syncthreads();
-        rows.take_queries(queries);
+        rows.take_queries();
         started = true;
       }
       if (i >= end) break;

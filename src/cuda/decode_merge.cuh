@@ -100,6 +100,7 @@ class Merge {
     }
     cancelled = __syncthreads_or(cancelled);
     write_rows(segment.unit, segment.pass);
+    if (args_.p.promote == Promote::forced && threadIdx.x == 0) put_counts(segment.unit);
     if (cancelled && threadIdx.x == 0) args_.p.tickets[segment.number] = cancelled_ticket(blockIdx.x);
     __syncthreads();
     return cancelled;
@@ -189,6 +190,14 @@ class Merge {
       if (at < columns * dv) *reinterpret_cast<float4*>(o(warp) + at / dv * layout_.row + at % dv) = sum[c];
     }
     __syncthreads();
+  }
+
+  // What can be said of forced pages afterwards, of which there is no list.
+  __device__ void put_counts(const Unit& unit) const {
+    const DecodeParams& p = args_.p;
+    int4* counts = reinterpret_cast<int4*>(p.lists.counts + int64_t{8} * unit.index);
+    counts[0] = {unit.promoted, unit.fp16, unit.fp4x2, 0};
+    counts[1] = {0, unit.forced_without_high() - unit.fp4x2, p.cache.released[unit.slot], 0};
   }
 
   // From o(0), the unit's sums, to what is wanted of them, after finish_row of every row.

@@ -18,7 +18,7 @@
 
 #include <cstdint>
 
-#include "cuda/decode_feed.cuh"
+#include "cuda/decode_queries.cuh"
 #include "cuda/mma.cuh"
 #include "cuda/unpack.cuh"
 
@@ -33,15 +33,6 @@ inline constexpr float kLog2E = 1.4426950408889634f;
 // 2^e for e in [-127, 127], where -127 gives 0.
 __device__ inline float power_of_2(int e) { return float_of(static_cast<uint32_t>(e + 127) << 23); }
 
-// Elements i and i + 1.
-__device__ inline float2 load_pair(const void* data, DType dtype, int64_t i) {
-  if (dtype == DType::f32) return {static_cast<const float*>(data)[i], static_cast<const float*>(data)[i + 1]};
-  const uint16_t* bits = static_cast<const uint16_t*>(data) + i;
-  const uint32_t first = bits[0], second = bits[1];
-  if (dtype == DType::bf16) return {float_of(first << 16), float_of(second << 16)};
-  return unpack_half2(first | second << 16);
-}
-
 // D: channels that there are registers for. kExact: K and V have D channels, so that every loop is unrolled.
 template <int D, int N, bool kExact>
 class DecodeRows {
@@ -54,8 +45,9 @@ class DecodeRows {
   using Tile = float[kTiles][4];
   using Columns = uint32_t[kTiles][2];
 
-  __device__ DecodeRows(const DecodeArgs& args, const Note<N>* notes)
+  __device__ DecodeRows(const DecodeArgs& args, const Queries<N>& queries, Note<N>* notes)
       : args_(args),
+        queries_(queries),
         notes_(notes),
         layout_(record_layout<D, kExact>(args)),
         g_(threadIdx.x % 32 / 4),
@@ -76,8 +68,8 @@ class DecodeRows {
         for (int e = 0; e < 4; ++e) o[i][tile][e] = 0;
   }
 
-  // The tile's rows of q, from [N][dk] halves that load_queries() made.
-  __device__ void take_queries(const uint32_t* staged) {
+  // The tile's rows of q, which the CTA has loaded.
+  __device__ void take_queries() {
 #pragma unroll
     for (int w = 0; w < D / 16; ++w)
 #pragma unroll
@@ -86,38 +78,19 @@ class DecodeRows {
         for (int half = 0; half < 2; ++half) {
           const int channel = w / 2 * 32 + half * 16 + w % 2 * 8 + 2 * t_, row = kDiagonal ? g_ % 4 : tile * 8 + g_;
           const bool wanted = (!kDiagonal || half == g_ / 4) && (kExact || channel < layout_.dk);
-          q_[w][tile][half] = wanted ? staged[(row * layout_.dk + channel) / 2] : 0;
+          q_[w][tile][half] = wanted ? queries_.row(row, 0)[channel / 2] : 0;
         }
-  }
-
-  // A unit's rows of q in 16 bit, zero where there is no row or channel. By the whole CTA.
-  __device__ void load_queries(const Unit& u, uint32_t* staged) const {
-    const DecodeParams& p = args_.p;
-    const int pairs = layout_.dk / 2;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < N * pairs; i += blockDim.x) {
-      const int row = i / pairs, channel = i % pairs * 2, unit_row = u.first_row + row;
-      float2 x{0, 0};
-      if (row < u.rows && channel < p.shape.d) {
-        const int64_t token = p.batch.first_row[u.sequence] + unit_row % u.s_q;
-        const int head = u.head * p.shape.group + unit_row / u.s_q;
-        x = load_pair(p.q.data, p.q.dtype, token * p.q.row_stride + head * p.q.head_stride + channel);
-      }
-      // Inf too makes its row NaN; a larger finite number is the largest of 16 bit.
-      x.x = fmaf(x.x, 0.0f, fminf(fmaxf(x.x, -65504.0f), 65504.0f));
-      x.y = fmaf(x.y, 0.0f, fminf(fmaxf(x.y, -65504.0f), 65504.0f));
-      staged[i] = pack_half2(x.x, x.y);
-    }
   }
 
   // The next item in the ring; returns how many slots it took.
   __device__ int read(Ring& ring, const Segment& segment) {
-    const Note<N>& note = notes_[read_++ % kNotes];
+    const uint32_t number = read_++;
+    const Note<N>& note = notes_[number % kNotes];
     uint32_t word = note.word;
     if (word & Note<N>::kWait) {
       word ^= Note<N>::kWait;
       copies_done();
-      __syncwarp();
+      put_means<D, N, kExact>(args_, queries_, notes_, number);
     }
     const uint8_t* slot = ring.wait();
     const Tier tier = Item::tier(word);
@@ -210,7 +183,7 @@ class DecodeRows {
     }
     // Rows that do not exist may have any mean: nobody reads what becomes of them.
     float mean[kRows] = {};
-    if (args_.p.q_mean != nullptr)
+    if (args_.p.cache.centring)
 #pragma unroll
       for (int r = 0; r < kRows; ++r) mean[r] = note.q_mean[row(r)];
 
@@ -498,7 +471,8 @@ class DecodeRows {
 
   const DecodeArgs& args_;
   const DeviceLayout layout_;
-  const Note<N>* notes_;
+  const Queries<N> queries_;
+  Note<N>* notes_;
   uint32_t read_ = 0;  // items since the begin
   uint32_t q_[D / 16][kTiles][2];
   int g_, t_;

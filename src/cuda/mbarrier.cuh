@@ -62,6 +62,9 @@ __device__ void copy_async(uint32_t to, const void* from) {
 }
 __device__ inline void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// Brings the 64 bytes around `from` to L2.
+__device__ inline void prefetch_l2(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+
 // An arrival that comes when what copy_async has started in this lane so far is there.
 __device__ inline void arrive_after_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
