@@ -57,11 +57,13 @@ class Feed {
   // Starts the copy of the next item, or plane of one, if there is one.
   __device__ void fill(Ring& ring) {
     if (next_ == batch_ && !make_batch()) return;
-    const Tier tier = Item::tier(__shfl_sync(~0u, word_, next_));
-    const int bytes = tier == Tier::none ? 0 : tier == Tier::fp16 ? layout_.high_item_bytes : layout_.item_bytes;
-    ring.fill(next_, second_plane_ != 0 ? record_ + (args_.p.cache.residual - args_.p.cache.fp4) : record_, bytes);
-    second_plane_ = tier == Tier::fp4x2 ? second_plane_ ^ 1 : 0;
-    next_ += second_plane_ ^ 1;
+    ring.fill(next_, record_, bytes_);
+    if (planes_ >> next_ & 1) {
+      planes_ ^= 1u << next_;
+      if (static_cast<int>(threadIdx.x % 32) == next_) record_ += args_.p.cache.residual - args_.p.cache.fp4;
+    } else {
+      ++next_;
+    }
   }
 
  private:
@@ -78,14 +80,19 @@ class Feed {
     }
     batch_ = min(32, (end_ - at_ + warps - 1) / warps);
     next_ = 0;
+    bool second_plane = false;
     if (lane < batch_) {
       const Item item = item_at(args_, segment_.pass, segment_.unit, at_ + lane * warps);
-      word_ = item.word;
+      const Tier tier = Item::tier(item.word);
+      second_plane = tier == Tier::fp4x2;
       record_ = item.record;
+      bytes_ = tier == Tier::fp16 ? layout_.high_item_bytes : layout_.item_bytes;
+      if (tier == Tier::none) record_ = args_.p.cache.fp4, bytes_ = 16;  // anything: nobody reads it
       take_note(item, notes_[(made_ + lane) % kNotes], lane == 0);
     } else {
       notes_[(made_ + lane) % kNotes].mean = nullptr;
     }
+    planes_ = __ballot_sync(~0u, second_plane);
     __syncwarp();
     made_ += batch_;
     at_ += 32 * warps;
@@ -110,11 +117,11 @@ class Feed {
   Segment& segment_;
   Note<kColumns>* notes_;
   int at_ = 0, end_ = 0;  // this warp's next item of the segment, and where they end
-  uint32_t word_ = 0;     // of this lane's item
-  const uint8_t* record_ = nullptr;
+  const uint8_t* record_ = nullptr;  // of this lane's item, and what to copy of it
+  int bytes_ = 0;
   uint32_t made_ = 0;         // items since the begin
   int batch_ = 0, next_ = 0;  // items made, and the one to fill next
-  int second_plane_ = 0;      // 1: of item next_ the first plane is filled
+  uint32_t planes_ = 0;       // bit n: item n of the batch has one more plane to fill than the one that is next
 };
 
 }  // namespace thriftattn::cuda

@@ -27,18 +27,21 @@ THRIFTATTN_HD constexpr int slot_bytes(const DeviceLayout& layout) {
   return layout.item_bytes > layout.high_item_bytes ? layout.item_bytes : layout.high_item_bytes;
 }
 
+THRIFTATTN_HD constexpr int ring_bytes(const DeviceLayout& layout) {
+  return static_cast<int>(kRingSlots) * Ring::stride(slot_bytes(layout));
+}
+
 // Offsets in dynamic shared memory; rings are at 0. Segments: two of each warp, and the CTA's first.
 struct SharedLayout {
-  int notes, queries, merge, barriers, scan, share, segments, bytes;
+  int notes, queries, merge, scan, share, segments, bytes;
 };
 THRIFTATTN_HD constexpr SharedLayout shared_layout(const DeviceLayout& layout, int columns, int warps, int blocks) {
   SharedLayout s{};
-  s.notes = warps * static_cast<int>(kRingSlots) * slot_bytes(layout);
+  s.notes = warps * ring_bytes(layout);
   s.queries = s.notes + warps * kNotes * (16 + 4 * columns);
   s.merge = s.queries + queries_bytes(columns, layout.dk);
-  s.barriers = static_cast<int>(
+  s.scan = static_cast<int>(
       round_up(s.merge + merge_layout(warps, columns, layout.dv, blocks).floats * static_cast<int>(sizeof(float)), 16));
-  s.scan = s.barriers + warps * static_cast<int>(kRingSlots) * 8;
   s.share = s.scan + warps * 8;
   s.segments = s.share + static_cast<int>(sizeof(Share));
   s.bytes = s.segments + (2 * warps + 1) * static_cast<int>(sizeof(Segment));
@@ -58,8 +61,7 @@ __global__ void __launch_bounds__(32 * max_warps(D, N), 1) decode_kernel(const _
   Segment* segments = reinterpret_cast<Segment*>(shared + layout.segments);
   Segment& segment = segments[2 * warp];  // that is being read; the next one is the feed's
   Note<N>* notes = reinterpret_cast<Note<N>*>(shared + layout.notes) + warp * kNotes;
-  Ring ring(shared + warp * kRingSlots * slot_bytes(device),
-            reinterpret_cast<uint64_t*>(shared + layout.barriers) + kRingSlots * warp, slot_bytes(device));
+  Ring ring(shared + warp * ring_bytes(device), slot_bytes(device));
   wait_for_previous_kernel();
   let_next_kernel_start();
 

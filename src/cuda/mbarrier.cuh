@@ -17,7 +17,7 @@ __device__ inline void arrive(uint32_t barrier) {
   asm volatile("{.reg .b64 state;\n mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(barrier) : "memory");
 }
 
-// Until the phase has ended that is under way, if its number is of this parity; no wait if it is not.
+// Until the phase has ended that is under way, if its number is of the parity of `parity`; no wait if it is not.
 __device__ inline void wait(uint32_t barrier, uint32_t parity) {
   uint32_t ended;
   do {
