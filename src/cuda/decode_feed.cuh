@@ -19,11 +19,12 @@ inline constexpr int kNotes = 64;  // 32 made, and those that are still in the r
 template <int kColumns>
 struct alignas(16) Note {
   char4 exponents;         // of the page: K of both planes, V of both planes
-  uint32_t word;           // Item's, and kWait
+  uint32_t word;           // Item's, and the bits below
   const uint8_t* mean;     // Item's
   float q_mean[kColumns];  // of the tile's rows, which the reader puts here where there is a mean
 
   static constexpr uint32_t kWait = 1u << 31;
+  static constexpr uint32_t kSpecial = 1u << 30;  // scores are capped, masked, or added up for the page's mass
 };
 
 // The layout of records, a constant where D says it.
@@ -100,7 +101,7 @@ class Feed {
   }
 
   __device__ void take_note(const Item& item, Note<kColumns>& note, bool wait) const {
-    note.word = item.word | (wait ? Note<kColumns>::kWait : 0);
+    note.word = item.word | (wait ? Note<kColumns>::kWait : 0) | (is_special(item) ? Note<kColumns>::kSpecial : 0);
     note.mean = item.mean;
     if (item.summary != nullptr)
       copy_async<4>(shared_address(&note.exponents), item.summary);
@@ -109,6 +110,13 @@ class Feed {
     if (item.mean != nullptr)
 #pragma unroll 1
       for (int at = 0; at < 2 * args_.p.shape.d; at += 64) prefetch_l2(item.mean + at);
+  }
+
+  __device__ bool is_special(const Item& item) const {
+    const int first = Item::token(item.word);
+    const int tokens = Item::tier(item.word) == Tier::fp16 ? kHighItemTokens : kItemTokens;
+    return args_.softcap > 0 || (args_.p.page_mass != nullptr && segment_.pass == Pass::attend) ||
+           first < segment_.unit.first_common || first + tokens > segment_.unit.end_common;
   }
 
   const DecodeArgs& args_;

@@ -74,48 +74,49 @@ __global__ void __launch_bounds__(32 * max_warps(D, N), 1) decode_kernel(const _
                     reinterpret_cast<float*>(shared + layout.merge));
   Rows rows(args, queries, notes);
 
-  bool cancelled = false;
-  int end_number = 0, to_fill = kRingSlots;  // slots
+  bool begun = false, cancelled = false;  // the segment; the exchange of a unit
+  int end_number = 0;
+  int i = 0, end = 0, to_fill = kRingSlots;  // the warp's next item of the segment, where they end, slots
   while (true) {
-    queries.load(args.p, segment.unit);
-    rows.start();
-    bool started = false;
 #pragma unroll 1
-    for (int i = segment.first + warp, end = segment.end;; i += warps) {
-#pragma unroll 1
-      for (; to_fill > 0; --to_fill) feed.fill(ring);
-      if (!started) {
-        __syncthreads();
-        rows.take_queries();
-        started = true;
+    do feed.fill(ring);
+    while (--to_fill > 0);
+    while (i >= end) {
+      if (begun) {
+        cancelled |= merge.finish(rows, segment, share);
+        // The next segment; after all of them the units whose exchange cancelled, whole.
+        int number = segment.number + 1;
+        if (segment.pass != Pass::again && feed.segment().number == number) {
+          copy_segment(segment, feed.segment());
+        } else if (segment.pass == Pass::again || !next_segment(args, share, segment)) {
+          if (segment.pass != Pass::again) {
+            if (!cancelled) return;
+            end_number = number;
+            number = first_segment.number;
+          } else if (threadIdx.x == 0) {
+            args.p.tickets[segment.number] = 0;
+          }
+          while (number < end_number && args.p.tickets[number] != cancelled_ticket(blockIdx.x)) ++number;
+          if (number == end_number) return;
+          const Segment whole = whole_unit(unit_at(args, Pass::again, number), Pass::again, number);
+          __syncwarp();
+          if (threadIdx.x % 32 == 0) segment = whole;
+          __syncwarp();
+          feed.start(segment);
+          to_fill = kRingSlots;
+        }
       }
-      if (i >= end) break;
-      to_fill = rows.read(ring, segment);
+      begun = true;
+      queries.load(args.p, segment.unit);
+      rows.start();
+      __syncthreads();
+      rows.take_queries();
+      i = segment.first + warp, end = segment.end;
+      if (to_fill > 0) break;
     }
-    cancelled |= merge.finish(rows, segment, share);
-
-    // The next segment; after all of them the units whose exchange cancelled, whole.
-    int number = segment.number + 1;
-    if (segment.pass != Pass::again) {
-      if (feed.segment().number == number) {
-        copy_segment(segment, feed.segment());
-        continue;
-      }
-      if (next_segment(args, share, segment)) continue;
-      if (!cancelled) return;
-      end_number = number;
-      number = first_segment.number;
-    } else if (threadIdx.x == 0) {
-      args.p.tickets[segment.number] = 0;
-    }
-    while (number < end_number && args.p.tickets[number] != cancelled_ticket(blockIdx.x)) ++number;
-    if (number == end_number) return;
-    const Segment whole = whole_unit(unit_at(args, Pass::again, number), Pass::again, number);
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) segment = whole;
-    __syncwarp();
-    feed.start(segment);
-    to_fill = kRingSlots;
+    if (to_fill > 0) continue;
+    to_fill = rows.read(ring, segment);
+    i += warps;
   }
 }
 

@@ -28,6 +28,7 @@ inline constexpr float kNothing =
     -1e30f;  // m of a row that has seen nothing; never -inf, so that differences are numbers
 inline constexpr float kMasked = -3e38f;  // a score that is not seen: below every m by more than a float can say
 inline constexpr float kSlack = 6.0f;
+inline constexpr float kGrid = 192.0f;  // numbers near it are multiples of 2^-16
 inline constexpr float kLog2E = 1.4426950408889634f;
 
 // 2^e for e in [-127, 127], where -127 gives 0.
@@ -95,18 +96,15 @@ class DecodeRows {
     const uint8_t* slot = ring.wait();
     const Tier tier = Item::tier(word);
     int planes = 1;
-    if (tier == Tier::fp16) {
-      read_high(slot, note, segment, word);
-    } else if (tier != Tier::none) {
+    if (tier == Tier::fp4 || tier == Tier::fp4x2) {
       const uint8_t* second = nullptr;
-      if (tier == Tier::fp4x2) {
-        planes = 2;
-        second = ring.wait(1);
-      }
+      if (tier == Tier::fp4x2) second = ring.wait(1), planes = 2;
       if (args_.mxfp4 != 0)
-        read_fp4<true>(slot, second, planes, note, segment, word);
+        read_fp4<true>(slot, second, note, segment, word);
       else
-        read_fp4<false>(slot, second, planes, note, segment, word);
+        read_fp4<false>(slot, second, note, segment, word);
+    } else if (tier == Tier::fp16) {
+      read_high(slot, note, segment, word);
     }
     ring.release(planes);
     return planes;
@@ -149,23 +147,24 @@ class DecodeRows {
   float o[D / 16][kTiles][4];               // in units of codes: 2^-14 of what it means
 
  private:
-  // An item of 32 tokens, in one plane or two.
+  // An item of 32 tokens, in one plane or, where `second` is not null, in two.
   template <bool kMxfp4>
-  __device__ void read_fp4(const uint8_t* first, const uint8_t* second, int planes, const Note<N>& note,
-                           const Segment& segment, uint32_t word) {
+  __device__ void read_fp4(const uint8_t* first, const uint8_t* second, const Note<N>& note, const Segment& segment,
+                           uint32_t word) {
     const char4 exponents = note.exponents;  // k, k, v, v
     float sums[2][kTiles][4] = {};           // [ml]: of tokens 16 ml + g and 16 ml + 8 + g
-    int k_exponent = exponents.x;
-#pragma unroll 1
-    for (int plane = 0;;) {
-      const uint8_t* slot = plane == 0 ? first : second;
+    const auto multiply_k = [&](const uint8_t* slot) {
       multiply<kMxfp4>(
           slot, slot + layout_.k_scales, layout_.dk, [this](int i, int j) -> const Columns& { return q_[2 * i + j]; },
           [&sums](int, int half) -> Tile& { return sums[half]; });
-      if (++plane == planes) break;
+    };
+    multiply_k(first);
+    int k_exponent = exponents.x;
+    if (second != nullptr) {
+      k_exponent = exponents.y;
       const float factor = power_of_2(max(-126, min(126, exponents.y - exponents.x)));
       each([&](int ml, int tile, int e) { sums[ml][tile][e] *= factor; });
-      k_exponent = exponents.y;
+      multiply_k(second);
     }
 
     constexpr int kCells = kDiagonal ? 2 : 4 * kTiles;  // a cell is a token and two rows of this lane
@@ -188,8 +187,9 @@ class DecodeRows {
       for (int r = 0; r < kRows; ++r) mean[r] = note.q_mean[row(r)];
 
     uint32_t p[kCells];
-    absorb<kCells>(segment, word, args_.score_scale * (kCodeScale * power_of_2(-k_exponent)), mean, exponents.z,
-                   planes > 1, token, x, p);
+    float added[kRows];
+    absorb<kCells>(segment, word, args_.score_scale * (kCodeScale * power_of_2(-k_exponent)), mean, exponents.z, token,
+                   x, p, added);
 
     Columns columns[2];  // B operands: p of tokens 8j + {0..7, 16..23}
     if constexpr (kDiagonal) {
@@ -204,19 +204,22 @@ class DecodeRows {
       for (int cell = 0; cell < kCells; ++cell)
         columns[cell / kTiles / 2][cell % kTiles][cell / kTiles % 2] = transpose_8x8(p[cell]);
     }
-#pragma unroll 1
-    for (int plane = 0;;) {
-      const uint8_t* slot = plane == 0 ? first : second;
+    const auto multiply_v = [&](const uint8_t* slot) {
       multiply<kMxfp4>(
           slot + layout_.v_codes, slot + layout_.v_scales, layout_.dv,
           [&columns](int, int j) -> const Columns& { return columns[j]; },
           [this](int i, int half) -> Tile& { return o[2 * i + half]; });
-      if (++plane == planes) break;
+    };
+    multiply_v(first);
+    if (second != nullptr) {
       // p carries the exponent of the first plane's V. The second one's is larger, but where it is all zero.
       const float factor = power_of_2(max(-127, min(0, exponents.z - exponents.w)));
       each([&](int j, int tile, int e) {
         if (e < 2) columns[j][tile][e] = multiply_half2(columns[j][tile][e], pack_half2(factor, factor));
       });
+      multiply_v(second);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) l_high[r] += added[r];
     }
   }
 
@@ -243,8 +246,11 @@ class DecodeRows {
       }
     const float mean[kRows] = {};
     uint32_t p[kTiles];
+    float added[kRows];
     absorb<kTiles>(
-        segment, word, args_.score_scale, mean, exponent, true, [this](int) { return g_; }, x, p);
+        segment, word, args_.score_scale, mean, exponent, [this](int) { return g_; }, x, p, added);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) l_high[r] += added[r];
     uint32_t columns[kTiles];
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
@@ -363,25 +369,24 @@ class DecodeRows {
       }
   }
 
-  // Products of one item to p, rounded, two rows a word; l and l_high take them unrounded. A score is scale * x + mean.
-  // token(cell) counts from the item's first; rows of cell c are row(c % kTiles * 2) and the next.
+  // Products of one item to p, rounded, two rows a word; l takes them unrounded, `added` is what it took. A score is
+  // scale * x + mean. token(cell) counts from the item's first; rows of cell c are row(c % kTiles * 2) and the next.
   template <int kCells, class Token>
   __device__ void absorb(const Segment& segment, uint32_t word, float scale, const float (&mean)[kRows], int v_exponent,
-                         bool above_fp4, const Token& token, float (&x)[kCells][2], uint32_t (&p)[kCells]) {
+                         const Token& token, float (&x)[kCells][2], uint32_t (&p)[kCells], float (&added)[kRows]) {
     constexpr bool kHigh = kCells == kTiles;
-    constexpr float kGrid = 192.0f;  // numbers near it are multiples of 2^-16
     const Unit& unit = segment.unit;
-    each_score<kCells>(
-        [&](int i, int e, int r) { x[i][e] = __fadd_rn(__fmaf_rn(x[i][e], scale, kGrid + mean[r]), -kGrid); });
-    if (args_.softcap > 0) {
+    const int first = Item::token(word), tokens = kHigh ? kHighItemTokens : kItemTokens;
+    each_score<kCells>([&](int i, int e, int r) { x[i][e] = __fmaf_rn(x[i][e], scale, kGrid + mean[r]); });
+    const bool special = word & Note<N>::kSpecial;
+    if (special && args_.softcap > 0) {
       const float cap = args_.softcap;
       each_score<kCells>([&](int i, int e, int) {  // tanh y = 1 - 2 / (1 + e^2y)
-        const float power = exp2_fast(fminf(__fdividef(x[i][e] * (2 * kLog2E), cap), 126.0f));
-        x[i][e] = __fadd_rn(__fadd_rn(cap - 2 * cap * reciprocal_fast(1 + power), kGrid), -kGrid);
+        const float power = exp2_fast(fminf(__fdividef((x[i][e] - kGrid) * (2 * kLog2E), cap), 126.0f));
+        x[i][e] = __fadd_rn(cap - 2 * cap * reciprocal_fast(1 + power), kGrid);
       });
     }
-    const int first = Item::token(word), tokens = kHigh ? kHighItemTokens : kItemTokens;
-    if (first < unit.first_common || first + tokens > unit.end_common) {
+    if (special && (first < unit.first_common || first + tokens > unit.end_common)) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         const Seen seen = seen_by(args_.p.shape, unit.s_q, unit.s_kv, (unit.first_row + row(r)) % unit.s_q);
@@ -393,10 +398,12 @@ class DecodeRows {
     }
     if (kHigh && kDiagonal && t_ >= 2) x[0][0] = x[0][1] = kMasked;  // those lanes have no token
 
+    // From here on x is the binary logarithm of p.
     const float exponent = static_cast<float>(v_exponent);
+    const auto relative = [&](float score, int r) { return __fsub_rn(score, m[r] + (exponent + kGrid)); };
     float above = kMasked;
-    each_score<kCells>([&](int i, int e, int r) { above = fmaxf(above, x[i][e] - (m[r] + exponent)); });
-    if (__any_sync(~0u, above > kSlack)) raise<kCells>(exponent, x);
+    each_score<kCells>([&](int i, int e, int r) { above = fmaxf(above, relative(x[i][e], r)); });
+    if (__any_sync(~0u, above > kSlack)) raise<kCells>(exponent + kGrid, x);
 
     float sum[kRows] = {};
 #pragma unroll
@@ -405,13 +412,14 @@ class DecodeRows {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int r = i % kTiles * 2 + e;
-        pair[e] = exp2_fast(x[i][e] - (m[r] + exponent));
+        pair[e] = exp2_fast(relative(x[i][e], r));
         sum[r] = i < kTiles ? pair[e] : sum[r] + pair[e];
       }
       p[i] = pack_half2(pair[0], pair[1]);
     }
-    if (args_.p.page_mass != nullptr && segment.pass == Pass::attend) put_mass(unit, first, tokens, exponent, sum);
-    float weight = power_of_2(v_exponent);
+    if (special && args_.p.page_mass != nullptr && segment.pass == Pass::attend)
+      put_mass(unit, first, tokens, exponent, sum);
+    float weight = exp2_fast(exponent);
     if (Item::taken_out(word)) {
       weight = -weight;
 #pragma unroll
@@ -419,8 +427,8 @@ class DecodeRows {
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      l[r] += weight * sum[r];
-      if (above_fp4) l_high[r] += weight * sum[r];
+      added[r] = weight * sum[r];
+      l[r] += added[r];
     }
   }
 
@@ -433,14 +441,15 @@ class DecodeRows {
       for (int e = 0; e < 2; ++e) action(i, e, i % kTiles * 2 + e);
   }
 
+  // x: scores and `shift`.
   template <int kCells>
-  __device__ void raise(float exponent, const float (&x)[kCells][2]) {
+  __device__ void raise(float shift, const float (&x)[kCells][2]) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       float largest = kMasked;
 #pragma unroll
       for (int i = r / 2; i < kCells; i += kTiles) largest = fmaxf(largest, x[i][r % 2]);
-      const float next = fmaxf(m[r], ceilf(max_tokens(largest) - exponent));
+      const float next = fmaxf(m[r], ceilf(max_tokens(largest) - shift));
       const float factor = exp2_fast(m[r] - next);
       m[r] = next;
       l[r] *= factor;
