@@ -15,6 +15,7 @@ cudaError_t launch(const DecodeParams& params, const DecodeConfig& config, Pass 
                   pass,
                   params.shape.sm_scale * kLog2E,
                   params.shape.softcap * kLog2E,
+                  params.shape.sm_scale * kLog2E * kCodeScale,
                   params.cache.format == Fp4Format::mxfp4};
   void* pointers[] = {&args};
   return launch_early(kernel, static_cast<unsigned>(config.blocks), static_cast<unsigned>(32 * config.warps),

@@ -14,6 +14,8 @@ namespace thriftattn::cuda {
 
 // A warp's notes on its items in order: item n's is number n % kNotes. Copies are under way when a word says so: the
 // reader of that item waits for them, and they are all there until another word says so.
+inline constexpr float kGrid = 192.0f;  // scores are made with this added: numbers near it are multiples of 2^-16
+
 inline constexpr int kNotes = 64;  // 32 made, and those that are still in the ring
 
 template <int kColumns>
@@ -21,7 +23,7 @@ struct alignas(16) Note {
   char4 exponents;         // of the page: K of both planes, V of both planes
   uint32_t word;           // Item's, and the bits below
   const uint8_t* mean;     // Item's
-  float q_mean[kColumns];  // of the tile's rows, which the reader puts here where there is a mean
+  float q_mean[kColumns];  // kGrid + q . mean of the tile's rows: the reader puts it here, where there is a mean
 
   static constexpr uint32_t kWait = 1u << 31;
   static constexpr uint32_t kSpecial = 1u << 30;  // scores are capped, masked, or added up for the page's mass
@@ -44,7 +46,9 @@ class Feed {
   // `segment` and `notes` are room in shared memory for the calling warp alone.
   __device__ Feed(const DecodeArgs& args, const DeviceLayout& layout, const Share& share, Segment& segment,
                   Note<kColumns>* notes)
-      : args_(args), layout_(layout), share_(share), segment_(segment), notes_(notes) {}
+      : args_(args), layout_(layout), share_(share), segment_(segment), notes_(notes) {
+    for (int i = threadIdx.x % 32; i < kNotes * kColumns; i += 32) notes[i / kColumns].q_mean[i % kColumns] = kGrid;
+  }
 
   // From here on the items of `from` and, but in Pass::again, of all segments after it.
   __device__ void start(const Segment& from) {
@@ -124,7 +128,7 @@ class Feed {
   const Share& share_;
   Segment& segment_;
   Note<kColumns>* notes_;
-  int at_ = 0, end_ = 0;  // this warp's next item of the segment, and where they end
+  int at_ = 0, end_ = 0;             // this warp's next item of the segment, and where they end
   const uint8_t* record_ = nullptr;  // of this lane's item, and what to copy of it
   int bytes_ = 0;
   uint32_t made_ = 0;         // items since the begin

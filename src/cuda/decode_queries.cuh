@@ -105,7 +105,8 @@ __device__ void put_means(const DecodeArgs& args, const Queries<N>& queries, Not
           (lower ? sums[tile][0] : sums[tile][2]) + __shfl_xor_sync(~0u, lower ? sums[tile][2] : sums[tile][0], 2);
       const float y =
           (lower ? sums[tile][1] : sums[tile][3]) + __shfl_xor_sync(~0u, lower ? sums[tile][3] : sums[tile][1], 2);
-      *reinterpret_cast<float2*>(note.q_mean + 4 * tile + 2 * (t % 2)) = {x * args.score_scale, y * args.score_scale};
+      *reinterpret_cast<float2*>(note.q_mean + 4 * tile + 2 * (t % 2)) = {fmaf(x, args.score_scale, kGrid),
+                                                                          fmaf(y, args.score_scale, kGrid)};
     }
   }
   __syncwarp();

@@ -28,7 +28,6 @@ inline constexpr float kNothing =
     -1e30f;  // m of a row that has seen nothing; never -inf, so that differences are numbers
 inline constexpr float kMasked = -3e38f;  // a score that is not seen: below every m by more than a float can say
 inline constexpr float kSlack = 6.0f;
-inline constexpr float kGrid = 192.0f;  // numbers near it are multiples of 2^-16
 inline constexpr float kLog2E = 1.4426950408889634f;
 
 // 2^e for e in [-127, 127], where -127 gives 0.
@@ -94,18 +93,21 @@ class DecodeRows {
       put_means<D, N, kExact>(args_, queries_, notes_, number);
     }
     const uint8_t* slot = ring.wait();
-    const Tier tier = Item::tier(word);
-    int planes = 1;
-    if (tier == Tier::fp4 || tier == Tier::fp4x2) {
-      const uint8_t* second = nullptr;
-      if (tier == Tier::fp4x2) second = ring.wait(1), planes = 2;
-      if (args_.mxfp4 != 0)
-        read_fp4<true>(slot, second, note, segment, word);
-      else
-        read_fp4<false>(slot, second, note, segment, word);
-    } else if (tier == Tier::fp16) {
-      read_high(slot, note, segment, word);
+    int planes = 1, second = 0;  // where the second plane is, from the first one
+    if (const Tier tier = Item::tier(word); tier != Tier::fp4) {
+      if (tier == Tier::fp4x2) {
+        planes = 2;
+        second = static_cast<int>(ring.wait(1) - slot);
+      } else {
+        if (tier == Tier::fp16) read_high(slot, note, segment, word);
+        ring.release(1);
+        return 1;
+      }
     }
+    if (args_.mxfp4 != 0)
+      read_fp4<true>(slot, second, note, segment, word);
+    else
+      read_fp4<false>(slot, second, note, segment, word);
     ring.release(planes);
     return planes;
   }
@@ -147,9 +149,9 @@ class DecodeRows {
   float o[D / 16][kTiles][4];               // in units of codes: 2^-14 of what it means
 
  private:
-  // An item of 32 tokens, in one plane or, where `second` is not null, in two.
+  // An item of 32 tokens, in one plane or, where `second` is not 0, in two.
   template <bool kMxfp4>
-  __device__ void read_fp4(const uint8_t* first, const uint8_t* second, const Note<N>& note, const Segment& segment,
+  __device__ void read_fp4(const uint8_t* first, int second, const Note<N>& note, const Segment& segment,
                            uint32_t word) {
     const char4 exponents = note.exponents;  // k, k, v, v
     float sums[2][kTiles][4] = {};           // [ml]: of tokens 16 ml + g and 16 ml + 8 + g
@@ -160,11 +162,11 @@ class DecodeRows {
     };
     multiply_k(first);
     int k_exponent = exponents.x;
-    if (second != nullptr) {
+    if (second != 0) {
       k_exponent = exponents.y;
       const float factor = power_of_2(max(-126, min(126, exponents.y - exponents.x)));
       each([&](int ml, int tile, int e) { sums[ml][tile][e] *= factor; });
-      multiply_k(second);
+      multiply_k(first + second);
     }
 
     constexpr int kCells = kDiagonal ? 2 : 4 * kTiles;  // a cell is a token and two rows of this lane
@@ -181,15 +183,13 @@ class DecodeRows {
       each([&](int ml, int tile, int e) { x[(e / 2 * 2 + ml) * kTiles + tile][e % 2] = sums[ml][tile][e]; });
     }
     // Rows that do not exist may have any mean: nobody reads what becomes of them.
-    float mean[kRows] = {};
-    if (args_.p.cache.centring)
+    float base[kRows];
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) mean[r] = note.q_mean[row(r)];
+    for (int r = 0; r < kRows; ++r) base[r] = note.q_mean[row(r)];
 
     uint32_t p[kCells];
     float added[kRows];
-    absorb<kCells>(segment, word, args_.score_scale * (kCodeScale * power_of_2(-k_exponent)), mean, exponents.z, token,
-                   x, p, added);
+    absorb<kCells>(segment, word, args_.code_scale * power_of_2(-k_exponent), base, exponents.z, token, x, p, added);
 
     Columns columns[2];  // B operands: p of tokens 8j + {0..7, 16..23}
     if constexpr (kDiagonal) {
@@ -211,13 +211,13 @@ class DecodeRows {
           [this](int i, int half) -> Tile& { return o[2 * i + half]; });
     };
     multiply_v(first);
-    if (second != nullptr) {
+    if (second != 0) {
       // p carries the exponent of the first plane's V. The second one's is larger, but where it is all zero.
       const float factor = power_of_2(max(-127, min(0, exponents.z - exponents.w)));
       each([&](int j, int tile, int e) {
         if (e < 2) columns[j][tile][e] = multiply_half2(columns[j][tile][e], pack_half2(factor, factor));
       });
-      multiply_v(second);
+      multiply_v(first + second);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) l_high[r] += added[r];
     }
@@ -244,11 +244,13 @@ class DecodeRows {
         x[tile][e] = sums[tile][e];
         if constexpr (kDiagonal) x[tile][e] += __shfl_xor_sync(~0u, x[tile][e], 2);
       }
-    const float mean[kRows] = {};
+    float base[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) base[r] = kGrid;
     uint32_t p[kTiles];
     float added[kRows];
     absorb<kTiles>(
-        segment, word, args_.score_scale, mean, exponent, [this](int) { return g_; }, x, p, added);
+        segment, word, args_.score_scale, base, exponent, [this](int) { return g_; }, x, p, added);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) l_high[r] += added[r];
     uint32_t columns[kTiles];
@@ -370,30 +372,33 @@ class DecodeRows {
   }
 
   // Products of one item to p, rounded, two rows a word; l takes them unrounded, `added` is what it took. A score is
-  // scale * x + mean. token(cell) counts from the item's first; rows of cell c are row(c % kTiles * 2) and the next.
+  // scale * x + base - kGrid. token(cell) counts from the item's first; rows of cell c are row(c % kTiles * 2) and the
+  // next.
   template <int kCells, class Token>
-  __device__ void absorb(const Segment& segment, uint32_t word, float scale, const float (&mean)[kRows], int v_exponent,
+  __device__ void absorb(const Segment& segment, uint32_t word, float scale, const float (&base)[kRows], int v_exponent,
                          const Token& token, float (&x)[kCells][2], uint32_t (&p)[kCells], float (&added)[kRows]) {
     constexpr bool kHigh = kCells == kTiles;
     const Unit& unit = segment.unit;
     const int first = Item::token(word), tokens = kHigh ? kHighItemTokens : kItemTokens;
-    each_score<kCells>([&](int i, int e, int r) { x[i][e] = __fmaf_rn(x[i][e], scale, kGrid + mean[r]); });
+    each_score<kCells>([&](int i, int e, int r) { x[i][e] = __fmaf_rn(x[i][e], scale, base[r]); });
     const bool special = word & Note<N>::kSpecial;
-    if (special && args_.softcap > 0) {
-      const float cap = args_.softcap;
-      each_score<kCells>([&](int i, int e, int) {  // tanh y = 1 - 2 / (1 + e^2y)
-        const float power = exp2_fast(fminf(__fdividef((x[i][e] - kGrid) * (2 * kLog2E), cap), 126.0f));
-        x[i][e] = __fadd_rn(cap - 2 * cap * reciprocal_fast(1 + power), kGrid);
-      });
-    }
-    if (special && (first < unit.first_common || first + tokens > unit.end_common)) {
+    if (special) {
+      if (args_.softcap > 0) {
+        const float cap = args_.softcap;
+        each_score<kCells>([&](int i, int e, int) {  // tanh y = 1 - 2 / (1 + e^2y)
+          const float power = exp2_fast(fminf(__fdividef((x[i][e] - kGrid) * (2 * kLog2E), cap), 126.0f));
+          x[i][e] = __fadd_rn(cap - 2 * cap * reciprocal_fast(1 + power), kGrid);
+        });
+      }
+      if (first < unit.first_common || first + tokens > unit.end_common) {
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const Seen seen = seen_by(args_.p.shape, unit.s_q, unit.s_kv, (unit.first_row + row(r)) % unit.s_q);
+        for (int r = 0; r < kRows; ++r) {
+          const Seen seen = seen_by(args_.p.shape, unit.s_q, unit.s_kv, (unit.first_row + row(r)) % unit.s_q);
 #pragma unroll
-        for (int i = 0; i < kCells; ++i)
-          if (i % kTiles == r / 2 && (first + token(i) < seen.first || first + token(i) >= seen.end))
-            x[i][r % 2] = kMasked;
+          for (int i = 0; i < kCells; ++i)
+            if (i % kTiles == r / 2 && (first + token(i) < seen.first || first + token(i) >= seen.end))
+              x[i][r % 2] = kMasked;
+        }
       }
     }
     if (kHigh && kDiagonal && t_ >= 2) x[0][0] = x[0][1] = kMasked;  // those lanes have no token
@@ -417,8 +422,9 @@ class DecodeRows {
       }
       p[i] = pack_half2(pair[0], pair[1]);
     }
-    if (special && args_.p.page_mass != nullptr && segment.pass == Pass::attend)
-      put_mass(unit, first, tokens, exponent, sum);
+    if (special) {
+      if (args_.p.page_mass != nullptr && segment.pass == Pass::attend) put_mass(unit, first, tokens, exponent, sum);
+    }
     float weight = exp2_fast(exponent);
     if (Item::taken_out(word)) {
       weight = -weight;

@@ -26,6 +26,7 @@ struct DecodeArgs {
   int columns, tiles;
   Pass pass;
   float score_scale, softcap;  // sm_scale and softcap times log2 e
+  float code_scale;            // score_scale of products with codes
   int mxfp4;
 };
 
