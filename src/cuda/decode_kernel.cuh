@@ -81,40 +81,42 @@ __global__ void __launch_bounds__(32 * max_warps(D, N), 1) decode_kernel(const _
 #pragma unroll 1
     do feed.fill(ring);
     while (--to_fill > 0);
-    while (i >= end) {
-      if (begun) {
-        cancelled |= merge.finish(rows, segment, share);
-        // The next segment; after all of them the units whose exchange cancelled, whole.
-        int number = segment.number + 1;
-        if (segment.pass != Pass::again && feed.segment().number == number) {
-          copy_segment(segment, feed.segment());
-        } else if (segment.pass == Pass::again || !next_segment(args, share, segment)) {
-          if (segment.pass != Pass::again) {
-            if (!cancelled) return;
-            end_number = number;
-            number = first_segment.number;
-          } else if (threadIdx.x == 0) {
-            args.p.tickets[segment.number] = 0;
+    if (i >= end) {
+      do {
+        if (begun) {
+          cancelled |= merge.finish(rows, segment, share);
+          // The next segment; after all of them the units whose exchange cancelled, whole.
+          int number = segment.number + 1;
+          if (segment.pass != Pass::again && feed.segment().number == number) {
+            copy_segment(segment, feed.segment());
+          } else if (segment.pass == Pass::again || !next_segment(args, share, segment)) {
+            if (segment.pass != Pass::again) {
+              if (!cancelled) return;
+              end_number = number;
+              number = first_segment.number;
+            } else if (threadIdx.x == 0) {
+              args.p.tickets[segment.number] = 0;
+            }
+            while (number < end_number && args.p.tickets[number] != cancelled_ticket(blockIdx.x)) ++number;
+            if (number == end_number) return;
+            const Segment whole = whole_unit(unit_at(args, Pass::again, number), Pass::again, number);
+            __syncwarp();
+            if (threadIdx.x % 32 == 0) segment = whole;
+            __syncwarp();
+            feed.start(segment);
+            to_fill = kRingSlots;
           }
-          while (number < end_number && args.p.tickets[number] != cancelled_ticket(blockIdx.x)) ++number;
-          if (number == end_number) return;
-          const Segment whole = whole_unit(unit_at(args, Pass::again, number), Pass::again, number);
-          __syncwarp();
-          if (threadIdx.x % 32 == 0) segment = whole;
-          __syncwarp();
-          feed.start(segment);
-          to_fill = kRingSlots;
         }
-      }
-      begun = true;
-      queries.load(args.p, segment.unit);
-      rows.start();
-      __syncthreads();
-      rows.take_queries();
-      i = segment.first + warp, end = segment.end;
-      if (to_fill > 0) break;
+        begun = true;
+        queries.load(args.p, segment.unit);
+        rows.start();
+        __syncthreads();
+        rows.take_queries();
+        i = segment.first + warp, end = segment.end;
+        if (to_fill > 0) break;
+      } while (i >= end);
+      if (to_fill > 0) continue;
     }
-    if (to_fill > 0) continue;
     to_fill = rows.read(ring, segment);
     i += warps;
   }

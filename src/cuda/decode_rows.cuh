@@ -30,9 +30,6 @@ inline constexpr float kMasked = -3e38f;  // a score that is not seen: below eve
 inline constexpr float kSlack = 6.0f;
 inline constexpr float kLog2E = 1.4426950408889634f;
 
-// 2^e for e in [-127, 127], where -127 gives 0.
-__device__ inline float power_of_2(int e) { return float_of(static_cast<uint32_t>(e + 127) << 23); }
-
 // D: channels that there are registers for. kExact: K and V have D channels, so that every loop is unrolled.
 template <int D, int N, bool kExact>
 class DecodeRows {
@@ -86,7 +83,7 @@ class DecodeRows {
   __device__ int read(Ring& ring, const Segment& segment) {
     const uint32_t number = read_++;
     const Note<N>& note = notes_[number % kNotes];
-    uint32_t word = note.word;
+    uint32_t word = __shfl_sync(~0u, note.word, 0);
     if (word & Note<N>::kWait) {
       word ^= Note<N>::kWait;
       copies_done();
@@ -153,20 +150,20 @@ class DecodeRows {
   template <bool kMxfp4>
   __device__ void read_fp4(const uint8_t* first, int second, const Note<N>& note, const Segment& segment,
                            uint32_t word) {
-    const char4 exponents = note.exponents;  // k, k, v, v
-    float sums[2][kTiles][4] = {};           // [ml]: of tokens 16 ml + g and 16 ml + 8 + g
+    float sums[2][kTiles][4] = {};  // [ml]: of tokens 16 ml + g and 16 ml + 8 + g
     const auto multiply_k = [&](const uint8_t* slot) {
       multiply<kMxfp4>(
           slot, slot + layout_.k_scales, layout_.dk, [this](int i, int j) -> const Columns& { return q_[2 * i + j]; },
           [&sums](int, int half) -> Tile& { return sums[half]; });
     };
     multiply_k(first);
-    int k_exponent = exponents.x;
+    float scale = args_.code_scale * exp2_fast(-exponent_of(note, 0));
     if (second != 0) {
-      k_exponent = exponents.y;
-      const float factor = power_of_2(max(-126, min(126, exponents.y - exponents.x)));
+      const float exponent = exponent_of(note, 1), next = args_.code_scale * exp2_fast(-exponent);
+      const float factor = exp2_fast(fmaxf(-126.0f, fminf(exponent - exponent_of(note, 0), 126.0f)));
       each([&](int ml, int tile, int e) { sums[ml][tile][e] *= factor; });
-      multiply_k(first + second);
+      multiply_k(first + own(second));
+      scale = next;
     }
 
     constexpr int kCells = kDiagonal ? 2 : 4 * kTiles;  // a cell is a token and two rows of this lane
@@ -188,8 +185,8 @@ class DecodeRows {
     for (int r = 0; r < kRows; ++r) base[r] = note.q_mean[row(r)];
 
     uint32_t p[kCells];
-    float added[kRows];
-    absorb<kCells>(segment, word, args_.code_scale * power_of_2(-k_exponent), base, exponents.z, token, x, p, added);
+    float sum[kRows];
+    const float weight = absorb<kCells>(segment, word, scale, base, exponent_of(note, 2), token, x, p, sum);
 
     Columns columns[2];  // B operands: p of tokens 8j + {0..7, 16..23}
     if constexpr (kDiagonal) {
@@ -213,19 +210,19 @@ class DecodeRows {
     multiply_v(first);
     if (second != 0) {
       // p carries the exponent of the first plane's V. The second one's is larger, but where it is all zero.
-      const float factor = power_of_2(max(-127, min(0, exponents.z - exponents.w)));
+      const float factor = exp2_fast(fminf(exponent_of(note, 2) - exponent_of(note, 3), 0.0f));
       each([&](int j, int tile, int e) {
         if (e < 2) columns[j][tile][e] = multiply_half2(columns[j][tile][e], pack_half2(factor, factor));
       });
-      multiply_v(first + second);
+      multiply_v(first + own(second));
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) l_high[r] += added[r];
+      for (int r = 0; r < kRows; ++r) l_high[r] += weight * sum[r];
     }
   }
 
   // An item of 8 tokens in 16 bit.
   __device__ void read_high(const uint8_t* slot, const Note<N>& note, const Segment& segment, uint32_t word) {
-    const int exponent = note.exponents.z;
+    const float exponent = exponent_of(note, 2);
     float sums[kTiles][4] = {};
     const int lane = threadIdx.x % 32;
     for_blocks(layout_.dk, [&](int i) {
@@ -248,18 +245,18 @@ class DecodeRows {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) base[r] = kGrid;
     uint32_t p[kTiles];
-    float added[kRows];
-    absorb<kTiles>(
-        segment, word, args_.score_scale, base, exponent, [this](int) { return g_; }, x, p, added);
+    float sum[kRows];
+    const float weight = absorb<kTiles>(
+        segment, word, args_.score_scale, base, exponent, [this](int) { return g_; }, x, p, sum);
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) l_high[r] += added[r];
+    for (int r = 0; r < kRows; ++r) l_high[r] += weight * sum[r];
     uint32_t columns[kTiles];
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       columns[tile] = transpose_8x8(p[tile]);
       if (kDiagonal && g_ >= 4) columns[tile] = 0;
     }
-    const float scale = power_of_2(exponent) / kCodeScale;  // o is in units of codes
+    const float scale = exp2_fast(exponent) / kCodeScale;  // o is in units of codes
     for_blocks(layout_.dv, [&](int i) {
       const uint4 w = *reinterpret_cast<const uint4*>(slot + layout_.high_v + i * 512 + lane * 16);
 #pragma unroll
@@ -371,71 +368,78 @@ class DecodeRows {
       }
   }
 
-  // Products of one item to p, rounded, two rows a word; l takes them unrounded, `added` is what it took. A score is
-  // scale * x + base - kGrid. token(cell) counts from the item's first; rows of cell c are row(c % kTiles * 2) and the
-  // next.
+  // Products of one item to p, rounded, two rows a word, and to the sums of p unrounded, times the weight returned:
+  // what l has taken. A score is scale * x + base - kGrid. token(cell) counts from the item's first; rows of cell c are
+  // row(c % kTiles * 2) and the next.
   template <int kCells, class Token>
-  __device__ void absorb(const Segment& segment, uint32_t word, float scale, const float (&base)[kRows], int v_exponent,
-                         const Token& token, float (&x)[kCells][2], uint32_t (&p)[kCells], float (&added)[kRows]) {
-    constexpr bool kHigh = kCells == kTiles;
-    const Unit& unit = segment.unit;
-    const int first = Item::token(word), tokens = kHigh ? kHighItemTokens : kItemTokens;
+  __device__ float absorb(const Segment& segment, uint32_t word, float scale, const float (&base)[kRows],
+                          float v_exponent, const Token& token, float (&x)[kCells][2], uint32_t (&p)[kCells],
+                          float (&sum)[kRows]) {
     each_score<kCells>([&](int i, int e, int r) { x[i][e] = __fmaf_rn(x[i][e], scale, base[r]); });
-    const bool special = word & Note<N>::kSpecial;
-    if (special) {
-      if (args_.softcap > 0) {
-        const float cap = args_.softcap;
-        each_score<kCells>([&](int i, int e, int) {  // tanh y = 1 - 2 / (1 + e^2y)
-          const float power = exp2_fast(fminf(__fdividef((x[i][e] - kGrid) * (2 * kLog2E), cap), 126.0f));
-          x[i][e] = __fadd_rn(cap - 2 * cap * reciprocal_fast(1 + power), kGrid);
-        });
-      }
-      if (first < unit.first_common || first + tokens > unit.end_common) {
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          const Seen seen = seen_by(args_.p.shape, unit.s_q, unit.s_kv, (unit.first_row + row(r)) % unit.s_q);
-#pragma unroll
-          for (int i = 0; i < kCells; ++i)
-            if (i % kTiles == r / 2 && (first + token(i) < seen.first || first + token(i) >= seen.end))
-              x[i][r % 2] = kMasked;
-        }
-      }
-    }
-    if (kHigh && kDiagonal && t_ >= 2) x[0][0] = x[0][1] = kMasked;  // those lanes have no token
+    if (word & Note<N>::kSpecial) cap_and_mask<kCells>(segment.unit, Item::token(word), token, x);
+    if (kCells == kTiles && kDiagonal && t_ >= 2) x[0][0] = x[0][1] = kMasked;  // lanes without a token
 
-    // From here on x is the binary logarithm of p.
-    const float exponent = static_cast<float>(v_exponent);
-    const auto relative = [&](float score, int r) { return __fsub_rn(score, m[r] + (exponent + kGrid)); };
-    float above = kMasked;
-    each_score<kCells>([&](int i, int e, int r) { above = fmaxf(above, relative(x[i][e], r)); });
-    if (__any_sync(~0u, above > kSlack)) raise<kCells>(exponent + kGrid, x);
+    // The binary logarithm of p.
+    const float shift = v_exponent + kGrid;
+    const auto relative = [&](int i, int e) { return __fsub_rn(x[i][e], m[i % kTiles * 2 + e] + shift); };
+    float above = relative(0, 0);
+    each_score<kCells>([&](int i, int e, int) { above = fmaxf(above, relative(i, e)); });
+    if (__any_sync(~0u, above > kSlack)) raise<kCells>(shift, x);
 
-    float sum[kRows] = {};
 #pragma unroll
     for (int i = 0; i < kCells; ++i) {
       float pair[2];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int r = i % kTiles * 2 + e;
-        pair[e] = exp2_fast(relative(x[i][e], r));
+        pair[e] = exp2_fast(relative(i, e));
         sum[r] = i < kTiles ? pair[e] : sum[r] + pair[e];
       }
       p[i] = pack_half2(pair[0], pair[1]);
     }
-    if (special) {
-      if (args_.p.page_mass != nullptr && segment.pass == Pass::attend) put_mass(unit, first, tokens, exponent, sum);
-    }
-    float weight = exp2_fast(exponent);
+    if (word & Note<N>::kMass) put_mass(segment.unit, word, v_exponent, sum);
+    float weight = exp2_fast(v_exponent);
     if (Item::taken_out(word)) {
       weight = -weight;
 #pragma unroll
       for (int i = 0; i < kCells; ++i) p[i] ^= 0x80008000u;
     }
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      added[r] = weight * sum[r];
-      l[r] += added[r];
+    for (int r = 0; r < kRows; ++r) l[r] = __fmaf_rn(weight, sum[r], l[r]);
+    return weight;
+  }
+
+  template <int kCells, class Token>
+  __device__ void cap_and_mask(const Unit& unit, int first, const Token& token, float (&x)[kCells][2]) const {
+    const int tokens = kCells == kTiles ? kHighItemTokens : kItemTokens;
+    if (args_.softcap > 0) {
+      const float cap = args_.softcap;
+      each_score<kCells>([&](int i, int e, int) {  // tanh y = 1 - 2 / (1 + e^2y)
+        const float power = exp2_fast(fminf(__fdividef((x[i][e] - kGrid) * (2 * kLog2E), cap), 126.0f));
+        x[i][e] = __fadd_rn(cap - 2 * cap * reciprocal_fast(1 + power), kGrid);
+      });
     }
+    if (first < unit.first_common || first + tokens > unit.end_common) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const Seen seen = seen_by(args_.p.shape, unit.s_q, unit.s_kv, (unit.first_row + row(r)) % unit.s_q);
+#pragma unroll
+        for (int i = 0; i < kCells; ++i)
+          if (i % kTiles == r / 2 && (first + token(i) < seen.first || first + token(i) >= seen.end))
+            x[i][r % 2] = kMasked;
+      }
+    }
+  }
+
+  // The exponent of a page's K, or second plane of K, V or its second plane.
+  __device__ static float exponent_of(const Note<N>& note, int which) {
+    return static_cast<float>(reinterpret_cast<const int8_t*>(&note.exponents)[which]);
+  }
+
+  // x, of which nothing may be computed ahead: what only few items need stays where they need it.
+  __device__ static int own(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
   }
 
   // action(cell, e, r): row r of this lane is element e of the cell.
@@ -467,10 +471,10 @@ class DecodeRows {
     }
   }
 
-  __device__ void put_mass(const Unit& unit, int first, int tokens, float exponent, const float (&sum)[kRows]) {
+  __device__ void put_mass(const Unit& unit, uint32_t word, float exponent, const float (&sum)[kRows]) {
     const DecodeParams& p = args_.p;
-    const bool is_high = tokens == kHighItemTokens;
-    if (is_high && p.mass_parts == 2) return;
+    const bool is_high = Item::tier(word) == Tier::fp16;
+    const int first = Item::token(word), tokens = is_high ? kHighItemTokens : kItemTokens;
     const int page = first / kPageTokens, spread = is_high ? 1 : p.mass_parts / kPageItems;
     const int part = first % kPageTokens / tokens * spread;
 #pragma unroll
