@@ -26,8 +26,7 @@ struct alignas(16) Note {
   float q_mean[kColumns];  // kGrid + q . mean of the tile's rows: the reader puts it here, where there is a mean
 
   static constexpr uint32_t kWait = 1u << 31;
-  static constexpr uint32_t kSpecial = 1u << 30;  // scores are capped or masked
-  static constexpr uint32_t kMass = 1u << 29;     // a sum of p is wanted
+  static constexpr uint32_t kSpecial = 1u << 30;  // scores are capped or masked, or their mass is wanted
 };
 
 // The layout of records, a constant where D says it.
@@ -106,8 +105,7 @@ class Feed {
   }
 
   __device__ void take_note(const Item& item, Note<kColumns>& note, bool wait) const {
-    note.word = item.word | (wait ? Note<kColumns>::kWait : 0) | (is_special(item) ? Note<kColumns>::kSpecial : 0) |
-                (wants_mass(item) ? Note<kColumns>::kMass : 0);
+    note.word = item.word | (wait ? Note<kColumns>::kWait : 0) | (is_special(item) ? Note<kColumns>::kSpecial : 0);
     note.mean = item.mean;
     if (item.summary != nullptr)
       copy_async<4>(shared_address(&note.exponents), item.summary);
@@ -121,12 +119,8 @@ class Feed {
   __device__ bool is_special(const Item& item) const {
     const int first = Item::token(item.word);
     const int tokens = Item::tier(item.word) == Tier::fp16 ? kHighItemTokens : kItemTokens;
-    return args_.softcap > 0 || first < segment_.unit.first_common || first + tokens > segment_.unit.end_common;
-  }
-  __device__ bool wants_mass(const Item& item) const {
-    const DecodeParams& p = args_.p;
-    return p.page_mass != nullptr && segment_.pass == Pass::attend &&
-           !(Item::tier(item.word) == Tier::fp16 && p.mass_parts == 2);
+    return args_.softcap > 0 || args_.p.page_mass != nullptr || first < segment_.unit.first_common ||
+           first + tokens > segment_.unit.end_common;
   }
 
   const DecodeArgs& args_;

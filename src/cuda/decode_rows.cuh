@@ -397,7 +397,7 @@ class DecodeRows {
       }
       p[i] = pack_half2(pair[0], pair[1]);
     }
-    if (word & Note<N>::kMass) put_mass(segment.unit, word, v_exponent, sum);
+    if (word & Note<N>::kSpecial) put_mass(segment, word, v_exponent, sum);
     float weight = exp2_fast(v_exponent);
     if (Item::taken_out(word)) {
       weight = -weight;
@@ -471,9 +471,11 @@ class DecodeRows {
     }
   }
 
-  __device__ void put_mass(const Unit& unit, uint32_t word, float exponent, const float (&sum)[kRows]) {
+  __device__ void put_mass(const Segment& segment, uint32_t word, float exponent, const float (&sum)[kRows]) {
     const DecodeParams& p = args_.p;
+    const Unit& unit = segment.unit;
     const bool is_high = Item::tier(word) == Tier::fp16;
+    if (segment.pass != Pass::attend || p.page_mass == nullptr || (is_high && p.mass_parts == 2)) return;
     const int first = Item::token(word), tokens = is_high ? kHighItemTokens : kItemTokens;
     const int page = first / kPageTokens, spread = is_high ? 1 : p.mass_parts / kPageItems;
     const int part = first % kPageTokens / tokens * spread;

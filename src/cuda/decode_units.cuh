@@ -170,7 +170,7 @@ struct Item {
 
   __device__ static Tier tier(uint32_t word) { return static_cast<Tier>(word & 3); }
   __device__ static bool taken_out(uint32_t word) { return word & 4; }
-  __device__ static int token(uint32_t word) { return static_cast<int>(word & 0x1ffffff8u); }
+  __device__ static int token(uint32_t word) { return static_cast<int>(word & 0x3ffffff8u); }
 };
 
 // The n-th promoted page, by tier.
