@@ -12,8 +12,9 @@ inline constexpr uint32_t kRingSlots = 2;  // a power of two
 
 class Ring {
  public:
-  // What a slot for `bytes`, a multiple of 16, takes in shared memory: its barrier follows it.
-  THRIFTATTN_HD static constexpr int stride(int bytes) { return bytes + 16; }
+  // What a slot for `bytes`, a multiple of 16, takes in shared memory: its barrier follows it. Bulk copies to addresses
+  // that are no multiples of 128 are slower.
+  THRIFTATTN_HD static constexpr int stride(int bytes) { return static_cast<int>(round_up(bytes + 8, 128)); }
 
   // kRingSlots slots that belong to the calling warp. Called by the whole warp.
   __device__ Ring(uint8_t* slots, int slot_bytes) : slots_(slots), slot_bytes_(slot_bytes) {
