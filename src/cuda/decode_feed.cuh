@@ -20,7 +20,7 @@ inline constexpr int kNotes = 64;  // 32 made, and those that are still in the r
 
 template <int kColumns>
 struct alignas(16) Note {
-  char4 exponents;         // of the page: K of both planes, V of both planes
+  uint32_t exponents;      // of the page, 4 signed bytes: K of both planes, V of both planes
   uint32_t word;           // Item's, and the bits below
   const uint8_t* mean;     // Item's
   float q_mean[kColumns];  // kGrid + q . mean of the tile's rows: the reader puts it here, where there is a mean
@@ -110,7 +110,7 @@ class Feed {
     if (item.summary != nullptr)
       copy_async<4>(shared_address(&note.exponents), item.summary);
     else
-      note.exponents = {0, 0, 0, 0};
+      note.exponents = 0;
     if (item.mean != nullptr)
 #pragma unroll 1
       for (int at = 0; at < 2 * args_.p.shape.d; at += 64) prefetch_l2(item.mean + at);

@@ -83,28 +83,29 @@ class DecodeRows {
   __device__ int read(Ring& ring, const Segment& segment) {
     const uint32_t number = read_++;
     const Note<N>& note = notes_[number % kNotes];
-    uint32_t word = __shfl_sync(~0u, note.word, 0);
+    uint32_t exponents = note.exponents, word = __shfl_sync(~0u, note.word, 0);
     if (word & Note<N>::kWait) {
       word ^= Note<N>::kWait;
       copies_done();
       put_means<D, N, kExact>(args_, queries_, notes_, number);
+      exponents = note.exponents;
     }
     const uint8_t* slot = ring.wait();
-    int planes = 1, second = 0;  // where the second plane is, from the first one
+    int second = 0;  // where the second plane is, from the first one
     if (const Tier tier = Item::tier(word); tier != Tier::fp4) {
       if (tier == Tier::fp4x2) {
-        planes = 2;
         second = static_cast<int>(ring.wait(1) - slot);
       } else {
-        if (tier == Tier::fp16) read_high(slot, note, segment, word);
+        if (tier == Tier::fp16) read_high(slot, exponents, segment, word);
         ring.release(1);
         return 1;
       }
     }
     if (args_.mxfp4 != 0)
-      read_fp4<true>(slot, second, note, segment, word);
+      read_fp4<true>(slot, second, exponents, note.q_mean, segment, word);
     else
-      read_fp4<false>(slot, second, note, segment, word);
+      read_fp4<false>(slot, second, exponents, note.q_mean, segment, word);
+    const int planes = second == 0 ? 1 : 2;
     ring.release(planes);
     return planes;
   }
@@ -148,8 +149,8 @@ class DecodeRows {
  private:
   // An item of 32 tokens, in one plane or, where `second` is not 0, in two.
   template <bool kMxfp4>
-  __device__ void read_fp4(const uint8_t* first, int second, const Note<N>& note, const Segment& segment,
-                           uint32_t word) {
+  __device__ void read_fp4(const uint8_t* first, int second, uint32_t exponents, const float* q_mean,
+                           const Segment& segment, uint32_t word) {
     float sums[2][kTiles][4] = {};  // [ml]: of tokens 16 ml + g and 16 ml + 8 + g
     const auto multiply_k = [&](const uint8_t* slot) {
       multiply<kMxfp4>(
@@ -157,10 +158,10 @@ class DecodeRows {
           [&sums](int, int half) -> Tile& { return sums[half]; });
     };
     multiply_k(first);
-    float scale = args_.code_scale * exp2_fast(-exponent_of(note, 0));
+    float scale = args_.code_scale * exp2_fast(-exponent_of(exponents, 0));
     if (second != 0) {
-      const float exponent = exponent_of(note, 1), next = args_.code_scale * exp2_fast(-exponent);
-      const float factor = exp2_fast(fmaxf(-126.0f, fminf(exponent - exponent_of(note, 0), 126.0f)));
+      const float exponent = exponent_of(exponents, 1), next = args_.code_scale * exp2_fast(-exponent);
+      const float factor = exp2_fast(fmaxf(-126.0f, fminf(exponent - exponent_of(exponents, 0), 126.0f)));
       each([&](int ml, int tile, int e) { sums[ml][tile][e] *= factor; });
       multiply_k(first + own(second));
       scale = next;
@@ -182,11 +183,11 @@ class DecodeRows {
     // Rows that do not exist may have any mean: nobody reads what becomes of them.
     float base[kRows];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) base[r] = note.q_mean[row(r)];
+    for (int r = 0; r < kRows; ++r) base[r] = q_mean[row(r)];
 
     uint32_t p[kCells];
     float sum[kRows];
-    const float weight = absorb<kCells>(segment, word, scale, base, exponent_of(note, 2), token, x, p, sum);
+    const float weight = absorb<kCells>(segment, word, scale, base, exponent_of(exponents, 2), token, x, p, sum);
 
     Columns columns[2];  // B operands: p of tokens 8j + {0..7, 16..23}
     if constexpr (kDiagonal) {
@@ -210,7 +211,7 @@ class DecodeRows {
     multiply_v(first);
     if (second != 0) {
       // p carries the exponent of the first plane's V. The second one's is larger, but where it is all zero.
-      const float factor = exp2_fast(fminf(exponent_of(note, 2) - exponent_of(note, 3), 0.0f));
+      const float factor = exp2_fast(fminf(exponent_of(exponents, 2) - exponent_of(exponents, 3), 0.0f));
       each([&](int j, int tile, int e) {
         if (e < 2) columns[j][tile][e] = multiply_half2(columns[j][tile][e], pack_half2(factor, factor));
       });
@@ -221,8 +222,8 @@ class DecodeRows {
   }
 
   // An item of 8 tokens in 16 bit.
-  __device__ void read_high(const uint8_t* slot, const Note<N>& note, const Segment& segment, uint32_t word) {
-    const float exponent = exponent_of(note, 2);
+  __device__ void read_high(const uint8_t* slot, uint32_t exponents, const Segment& segment, uint32_t word) {
+    const float exponent = exponent_of(exponents, 2);
     float sums[kTiles][4] = {};
     const int lane = threadIdx.x % 32;
     for_blocks(layout_.dk, [&](int i) {
@@ -432,8 +433,8 @@ class DecodeRows {
   }
 
   // The exponent of a page's K, or second plane of K, V or its second plane.
-  __device__ static float exponent_of(const Note<N>& note, int which) {
-    return static_cast<float>(reinterpret_cast<const int8_t*>(&note.exponents)[which]);
+  __device__ static float exponent_of(uint32_t exponents, int which) {
+    return static_cast<float>(static_cast<int8_t>(exponents >> 8 * which));
   }
 
   // x, of which nothing may be computed ahead: what only few items need stays where they need it.
