@@ -11,9 +11,10 @@
 //   N >= 8   a product of depth 8 for each scale group.
 //
 // Scores are in units of log2. A row's reference m is an integer above -inf and p = 2^(x - v_exponent - m): the page's
-// exponent of V rides on p, so that V's codes need no further factor; sums of p take it out again. Scores are rounded
-// to multiples of 2^-16, so that x - v_exponent - m is exact and p's rounding to 16 bit is the same whatever m is: what
-// an exchange takes out is what went in. m moves when a score passes it by kSlack.
+// exponent of V rides on p, so that V's codes need no further factor; sums of p take it out again. A score is made as
+// x + kGrid, which rounds it to a multiple of 2^-16 (more finely near -kGrid alone), so that x - v_exponent - m is
+// exact and p's rounding to 16 bit is the same whatever m is: what an exchange takes out is what went in. m moves when
+// a score passes it by kSlack.
 #pragma once
 
 #include <cstdint>
@@ -83,7 +84,7 @@ class DecodeRows {
   __device__ int read(Ring& ring, const Segment& segment) {
     const uint32_t number = read_++;
     const Note<N>& note = notes_[number % kNotes];
-    uint32_t exponents = note.exponents, word = __shfl_sync(~0u, note.word, 0);
+    uint32_t exponents = note.exponents, word = note.word;
     if (word & Note<N>::kWait) {
       word ^= Note<N>::kWait;
       copies_done();
@@ -91,7 +92,8 @@ class DecodeRows {
       exponents = note.exponents;
     }
     const uint8_t* slot = ring.wait();
-    int second = 0;  // where the second plane is, from the first one
+    word = __shfl_sync(~0u, word, 0);  // it is the same in all lanes, and the compiler is to know it
+    int second = 0;                    // where the second plane is, from the first one
     if (const Tier tier = Item::tier(word); tier != Tier::fp4) {
       if (tier == Tier::fp4x2) {
         second = static_cast<int>(ring.wait(1) - slot);
