@@ -47,7 +47,9 @@ class Feed {
   __device__ Feed(const DecodeArgs& args, const DeviceLayout& layout, const Share& share, Segment& segment,
                   Note<kColumns>* notes)
       : args_(args), layout_(layout), share_(share), segment_(segment), notes_(notes) {
-    for (int i = threadIdx.x % 32; i < kNotes * kColumns; i += 32) notes[i / kColumns].q_mean[i % kColumns] = kGrid;
+    if (!args.p.cache.centring)
+#pragma unroll 1
+      for (int i = threadIdx.x % 32; i < kNotes * kColumns; i += 32) notes[i / kColumns].q_mean[i % kColumns] = kGrid;
   }
 
   // From here on the items of `from` and, but in Pass::again, of all segments after it.

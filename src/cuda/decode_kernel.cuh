@@ -76,6 +76,7 @@ __global__ void __launch_bounds__(32 * max_warps(D, N), 1) decode_kernel(const _
                     reinterpret_cast<float*>(shared + layout.merge));
   Rows rows(args, queries, notes);
 
+  queries.load(args.p, segment.unit);  // before the first copies: it takes 2 % less of a short step
   bool begun = false, cancelled = false;  // the segment; the exchange of a unit
   int end_number = 0;
   int i = 0, end = 0, to_fill = kRingSlots;  // the warp's next item of the segment, where they end, slots
@@ -109,8 +110,8 @@ __global__ void __launch_bounds__(32 * max_warps(D, N), 1) decode_kernel(const _
             to_fill = kRingSlots;
           }
         }
+        if (begun) queries.load(args.p, segment.unit);
         begun = true;
-        queries.load(args.p, segment.unit);
         rows.start();
         __syncthreads();
         rows.take_queries();
