@@ -12,7 +12,7 @@ namespace {
 const Machine kMachine{8, register_targets()};  // others are passed over where compute=f32: bf16_products_test.cc
 
 Problem problem_of(const std::string& spec, Phase phase = Phase::prefill) {
-  return problem_of(spec, phase, {8, 2, 128, 128}, 16384);
+  return problem_for(spec, phase, {8, 2, 128, 128}, 16384);
 }
 
 TEST(Plan, NamesTheKernelAndResolvesWhatIsAutomatic) {
@@ -102,7 +102,7 @@ void expect_refused(Change change, const std::vector<std::string>& words, Machin
   Problem p = problem_of(spec, phase);
   ASSERT_TRUE(plan(p, kMachine).ok());
   change(p);
-  expect_refused(p, machine, words);
+  expect_refusal(p, machine, words);
 }
 
 TEST(Plan, RefusalsNameTheValueAndWhatIsSupported) {

@@ -11,7 +11,7 @@
 namespace thriftattn::testing {
 
 // Of one layer in four, with a cache made for the method.
-inline Problem problem_of(const std::string& spec, Phase phase, const Shape& shape, int64_t max_s_kv) {
+inline Problem problem_for(const std::string& spec, Phase phase, const Shape& shape, int64_t max_s_kv) {
   Problem p;
   p.phase = phase;
   p.max_s_q = phase == Phase::decode ? 1 : 512;
@@ -26,7 +26,7 @@ inline Problem problem_of(const std::string& spec, Phase phase, const Shape& sha
 }
 
 // The refusal is one line that has all of `words`.
-inline void expect_refused(const Problem& problem, const Machine& machine, const std::vector<std::string>& words) {
+inline void expect_refusal(const Problem& problem, const Machine& machine, const std::vector<std::string>& words) {
   const auto planned = plan(problem, machine);
   ASSERT_FALSE(planned.ok()) << words[0];
   const std::string& message = planned.status().message();

@@ -20,7 +20,7 @@ Machine machine_of(const Gpu& gpu) {
 const Machine kHopper = machine_of(hopper());
 
 Problem problem_of(const std::string& spec, Phase phase = Phase::decode) {
-  return problem_of(spec, phase, {32, 8, 128, 128}, 131072);
+  return problem_for(spec, phase, {32, 8, 128, 128}, 131072);
 }
 
 TEST(CudaPlan, NamesTheKernelAndTheOrderOfRanking) {
@@ -80,7 +80,7 @@ TEST(CudaPlan, ServesEveryShapeOfTheCpu) {
       for (const int group : {1, 2, 3, 4, 7, 8, 16})
         for (const int64_t s_q : {1, 2, 5, 16})
           for (const char* spec : {"fp16", "fp4", "thrift", "thrift:policy=quest,storage=dual", "topk"}) {
-            Problem p = problem_of(spec, Phase::decode, {group * 8, 8, d, d_v}, 131072);
+            Problem p = problem_for(spec, Phase::decode, {group * 8, 8, d, d_v}, 131072);
             p.max_s_q = s_q;
             for (const Gpu& gpu : {hopper(), ada()}) {
               const auto planned = plan(p, machine_of(gpu));
@@ -97,7 +97,7 @@ TEST(CudaPlan, APrefillFitsIntoSharedMemory) {
   for (const int d : {16, 64, 80, 128, 192, 256})
     for (const int d_v : {d, 128})
       for (const Gpu& gpu : {hopper(), ada()}) {
-        EXPECT_TRUE(plan(problem_of("thrift", Phase::prefill, {32, 8, d, d_v}, 131072), machine_of(gpu)).ok());
+        EXPECT_TRUE(plan(problem_for("thrift", Phase::prefill, {32, 8, d, d_v}, 131072), machine_of(gpu)).ok());
         for (const bool row_mass_high : {false, true}) {
           const cuda::PrefillConfig c = cuda::prefill_config(device_layout(d, d_v), row_mass_high, gpu.shared_bytes);
           EXPECT_LE(c.shared_bytes, gpu.shared_bytes) << d << "/" << d_v << " on " << gpu.name;
@@ -150,7 +150,7 @@ TEST(CudaPlan, RefusalsNameTheValueAndWhatIsSupported) {
                           const std::vector<std::string>& words) {
     Problem p = problem_of(spec, phase);
     change(p);
-    expect_refused(p, machine, words);
+    expect_refusal(p, machine, words);
   };
   const auto same = [](Problem&) {};
   Gpu volta = hopper();
