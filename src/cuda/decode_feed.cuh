@@ -12,13 +12,11 @@
 
 namespace thriftattn::cuda {
 
-// A warp's notes on its items in order: item n's is number n % kNotes. What they need is under way when a word says so:
-// the reader of that item waits for it, and it is all there until another word says so. A warp's first items do not
-// wait for what the others of their batch need, which comes behind all warps' first copies.
+// A warp's notes on its items in order: item n's is number n % kNotes. Copies are under way when a word says so: the
+// reader of that item waits for them, and they are all there until another word says so.
 inline constexpr float kGrid = 192.0f;  // scores are made with this added: numbers near it are multiples of 2^-16
 
 inline constexpr int kNotes = 64;  // 32 made, and those that are still in the ring
-inline constexpr int kSoon = 4;    // a warp's first items
 
 template <int kColumns>
 struct alignas(16) Note {
@@ -30,12 +28,6 @@ struct alignas(16) Note {
   static constexpr uint32_t kWait = 1u << 31;
   static constexpr uint32_t kSpecial = 1u << 30;  // scores are capped or masked, or their mass is wanted
 };
-
-__device__ inline void prefetch_mean(const uint8_t* mean, int d) {
-  if (mean != nullptr)
-#pragma unroll 1
-    for (int at = 0; at < 2 * d; at += 64) prefetch_l2(mean + at);
-}
 
 // The layout of records, a constant where D says it.
 template <int D, bool kExact>
@@ -55,13 +47,9 @@ class Feed {
   __device__ Feed(const DecodeArgs& args, const DeviceLayout& layout, const Share& share, Segment& segment,
                   Note<kColumns>* notes)
       : args_(args), layout_(layout), share_(share), segment_(segment), notes_(notes) {
+    if (!args.p.cache.centring)
 #pragma unroll 1
-    for (int i = threadIdx.x % 32; i < kNotes; i += 32) {
-      notes[i].mean = nullptr;
-      if (args.p.cache.centring) continue;
-      for (float& x : notes[i].q_mean) x = kGrid;
-    }
-    __syncwarp();
+      for (int i = threadIdx.x % 32; i < kNotes * kColumns; i += 32) notes[i / kColumns].q_mean[i % kColumns] = kGrid;
   }
 
   // From here on the items of `from` and, but in Pass::again, of all segments after it.
@@ -107,11 +95,9 @@ class Feed {
       record_ = item.record;
       bytes_ = tier == Tier::fp16 ? layout_.high_item_bytes : layout_.item_bytes;
       if (tier == Tier::none) record_ = args_.p.cache.fp4, bytes_ = 16;  // anything: nobody reads it
-      const bool later = made_ == 0 && lane >= kSoon;
-      take_note(item, notes_[(made_ + lane) % kNotes], lane == 0 || (later && lane == kSoon), later);
+      take_note(item, notes_[(made_ + lane) % kNotes], lane == 0);
     } else {
       notes_[(made_ + lane) % kNotes].mean = nullptr;
-      notes_[(made_ + lane) % kNotes].word = 0;
     }
     planes_ = __ballot_sync(~0u, second_plane);
     __syncwarp();
@@ -120,14 +106,16 @@ class Feed {
     return true;
   }
 
-  __device__ void take_note(const Item& item, Note<kColumns>& note, bool wait, bool later) const {
+  __device__ void take_note(const Item& item, Note<kColumns>& note, bool wait) const {
     note.word = item.word | (wait ? Note<kColumns>::kWait : 0) | (is_special(item) ? Note<kColumns>::kSpecial : 0);
     note.mean = item.mean;
     if (item.summary != nullptr)
       copy_async<4>(shared_address(&note.exponents), item.summary);
     else
       note.exponents = 0;
-    if (!later) prefetch_mean(item.mean, args_.p.shape.d);
+    if (item.mean != nullptr)
+#pragma unroll 1
+      for (int at = 0; at < 2 * args_.p.shape.d; at += 64) prefetch_l2(item.mean + at);
   }
 
   __device__ bool is_special(const Item& item) const {

@@ -62,19 +62,16 @@ struct Queries {
   }
 };
 
-// Fills q_mean of the notes from number `first` on that have a mean: of a batch, or of its first items alone, and then
-// asks for the means of the others. By one warp.
+// Fills q_mean of the 32 notes from number `first` on, those that have a mean. By one warp.
 template <int D, int N, bool kExact>
 __device__ void put_means(const DecodeArgs& args, const Queries<N>& queries, Note<N>* notes, uint32_t first) {
   constexpr int kTiles = Queries<N>::kTiles, kAtOnce = 4;  // blocks of 32 channels whose loads are under way
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, d = kExact ? D : args.p.shape.d;
-  const bool soon = (notes[(first + kSoon) % kNotes].word & Note<N>::kWait) != 0;
-  const uint32_t end = first + (soon ? kSoon : 32);
 #pragma unroll 1
-  for (uint32_t at = first; at < end; at += 16) {
+  for (uint32_t at = first; at != first + 32; at += 16) {
     const uint8_t* mean[2];  // of items g and g + 8
 #pragma unroll
-    for (int k = 0; k < 2; ++k) mean[k] = at + g + 8 * k < end ? notes[(at + g + 8 * k) % kNotes].mean : nullptr;
+    for (int k = 0; k < 2; ++k) mean[k] = notes[(at + g + 8 * k) % kNotes].mean;
     if (!__any_sync(~0u, mean[0] != nullptr || mean[1] != nullptr)) continue;
     float sums[kTiles][4] = {};
 #pragma unroll 1
@@ -112,7 +109,6 @@ __device__ void put_means(const DecodeArgs& args, const Queries<N>& queries, Not
                                                                           fmaf(y, args.score_scale, kGrid)};
     }
   }
-  if (soon) prefetch_mean(notes[(end + lane) % kNotes].mean, args.p.shape.d);
   __syncwarp();
 }
 
