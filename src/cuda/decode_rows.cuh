@@ -39,7 +39,8 @@ class DecodeRows {
   static constexpr int kTiles = kDiagonal ? 1 : N / 8;  // of 8 columns of B
   static constexpr int kGroups = kDiagonal ? 1 : 2;     // scale groups that a lane multiplies by
   static constexpr int kRows = 2 * kTiles;              // rows of a lane: row(r), r in [0, kRows)
-  static constexpr int kMaxOutputs = N * D;
+  static constexpr int kColumns = N, kMaxOutputs = N * D;
+  static constexpr bool kExactSize = kExact;
   using Tile = float[kTiles][4];
   using Columns = uint32_t[kTiles][2];
 
