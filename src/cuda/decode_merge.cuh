@@ -61,7 +61,7 @@ class Merge {
       for (int r = 0; r < Rows::kRows; ++r)
         sums()[warp * columns + rows.row(r)] = {rows.m[r], rows.l[r], rows.l_high[r]};
     __syncthreads();
-    add_sums(blockDim.x / 32);
+    add_sums(blockDim.x / 32, [&](int i, int row) { return sums()[i * columns + row]; });
     __syncthreads();
     float factor[Rows::kRows];
 #pragma unroll
@@ -77,8 +77,9 @@ class Merge {
     // Sums over warps; of a unit that was cut twice in its last CTA, where warps then hold sums over CTAs.
 #pragma unroll 1
     while (true) {
-      if (partial == nullptr && threadIdx.x < segment.unit.rows)
-        cancelled = finish_row(segment.unit, segment.pass, threadIdx.x);
+      if (const int row = static_cast<int>(threadIdx.x - blockDim.x) + 32;  // the last warp has the least to add
+          partial == nullptr && row >= 0 && row < segment.unit.rows)
+        cancelled = finish_row(segment.unit, segment.pass, row);
 #pragma unroll 1
       for (int i = 2 * threadIdx.x; i < columns * dv; i += 2 * blockDim.x) {
         float* from = o(0) + i / dv * row_stride() + i % dv;
@@ -118,13 +119,18 @@ class Merge {
   __device__ float* o(int warp) const { return shared_ + layout_.o + warp * Rows::kColumns * row_stride(); }
 
   // totals of n sums, a warp for each row.
-  __device__ void add_sums(int n) const {
+  template <class Sum>
+  __device__ void add_sums(int n, const Sum& sum_of) const {
     const int lane = threadIdx.x % 32, columns = Rows::kColumns;
 #pragma unroll 1
     for (int row = threadIdx.x / 32; row < columns; row += blockDim.x / 32) {
       RowSum sum{kNothing, 0, 0};
 #pragma unroll 1
-      for (int i = lane; i < n; i += 32) sum.m = fmaxf(sum.m, sums()[i * columns + row].m);
+      for (int i = lane; i < n; i += 32) {
+        const RowSum x = sum_of(i, row);
+        sums()[i * columns + row] = x;
+        sum.m = fmaxf(sum.m, x.m);
+      }
 #pragma unroll
       for (int step = 1; step < 32; step *= 2) sum.m = fmaxf(sum.m, __shfl_xor_sync(~0u, sum.m, step));
 #pragma unroll 1
@@ -177,13 +183,10 @@ class Merge {
         if (i < ctas && at(c) < columns * dv) x[c] = __ldcg(reinterpret_cast<const float4*>(partial(i) + at(c)));
     };
     load(warp);
-#pragma unroll 1
-    for (int i = threadIdx.x; i < ctas * columns; i += blockDim.x) {
-      const RowSum* from = reinterpret_cast<const RowSum*>(partial(i / columns) + columns * dv) + i % columns;
-      sums()[i] = {__ldcg(&from->m), __ldcg(&from->l), __ldcg(&from->l_high)};
-    }
-    __syncthreads();
-    add_sums(ctas);
+    add_sums(ctas, [&](int i, int row) -> RowSum {
+      const RowSum* from = reinterpret_cast<const RowSum*>(partial(i) + columns * dv) + row;
+      return {__ldcg(&from->m), __ldcg(&from->l), __ldcg(&from->l_high)};
+    });
     __syncthreads();
     float4 sum[kLoads] = {};
 #pragma unroll 1
