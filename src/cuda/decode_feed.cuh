@@ -12,10 +12,10 @@
 
 namespace thriftattn::cuda {
 
-// A warp's notes on its items in order: item n's is number n % kNotes. Copies are under way when a word says so: the
-// reader of that item waits for them, and they are all there until another word says so.
 inline constexpr float kGrid = 192.0f;  // scores are made with this added: numbers near it are multiples of 2^-16
 
+// A warp's notes on its items in order: item n's is number n % kNotes. Copies are under way when a word says so: the
+// reader of that item waits for them, and they are all there until another word says so.
 inline constexpr int kNotes = 64;  // 32 made, and those that are still in the ring
 
 template <int kColumns>

@@ -76,9 +76,35 @@ __global__ void __launch_bounds__(32 * max_warps(D, N), 1) decode_kernel(const _
                     reinterpret_cast<float*>(shared + layout.merge));
   Rows rows(args, queries, notes);
 
-  queries.load(args.p, segment.unit);  // before the first copies: it takes 2 % less of a short step
-  bool begun = false, cancelled = false;  // the segment; the exchange of a unit
+  bool cancelled = false;  // some unit's exchange
   int end_number = 0;
+  // On to the next segment; after all of them to the units whose exchange cancelled, whole. False where there is none.
+  const auto move_on = [&] {
+    int number = segment.number + 1;
+    if (segment.pass != Pass::again) {
+      if (feed.segment().number == number) {
+        copy_segment(segment, feed.segment());
+        return true;
+      }
+      if (next_segment(args, share, segment)) return true;
+      if (!cancelled) return false;
+      end_number = number;
+      number = first_segment.number;
+    } else if (threadIdx.x == 0) {
+      args.p.tickets[segment.number] = 0;
+    }
+    while (number < end_number && args.p.tickets[number] != cancelled_ticket(blockIdx.x)) ++number;
+    if (number == end_number) return false;
+    const Segment whole = whole_unit(unit_at(args, Pass::again, number), Pass::again, number);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) segment = whole;
+    __syncwarp();
+    feed.start(segment);
+    return true;
+  };
+
+  queries.load(args.p, segment.unit);  // before the first copies are asked for, which it would have to wait behind
+  bool begun = false;
   int i = 0, end = 0, to_fill = kRingSlots;  // the warp's next item of the segment, where they end, slots
   while (true) {
 #pragma unroll 1
@@ -88,36 +114,16 @@ __global__ void __launch_bounds__(32 * max_warps(D, N), 1) decode_kernel(const _
       do {
         if (begun) {
           cancelled |= merge.finish(rows, segment, share);
-          // The next segment; after all of them the units whose exchange cancelled, whole.
-          int number = segment.number + 1;
-          if (segment.pass != Pass::again && feed.segment().number == number) {
-            copy_segment(segment, feed.segment());
-          } else if (segment.pass == Pass::again || !next_segment(args, share, segment)) {
-            if (segment.pass != Pass::again) {
-              if (!cancelled) return;
-              end_number = number;
-              number = first_segment.number;
-            } else if (threadIdx.x == 0) {
-              args.p.tickets[segment.number] = 0;
-            }
-            while (number < end_number && args.p.tickets[number] != cancelled_ticket(blockIdx.x)) ++number;
-            if (number == end_number) return;
-            const Segment whole = whole_unit(unit_at(args, Pass::again, number), Pass::again, number);
-            __syncwarp();
-            if (threadIdx.x % 32 == 0) segment = whole;
-            __syncwarp();
-            feed.start(segment);
-            to_fill = kRingSlots;
-          }
+          if (!move_on()) return;
+          queries.load(args.p, segment.unit);
+          if (segment.pass == Pass::again) to_fill = kRingSlots;  // the feed has begun anew
         }
-        if (begun) queries.load(args.p, segment.unit);
         begun = true;
         rows.start();
         __syncthreads();
         rows.take_queries();
         i = segment.first + warp, end = segment.end;
-        if (to_fill > 0) break;
-      } while (i >= end);
+      } while (i >= end && to_fill == 0);
       if (to_fill > 0) continue;
     }
     to_fill = rows.read(ring, segment);
