@@ -252,12 +252,12 @@ __global__ __launch_bounds__(kMassThreads) void mass_kernel(const __grid_constan
 // --- choosing
 
 // Launched after score_kernel or mass_kernel, which let it start once all before them is done: lengths can be read
-// before the wait, scores after it.
+// before the wait, scores after it. It does not let attention start before it ends: a CTA of that fills a
+// multiprocessor, and those which come last would begin when the others are half through.
 __global__ __launch_bounds__(kChooseThreads, 1) void choose_kernel(const __grid_constant__ RankArgs a) {
   __shared__ ChooseShared<kChooseThreads> s;
   __shared__ ListShared<kChooseThreads> lists;
   extern __shared__ uint32_t keys[];  // of the pages seen, then their tiers
-  let_next_kernel_start();
   const UnitPlace at = unit_place(a);
   const Candidates pages = candidates_of(a, at);
   if (threadIdx.x == 0) s.need = pages_wanted(a.how, pages);
