@@ -65,8 +65,9 @@ __global__ void __launch_bounds__(32 * max_warps(D, N), 1) decode_kernel(const _
   asm volatile("" : "+r"(own_ring));  // to be kept: it would be multiplied again for every slot
   Ring ring(shared + own_ring, slot_bytes(device));
   Segment& first_segment = segments[2 * warps];
-  // No kernel that makes lengths lets another start before its end, as those do that make lists: a share found from
-  // lengths alone is found while the kernel before this one ends, which may be making q, pages and states.
+  // A share is found from lengths, and from lists where pages are listed. Lengths are made by begin_step, end_step, cut
+  // and write, none of which lets another kernel start before its own end, so they are there; lists may be made by the
+  // kernel ahead, which did, as q, pages and states may be.
   const bool reads_lists = args.p.promote == Promote::listed;
   if (reads_lists) wait_for_previous_kernel();
   const bool has_share = find_share(args, reinterpret_cast<int64_t*>(shared + layout.scan), share, first_segment);
