@@ -84,7 +84,7 @@ class Feed {
       record_ = item.record;
       take_note(item, notes_[(made_ + lane) % kNotes], lane == 0);
     }
-    __syncwarp();
+    __syncwarp();  // a lane may read another's note next
     made_ += batch_;
     at_ += 32 * warps;
     return true;

@@ -32,7 +32,10 @@ class Ring {
 #if __CUDA_ARCH__ >= 900
     if (static_cast<int>(threadIdx.x % 32) == leader) {
       arrive_expecting(barrier, bytes);
-      if (bytes > 0) copy_bulk(to, from, bytes, barrier);
+      if (bytes > 0) {
+        before_bulk_copies();
+        copy_bulk(to, from, bytes, barrier);
+      }
     }
 #else
     from = reinterpret_cast<const uint8_t*>(__shfl_sync(~0u, reinterpret_cast<unsigned long long>(from), leader));
