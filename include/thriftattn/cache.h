@@ -117,6 +117,7 @@ class THRIFTATTN_API KvCache {
   int64_t reserved_bytes() const;  // taken from the system, free records included
 
   const CacheState& state() const;
+  CacheState& state();
 
  private:
   explicit KvCache(std::unique_ptr<CacheState> state);

@@ -68,9 +68,20 @@ class THRIFTATTN_API Cache {
   // Makes sure that the sequence can grow to `tokens`: takes pages for it and writes its block table.
   Status reserve(SeqId seq, int64_t tokens, Stream stream);
   Status free(SeqId seq, Stream stream);
-  // Shortens a sequence, whose pages stay reserved. Exact where the page that is cut has its 16-bit form; refused
-  // otherwise. Synchronises.
+  // A new sequence that shares the full pages of `seq` and owns a copy of its tail, and of those 16-bit pages that are
+  // kept for the window alone. Pages reserved beyond the length stay with `seq`: the fork reserves its own. Refused in
+  // the middle of a step; out of memory where all sequences live or no page is left for the tail. Synchronises.
+  Result<SeqId> fork(SeqId seq, Stream stream);
+  // Shortens a sequence. Its pages stay reserved, but for those after the new end that a fork shares: they are the
+  // other's alone from then on, and a cut into one takes a page for the copy where none is reserved. Exact where the
+  // page that is cut has its 16-bit form; refused otherwise. Synchronises.
   Status truncate(SeqId seq, int64_t length, Stream stream);
+
+  // Makes the cache larger, with all that it holds: sequences, their pages and reservations, the batch, faults. No
+  // field may be smaller than size()'s; pages = 0 counts as in create. While it copies, the memory of both sizes is
+  // taken; where there is not enough the cache stays as it was. What was made for the old size ends here: captured
+  // graphs, and plans whose max_s_kv is less than the new max_tokens. Synchronises.
+  Status grow(const CacheSize& size, Stream stream);
 
   // The sequences of the next steps and the tokens that each step brings them, at most max_append each. Copies to the
   // device in stream order.
@@ -80,9 +91,14 @@ class THRIFTATTN_API Cache {
   Status append(int layer, const View& k, const View& v, Stream stream);
   Status end_step(Stream stream);
 
-  // Copies a sequence of a cache of the same configuration to a new one here / from here to a new one there, record by
-  // record: the bytes are those that each would have written. Synchronises.
+  // Copies a sequence of a cache of the same configuration (max_bytes apart) to a new one here / from here to a new one
+  // there, record by record: the bytes are those that each would have written. So what KvCache::save writes of a
+  // downloaded sequence, KvCache::load and upload bring back, and all later steps go on bit for bit. Refused in the
+  // middle of a step. Both synchronise.
   Result<SeqId> upload(const KvCache& from, SeqId seq, Stream stream);
+  Result<SeqId> download(SeqId seq, KvCache& to, Stream stream) const;
+  // Copies tokens [first, first + k.tokens) of one layer, out of the best form stored of each page, to k and v of the
+  // host. Synchronises.
   Status download(SeqId seq, int layer, int64_t first, const MutableView& k, const MutableView& v, Stream stream) const;
 
   // Tokens of a sequence. Both synchronise.

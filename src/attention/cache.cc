@@ -32,8 +32,38 @@ MemoryUse memory_use(const CacheState& s) {
   return use;
 }
 
+MemoryUse memory_needed(const PageLayout& l, const CacheConfig& config, const SequenceForms& q) {
+  MemoryUse use;
+  for (const uint8_t forms : q.forms) {
+    use.codes += forms & kFp4Form ? l.fp4_bytes : 0;
+    use.residual += forms & kResidualForm ? l.fp4_bytes : 0;
+    use.high += forms & kHighForm ? l.high_bytes : 0;
+    use.summaries += forms & kSummaryForm ? l.summary_bytes : 0;
+  }
+  use.tables = q.pages() * (form_table_bytes(config) + int64_t{sizeof(int32_t)});
+  return use;
+}
+
+uint8_t stored_forms(const CacheState& s, int layer, int kv_head, int64_t page, int64_t tokens, int64_t released) {
+  if (page >= tokens / kPageTokens) return kHighForm;
+  const CacheState::Stored stored = s.stored(layer, kv_head);
+  const bool high = stored.all_high || page < s.config.sink || page >= released;
+  return static_cast<uint8_t>((stored.fp4 ? kFp4Form : 0) | (stored.residual ? kResidualForm : 0) |
+                              (high ? kHighForm : 0) | (stored.summary ? kSummaryForm : 0));
+}
+
 Status unknown_sequence(SeqId seq) { return not_found(fmt::format("sequence {} does not exist", seq)); }
 
+namespace {
+
+// Rows of one head that an append brings in without waking other threads, which takes longer than that many rows do.
+constexpr int64_t kRowsAlone = 64;
+
+// Heads of pages that one thread appends in turn, so that it can read each one's rows ahead: few enough that all
+// threads end at about the same time.
+constexpr int64_t kRunsPerThread = 4, kMaxRun = 16;
+
+// Makes sure that `count` take_page calls and `entries` more in `table` succeed; false where no memory is left.
 bool reserve_pages(CacheState& s, int64_t count, std::vector<int32_t>& table, int64_t entries) {
   try {
     grow_by(table, entries);
@@ -48,6 +78,7 @@ bool reserve_pages(CacheState& s, int64_t count, std::vector<int32_t>& table, in
   return true;
 }
 
+// A page id whose records are all empty, held by one sequence.
 int32_t take_page(CacheState& s) {
   if (s.free_pages.empty()) {
     s.free_pages.push_back(static_cast<int32_t>(s.page_users.size()));
@@ -61,18 +92,10 @@ int32_t take_page(CacheState& s) {
   return page;
 }
 
+// Sequences whose 16-bit window holds the page in one layer.
 int32_t& high_users(CacheState& s, int32_t page, int layer) {
   return s.high_users[static_cast<int64_t>(page) * s.config.layers + layer];
 }
-
-namespace {
-
-// Rows of one head that an append brings in without waking other threads, which takes longer than that many rows do.
-constexpr int64_t kRowsAlone = 64;
-
-// Heads of pages that one thread appends in turn, so that it can read each one's rows ahead: few enough that all
-// threads end at about the same time.
-constexpr int64_t kRunsPerThread = 4, kMaxRun = 16;
 
 // One sequence gives up the 16-bit form of a page; the last one to do so frees it, for the heads that may lose it.
 void release_high(CacheState& s, int32_t page, int layer) {
@@ -229,6 +252,7 @@ KvCache& KvCache::operator=(KvCache&&) noexcept = default;
 KvCache::~KvCache() = default;
 const CacheConfig& KvCache::config() const { return state_->config; }
 const CacheState& KvCache::state() const { return *state_; }
+CacheState& KvCache::state() { return *state_; }
 
 SeqId KvCache::new_sequence() {
   const CacheConfig& c = state_->config;
@@ -527,6 +551,59 @@ int64_t KvCache::reserved_bytes() const {
   return s.fp4.reserved_bytes() + s.residual.reserved_bytes() + s.high.reserved_bytes() + s.summary.reserved_bytes() +
          static_cast<int64_t>(s.forms.capacity() * sizeof(PageForms) +
                               (s.high_users.capacity() + s.page_users.capacity()) * sizeof(int32_t));
+}
+
+Result<SeqId> bring_in(KvCache& cache, const SequenceForms& from, const std::string& what,
+                       const std::function<Status(int, int64_t, int, const PageForms&)>& fill) {
+  CacheState& s = cache.state();
+  const CacheConfig& c = s.config;
+  const int64_t need = memory_needed(s.layout, c, from).total(), used = memory_use(s).total();
+  if (c.max_bytes > 0 && used + need > c.max_bytes)
+    return Status(Code::out_of_memory, fmt::format("{}: its {} tokens need {} bytes, the cache holds {} of at most {}",
+                                                   what, from.tokens, need, used, c.max_bytes));
+  const auto count = [&](Form form) {
+    return std::count_if(from.forms.begin(), from.forms.end(), [form](uint8_t forms) { return (forms & form) != 0; });
+  };
+  const SeqId seq = cache.new_sequence();
+  if (seq < 0 || !s.fp4.reserve(count(kFp4Form)) || !s.residual.reserve(count(kResidualForm)) ||
+      !s.high.reserve(count(kHighForm)) || !s.summary.reserve(count(kSummaryForm)) ||
+      !reserve_pages(s, from.pages(), s.sequences[seq].pages, from.pages())) {
+    if (seq >= 0) s.sequences[seq] = {};
+    return Status(Code::out_of_memory,
+                  fmt::format("{}: its {} tokens need {} bytes, which the system refused", what, from.tokens, need));
+  }
+  Sequence& q = s.sequences[seq];
+  q.released = from.released;
+  q.layer_length.assign(c.layers, from.tokens);
+  for (int64_t p = 0; p < from.pages(); ++p) {
+    const int32_t page = take_page(s);
+    q.pages.push_back(page);
+    for (int l = 0; l < c.layers; ++l) {
+      high_users(s, page, l) = p < c.sink || p >= q.released[l];
+      for (int h = 0; h < c.h_kv; ++h) {
+        const uint8_t forms = from.forms[(l * from.pages() + p) * c.h_kv + h];
+        PageForms& to = s.forms_of(page, l)[h];
+        if (forms & kFp4Form) to.fp4 = s.fp4.take();
+        if (forms & kResidualForm) to.residual = s.residual.take();
+        if (forms & kHighForm) to.high = s.high.take();
+        if (forms & kSummaryForm) to.summary = s.summary.take();
+      }
+    }
+  }
+  Status status;
+  try {
+    for (int l = 0; status.ok() && l < c.layers; ++l)
+      for (int64_t p = 0; status.ok() && p < from.pages(); ++p)
+        for (int h = 0; status.ok() && h < c.h_kv; ++h) status = fill(l, p, h, s.forms_of(q.pages[p], l)[h]);
+  } catch (const std::bad_alloc&) {
+    status = Status(Code::out_of_memory, fmt::format("{}: no memory left for its records", what));
+  }
+  if (!status.ok()) {
+    (void)cache.free(seq);  // the first error is the one to tell
+    return status;
+  }
+  s.peak_bytes = std::max(s.peak_bytes, memory_use(s).total());
+  return seq;
 }
 
 }  // namespace thriftattn

@@ -52,8 +52,6 @@ constexpr int64_t kMaxHeaderBytes = int64_t{1} << 30;
 constexpr int64_t kMaxMetadataBytes = int64_t{1} << 29;
 constexpr size_t kBufferBytes = size_t{1} << 20;
 
-enum Form : uint8_t { kFp4 = 1, kResidual = 2, kHigh = 4, kSummary = 8 };
-
 struct Prefix {
   char magic[8] = {};
   uint32_t version = kVersion, zero = 0;
@@ -61,14 +59,9 @@ struct Prefix {
 };
 static_assert(sizeof(Prefix) == kPrefixBytes);
 
-struct Header {
+struct Header : SequenceForms {
   CacheConfig config;
-  int64_t tokens = 0;
-  std::vector<int64_t> released;  // [layers]
-  std::vector<uint8_t> forms;     // [layers, pages, h_kv]
   std::string metadata;
-
-  int64_t pages() const { return pages_for(tokens); }
 };
 
 // The two directions of `header_fields`.
@@ -156,27 +149,14 @@ std::string header_fields(Io& io, Header& h) {
 }
 
 int64_t block_bytes(const PageLayout& l, uint8_t forms) {
-  return (forms & kFp4 ? l.fp4_bytes : 0) + (forms & kResidual ? l.fp4_bytes : 0) + (forms & kHigh ? l.high_bytes : 0) +
-         (forms & kSummary ? l.summary_bytes : 0);
+  return (forms & kFp4Form ? l.fp4_bytes : 0) + (forms & kResidualForm ? l.fp4_bytes : 0) +
+         (forms & kHighForm ? l.high_bytes : 0) + (forms & kSummaryForm ? l.summary_bytes : 0);
 }
 
 int64_t file_bytes(const PageLayout& l, int64_t header_bytes, const Header& h) {
   int64_t bytes = header_bytes;
   for (const uint8_t forms : h.forms) bytes += block_bytes(l, forms) + kChecksumBytes;
   return bytes;
-}
-
-// What loading the sequence takes.
-MemoryUse memory_needed(const PageLayout& l, const Header& h) {
-  MemoryUse use;
-  for (const uint8_t forms : h.forms) {
-    use.codes += forms & kFp4 ? l.fp4_bytes : 0;
-    use.residual += forms & kResidual ? l.fp4_bytes : 0;
-    use.high += forms & kHigh ? l.high_bytes : 0;
-    use.summaries += forms & kSummary ? l.summary_bytes : 0;
-  }
-  use.tables = h.pages() * (form_table_bytes(h.config) + int64_t{sizeof(int32_t)});
-  return use;
 }
 
 uint64_t checksum(std::span<const uint8_t> bytes, uint64_t seed) {
@@ -279,8 +259,8 @@ Status write_sequence(const CacheState& s, const Sequence& q, int64_t tokens, co
     for (const int32_t page : q.pages)
       for (int g = 0; g < s.config.h_kv; ++g) {
         const PageForms& f = s.forms_of(page, l)[g];
-        h.forms.push_back(static_cast<uint8_t>((f.fp4 >= 0 ? kFp4 : 0) | (f.residual >= 0 ? kResidual : 0) |
-                                               (f.high >= 0 ? kHigh : 0) | (f.summary >= 0 ? kSummary : 0)));
+        h.forms.push_back(static_cast<uint8_t>((f.fp4 >= 0 ? kFp4Form : 0) | (f.residual >= 0 ? kResidualForm : 0) |
+                                               (f.high >= 0 ? kHighForm : 0) | (f.summary >= 0 ? kSummaryForm : 0)));
       }
   std::vector<uint8_t> header(kPrefixBytes);
   Put put{header};
@@ -337,6 +317,7 @@ struct SavedFile {
   Header header;
   PageLayout layout;
   int64_t bytes = 0;
+  std::vector<uint8_t> block;  // the last that was read
 
   explicit SavedFile(std::string p)
       : file{::open(p.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)}, path(std::move(p)) {}  // a FIFO must not block
@@ -418,14 +399,7 @@ Status SavedFile::check_forms() const {
       return lost(fmt::format("layer {} has released pages [{}, {}) of {}", l, c.sink, released, full));
     for (int64_t p = 0; p < header.pages(); ++p)
       for (int g = 0; g < c.h_kv; ++g) {
-        const CacheState::Stored stored = rules.stored(l, g);
-        uint8_t want = kHigh, spare = 0;
-        if (p < full) {
-          const bool holds = stored.all_high || p < c.sink || p >= released;
-          want = static_cast<uint8_t>((stored.fp4 ? kFp4 : 0) | (stored.residual ? kResidual : 0) |
-                                      (stored.summary ? kSummary : 0) | (holds ? kHigh : 0));
-          spare = kHigh;
-        }
+        const uint8_t want = stored_forms(rules, l, g, p, header.tokens, released), spare = p < full ? kHighForm : 0;
         const uint8_t forms = header.forms[(l * header.pages() + p) * c.h_kv + g];
         if ((forms | spare) != (want | spare) || (want & ~forms) != 0)
           return lost(fmt::format("layer {}, page {}, KV head {}: forms {:#x}, expected {:#x}", l, p, g, forms, want));
@@ -482,46 +456,30 @@ bool has_sane_exponents(const uint8_t* summary) {
   return true;
 }
 
-// Reads every page into `q`, for which all memory is reserved. After an error, q holds what `free` can give back.
-Status read_pages(SavedFile& from, CacheState& s, Sequence& q) {
+// Reads the next block of the file into the records of its page and head.
+Status read_records(SavedFile& from, const CacheState& s, int layer, int64_t page, int kv_head, const PageForms& to) {
   const Header& h = from.header;
-  const CacheConfig& c = s.config;
-  q.released = h.released;
-  for (int64_t p = 0; p < h.pages(); ++p) {
-    const int32_t page = take_page(s);
-    q.pages.push_back(page);
-    for (int l = 0; l < c.layers; ++l) high_users(s, page, l) = p < c.sink || p >= q.released[l];
-  }
-  std::vector<uint8_t> block;
-  int64_t index = 0;
-  for (int l = 0; l < c.layers; ++l)
-    for (int64_t p = 0; p < h.pages(); ++p)
-      for (int g = 0; g < c.h_kv; ++g, ++index) {
-        const uint8_t forms = h.forms[index];
-        const auto where = [&] { return fmt::format("layer {}, page {}, KV head {}", l, p, g); };
-        block.resize(block_bytes(s.layout, forms) + kChecksumBytes);
-        THRIFTATTN_RETURN_IF_ERROR(from.read(block));
-        const std::span<const uint8_t> records(block.data(), block.size() - kChecksumBytes);
-        uint64_t sum;
-        std::memcpy(&sum, block.data() + records.size(), sizeof(sum));
-        if (checksum(records, from.seed + 1 + index) != sum)
-          return from.lost(fmt::format("{} is damaged: its checksum differs", where()));
-        PageForms& to = s.forms_of(q.pages[p], l)[g];
-        const uint8_t* at = records.data();
-        const auto take = [&](Form form, RecordPool& pool, int32_t& record) {
-          if (!(forms & form)) return;
-          record = pool.take();
-          std::memcpy(pool.at(record), at, pool.record_bytes());
-          at += pool.record_bytes();
-        };
-        take(kFp4, s.fp4, to.fp4);
-        take(kResidual, s.residual, to.residual);
-        take(kHigh, s.high, to.high);
-        take(kSummary, s.summary, to.summary);
-        if ((forms & kSummary) && !has_sane_exponents(s.summary.at(to.summary)))
-          return from.lost(fmt::format("{}: a page scale is beyond 2^+-{}", where(), kPageExponentMax));
-      }
-  q.layer_length.assign(c.layers, h.tokens);
+  const auto where = [&] { return fmt::format("layer {}, page {}, KV head {}", layer, page, kv_head); };
+  const int64_t index = (layer * h.pages() + page) * h.config.h_kv + kv_head;
+  from.block.resize(block_bytes(s.layout, h.forms[index]) + kChecksumBytes);
+  THRIFTATTN_RETURN_IF_ERROR(from.read(from.block));
+  const std::span<const uint8_t> records(from.block.data(), from.block.size() - kChecksumBytes);
+  uint64_t sum;
+  std::memcpy(&sum, from.block.data() + records.size(), sizeof(sum));
+  if (checksum(records, from.seed + 1 + index) != sum)
+    return from.lost(fmt::format("{} is damaged: its checksum differs", where()));
+  const uint8_t* at = records.data();
+  const auto copy = [&](const RecordPool& pool, int32_t record) {
+    if (record < 0) return;
+    std::memcpy(pool.at(record), at, pool.record_bytes());
+    at += pool.record_bytes();
+  };
+  copy(s.fp4, to.fp4);
+  copy(s.residual, to.residual);
+  copy(s.high, to.high);
+  copy(s.summary, to.summary);
+  if (to.summary >= 0 && !has_sane_exponents(s.summary.at(to.summary)))
+    return from.lost(fmt::format("{}: a page scale is beyond 2^+-{}", where(), kPageExponentMax));
   return {};
 }
 
@@ -574,41 +532,19 @@ Status KvCache::save(SeqId seq, const std::string& path, std::string_view metada
 
 Result<SeqId> KvCache::load(const std::string& path, std::string* metadata) {
   CacheState& s = *state_;
-  SeqId seq = -1;
-  Status status;
   try {
     SavedFile from(path);
     THRIFTATTN_RETURN_IF_ERROR(from.read_header());
-    const Header& h = from.header;
-    THRIFTATTN_RETURN_IF_ERROR(check_config(path, h.config, s.config));
-    const int64_t need = memory_needed(s.layout, h).total(), used = memory_use(s).total();
-    if (s.config.max_bytes > 0 && used + need > s.config.max_bytes)
-      return Status(Code::out_of_memory,
-                    fmt::format("{}: its {} tokens need {} bytes, the cache holds {} of at most {}", path, h.tokens,
-                                need, used, s.config.max_bytes));
-    const auto count = [&](Form form) {
-      return std::count_if(h.forms.begin(), h.forms.end(), [form](uint8_t forms) { return (forms & form) != 0; });
+    THRIFTATTN_RETURN_IF_ERROR(check_config(path, from.header.config, s.config));
+    const auto read_page = [&](int layer, int64_t page, int kv_head, const PageForms& to) {
+      return read_records(from, s, layer, page, kv_head, to);
     };
-    seq = new_sequence();
-    if (seq < 0) throw std::bad_alloc();
-    Sequence& q = s.sequences[seq];
-    if (!s.fp4.reserve(count(kFp4)) || !s.residual.reserve(count(kResidual)) || !s.high.reserve(count(kHigh)) ||
-        !s.summary.reserve(count(kSummary)) || !reserve_pages(s, h.pages(), q.pages, h.pages())) {
-      status = Status(Code::out_of_memory,
-                      fmt::format("{}: its {} tokens need {} bytes, which the system refused", path, h.tokens, need));
-    } else {
-      status = read_pages(from, s, q);
-    }
-    if (status.ok() && metadata) *metadata = std::move(from.header.metadata);
-  } catch (const std::bad_alloc&) {
-    status = Status(Code::out_of_memory, fmt::format("{}: no memory left to load it", path));
-  }
-  if (status.ok()) {
-    s.peak_bytes = std::max(s.peak_bytes, memory_use(s).total());
+    THRIFTATTN_ASSIGN_OR_RETURN(seq, bring_in(*this, from.header, path, read_page));
+    if (metadata) *metadata = std::move(from.header.metadata);
     return seq;
+  } catch (const std::bad_alloc&) {
+    return Status(Code::out_of_memory, fmt::format("{}: no memory left to load it", path));
   }
-  if (seq >= 0) (void)free(seq);  // the first error is the one to tell
-  return status;
 }
 
 Result<SavedSequence> inspect_saved(const std::string& path) {
@@ -619,7 +555,7 @@ Result<SavedSequence> inspect_saved(const std::string& path) {
     saved.version = kVersion;
     saved.tokens = from.header.tokens;
     saved.file_bytes = from.bytes;
-    saved.bytes = memory_needed(from.layout, from.header);
+    saved.bytes = memory_needed(from.layout, from.header.config, from.header);
     saved.config = std::move(from.header.config);
     saved.metadata = std::move(from.header.metadata);
     return saved;

@@ -6,8 +6,10 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <new>
+#include <string>
 #include <vector>
 
 #include "format/page_layout.h"
@@ -116,6 +118,18 @@ struct Sequence {
   std::vector<int64_t> released;      // [layers], pages [sink, released) have been given up as 16-bit pages
 };
 
+// A form as a bit, in the order in which saved records stand.
+enum Form : uint8_t { kFp4Form = 1, kResidualForm = 2, kHighForm = 4, kSummaryForm = 8 };
+
+// A sequence without its records.
+struct SequenceForms {
+  int64_t tokens = 0;
+  std::vector<int64_t> released;  // [layers], as in Sequence
+  std::vector<uint8_t> forms;     // [layers, pages, h_kv], bits of Form
+
+  int64_t pages() const { return pages_for(tokens); }
+};
+
 struct CacheState {
   CacheConfig config;
   PageLayout layout;
@@ -149,20 +163,24 @@ struct CacheState {
   }
 };
 
+// The forms in which page `page` of a sequence of `tokens` is stored where pages [sink, released) have left the window.
+// For a fork's sake a full page may be stored in 16 bit beside them.
+uint8_t stored_forms(const CacheState& state, int layer, int kv_head, int64_t page, int64_t tokens, int64_t released);
+
+// A new sequence of these forms. fill(layer, page, KV head, records) -> Status writes every record of a page, in this
+// order. After an error, a lack of memory under max_bytes or in the system too, the cache is as before; `what` begins
+// the messages.
+Result<SeqId> bring_in(KvCache& cache, const SequenceForms& sequence, const std::string& what,
+                       const std::function<Status(int, int64_t, int, const PageForms&)>& fill);
+
 // What the form tables hold of one page: its forms, and the counts of its users.
 int64_t form_table_bytes(const CacheConfig& config);
 
 MemoryUse memory_use(const CacheState& state);
 
+// What a sequence of these forms takes.
+MemoryUse memory_needed(const PageLayout& layout, const CacheConfig& config, const SequenceForms& sequence);
+
 Status unknown_sequence(SeqId seq);
-
-// Makes sure that `count` take_page calls and `entries` more in `table` succeed; false where no memory is left.
-bool reserve_pages(CacheState& state, int64_t count, std::vector<int32_t>& table, int64_t entries);
-
-// A page id whose records are all empty, held by one sequence.
-int32_t take_page(CacheState& state);
-
-// Sequences whose 16-bit window holds the page in one layer.
-int32_t& high_users(CacheState& state, int32_t page, int layer);
 
 }  // namespace thriftattn

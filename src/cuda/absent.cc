@@ -39,12 +39,15 @@ int Cache::device() const { return -1; }
 Result<SeqId> Cache::new_sequence(Stream) { return absent(); }
 Status Cache::reserve(SeqId, int64_t, Stream) { return absent(); }
 Status Cache::free(SeqId, Stream) { return absent(); }
+Result<SeqId> Cache::fork(SeqId, Stream) { return absent(); }
 Status Cache::truncate(SeqId, int64_t, Stream) { return absent(); }
+Status Cache::grow(const CacheSize&, Stream) { return absent(); }
 Status Cache::set_batch(std::span<const SeqId>, std::span<const int64_t>, Stream) { return absent(); }
 Status Cache::begin_step(Stream) { return absent(); }
 Status Cache::append(int, const View&, const View&, Stream) { return absent(); }
 Status Cache::end_step(Stream) { return absent(); }
 Result<SeqId> Cache::upload(const KvCache&, SeqId, Stream) { return absent(); }
+Result<SeqId> Cache::download(SeqId, KvCache&, Stream) const { return absent(); }
 Status Cache::download(SeqId, int, int64_t, const MutableView&, const MutableView&, Stream) const { return absent(); }
 Result<int64_t> Cache::length(SeqId, Stream) const { return absent(); }
 Result<Faults> Cache::faults(Stream, bool) { return absent(); }

@@ -2,27 +2,27 @@
 //
 //   create       one block of memory: pools of records, block tables, lengths, batch, faults
 //   reserve      free page ids --> block table                    (values travel in kernel parameters: launch_write)
+//   fork         full pages --> both block tables; tail, ring --> copies
+//   grow         create, then pools, rings, tables and lengths --> the new block; the old one is freed
 //   set_batch    slots, s_q, first rows --> batch table
 //   begin_step, append, end_step                                  append.cu, steps.cu; nothing but launches
-//   upload, download                                              records by convert.h's permutation; these wait
+//   upload, download                                              transfer.cc
 //
-// Pages stay with a sequence until it is freed, through a truncate too: a captured graph goes on with them. Calls take
-// effect in the order of their streams, so one page's next owner must come after its last one there: one stream, or
-// streams that wait for one another.
+// Pages stay with a sequence until it is freed, through a truncate too: a captured graph goes on with them. A page that
+// several sequences share is full and is not written again: fork shares no other, and truncate gives up the shared ones
+// that would be. So the shared pages of a sequence stand before its own. Calls take effect in the order of their
+// streams, so one page's next owner must come after its last one there: one stream, or streams that wait for one
+// another.
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cstring>
 #include <initializer_list>
 #include <new>
+#include <vector>
 
-#include "attention/cache_state.h"
 #include "core/device.h"
-#include "cuda/convert.h"
 #include "cuda/params.h"
 #include "cuda/state.h"
-#include "format/page_codec.h"
-#include "format/rows.h"
 #include "thriftattn/cuda.h"
 
 namespace thriftattn::cuda {
@@ -31,8 +31,6 @@ namespace {
 constexpr int64_t kMaxTokens = int64_t{1} << 30;  // of a sequence: positions are int32
 constexpr int kMaxSequences = 65535;              // a grid's last dimensions: append has a block for every sequence and
 constexpr int64_t kMaxAppend = int64_t{1} << 21;  // every page of a step
-
-cudaStream_t to_cuda(Stream stream) { return static_cast<cudaStream_t>(stream); }
 
 // Adds up one block of memory. Parts begin on 256 bytes.
 class Parts {
@@ -52,37 +50,135 @@ class Parts {
   bool fits_ = true;
 };
 
-Status check_config(const CacheConfig& config, const CacheSize& size) {
-  const auto refuse = [](const char* name, int64_t value, const char* supported) {
-    return invalid_argument(fmt::format("{} {} is not supported: {}", name, value, supported));
-  };
+Status check_config(const CacheConfig& config) {
   THRIFTATTN_RETURN_IF_ERROR(KvCache::create(config).status());
   if (!config.storage_by_head.empty())
     return unsupported("storage_by_head is not supported on a GPU: one storage for all heads is");
   if (config.high_dtype != DType::f16) return unsupported("high_dtype bf16 is not supported on a GPU: f16 is");
-  if (size.max_sequences < 1 || size.max_sequences > kMaxSequences)
-    return refuse("max_sequences", size.max_sequences, "1 to 65535");
-  if (size.max_tokens < 1 || size.max_tokens > kMaxTokens) return refuse("max_tokens", size.max_tokens, "1 to 2^30");
-  if (size.pages < 0 || size.pages > INT32_MAX) return refuse("pages", size.pages, "0 (as many as needed) to 2^31 - 1");
-  if (size.max_append < 1 || size.max_append > kMaxAppend) return refuse("max_append", size.max_append, "1 to 2^21");
   return {};
 }
 
-Status unknown(SeqId seq) { return not_found(fmt::format("sequence {} does not exist", seq)); }
-
-Status wait(Stream stream) { return check(cudaStreamSynchronize(to_cuda(stream)), "cudaStreamSynchronize"); }
-
-Status to_device(void* to, const void* from, int64_t bytes, Stream stream) {
-  return check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, to_cuda(stream)), "cudaMemcpyAsync");
+// A size that can be, with what was left open filled in.
+Result<CacheSize> checked(CacheSize size) {
+  const auto refuse = [](const char* name, int64_t value, const char* supported) {
+    return invalid_argument(fmt::format("{} {} is not supported: {}", name, value, supported));
+  };
+  if (size.max_sequences < 1 || size.max_sequences > kMaxSequences)
+    return refuse("max_sequences", size.max_sequences, "1 to 65535");
+  if (size.max_tokens < 1 || size.max_tokens > kMaxTokens) return refuse("max_tokens", size.max_tokens, "1 to 2^30");
+  if (size.max_append < 1 || size.max_append > kMaxAppend) return refuse("max_append", size.max_append, "1 to 2^21");
+  if (size.pages == 0) size.pages = size.max_sequences * pages_for(size.max_tokens);
+  if (size.pages < 0 || size.pages > INT32_MAX)
+    return refuse("pages", size.pages, "up to 2^31 - 1, or 0 for as many as max_sequences of max_tokens take");
+  size.max_append = std::min(size.max_append, size.max_tokens);
+  return size;
 }
-Status to_host(void* to, const void* from, int64_t bytes, Stream stream) {
-  return check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, to_cuda(stream)), "cudaMemcpyAsync");
+
+StepParams step_params(const Cache::State& s) {
+  return {s.batch(), s.block_table, s.max_pages, static_cast<int>(s.size.max_tokens), s.recent, s.settled,
+          s.s_kv,    s.released,    s.faults};
 }
 
-// What the device knows of one sequence.
-struct Lengths {
-  int32_t settled = 0, s_kv = 0, released = 0;
-};
+// Moves `count` free pages to the end of a block table; throws where it has no room for them.
+void take_pages(Cache::State& s, std::vector<int32_t>& pages, int64_t count) {
+  pages.insert(pages.end(), s.free_pages.rbegin(), s.free_pages.rbegin() + count);
+  s.free_pages.resize(s.free_pages.size() - count);
+  for (auto page = pages.end() - count; page != pages.end(); ++page) s.users[*page] = 1;
+}
+
+// Writes a sequence's block table to the device from entry `first` on.
+Status write_table(const Cache::State& s, SeqId seq, int64_t first, Stream stream) {
+  const std::vector<int32_t>& pages = s.sequences[seq].pages;
+  return check(launch_write(s.block_table + int64_t{seq} * s.max_pages + first, pages.data() + first,
+                            std::ssize(pages) - first, to_cuda(stream)),
+               "launch_write");
+}
+
+// Makes entries [first, end) of a sequence's block table on the device -1.
+Status clear_table(const Cache::State& s, SeqId seq, int64_t first, int64_t end, Stream stream) {
+  return check(cudaMemsetAsync(s.block_table + int64_t{seq} * s.max_pages + first, 0xff,
+                               (end - first) * sizeof(int32_t), to_cuda(stream)),
+               "cudaMemsetAsync");
+}
+
+// Copies 16-bit records of all heads in all layers, within a cache or to another one.
+Status copy_high(const Cache::State& from, const Cache::State& to, const std::vector<RecordPair>& records,
+                 Stream stream) {
+  CopyParams p{};
+  p.from = from.high;
+  p.to = to.high;
+  p.record_bytes = from.config.h_kv * from.layout.high_bytes;
+  p.from_layer_bytes = from.high_records * p.record_bytes;
+  p.to_layer_bytes = to.high_records * p.record_bytes;
+  p.layers = from.config.layers;
+  return check(launch_copy(p, records.data(), std::ssize(records), to_cuda(stream)), "launch_copy");
+}
+
+// Copies all that the device holds of a cache to a larger one, whose host side is as it will be.
+Status copy_contents(const Cache::State& from, const Cache::State& to, Stream stream) {
+  const auto on_device = [&](void* target, const void* source, int64_t bytes) {
+    return copy(target, source, bytes, cudaMemcpyDeviceToDevice, stream);
+  };
+  // The records of all pages, [layers, pages, h_kv, bytes].
+  const auto pool = [&](uint8_t* target, const uint8_t* source, int64_t bytes) -> Status {
+    const int64_t page = from.config.h_kv * bytes;
+    for (int64_t l = 0; source && l < from.config.layers; ++l)
+      THRIFTATTN_RETURN_IF_ERROR(
+          on_device(target + l * to.size.pages * page, source + l * from.size.pages * page, from.size.pages * page));
+    return {};
+  };
+  THRIFTATTN_RETURN_IF_ERROR(pool(to.fp4, from.fp4, from.layout.fp4_bytes));
+  THRIFTATTN_RETURN_IF_ERROR(pool(to.residual, from.residual, from.layout.fp4_bytes));
+  THRIFTATTN_RETURN_IF_ERROR(pool(to.summary, from.summary, from.canonical.summary_bytes));
+  if (from.all_high) THRIFTATTN_RETURN_IF_ERROR(pool(to.high, from.high, from.layout.high_bytes));
+
+  const int64_t slots = std::ssize(from.sequences), row = slots * sizeof(int32_t);
+  std::vector<int32_t> lengths(3 * slots);  // settled, s_kv, released
+  THRIFTATTN_RETURN_IF_ERROR(to_host(lengths.data(), from.settled, 3 * row, stream));
+  THRIFTATTN_RETURN_IF_ERROR(wait(stream));
+  for (SeqId seq = 0; seq < slots; ++seq) {
+    if (!from.has(seq)) continue;
+    THRIFTATTN_RETURN_IF_ERROR(write_table(to, seq, 0, stream));
+    int32_t& released = lengths[2 * slots + seq];
+    if (!from.all_high) {
+      const LayerCache old_rings = from.layer(0), rings = to.layer(0);
+      std::vector<RecordPair> records;
+      for (int j = 0; j < pages_for(lengths[slots + seq]); ++j)
+        if (old_rings.has_high(j, released))
+          records.push_back({old_rings.high_record(seq, j, 0), rings.high_record(seq, j, 0)});
+      THRIFTATTN_RETURN_IF_ERROR(copy_high(from, to, records, stream));
+    }
+    released = std::max(released, to.sink);  // where max_tokens held fewer pages than the config's sink
+  }
+  int32_t* const rows[] = {to.settled, to.s_kv, to.released};
+  for (int i = 0; i < 3; ++i) THRIFTATTN_RETURN_IF_ERROR(to_device(rows[i], &lengths[i * slots], row, stream));
+  THRIFTATTN_RETURN_IF_ERROR(on_device(to.batch_table, from.batch_table, 3 * std::ssize(from.seqs) * sizeof(int32_t)));
+  return on_device(to.faults, from.faults, sizeof(int32_t));
+}
+
+// Gives up the pages of a sequence that others share, from the one with token `tokens` on, so that it can be written
+// from there on.
+Status unshare(Cache::State& s, SeqId seq, int64_t tokens, Stream stream) {
+  std::vector<int32_t>& pages = s.sequences[seq].pages;
+  const int64_t first = tokens / kPageTokens, before = std::ssize(pages);
+  if (first >= before || s.users[pages[first]] == 1) return {};
+  const auto shared = pages.begin() + first;
+  const auto own = std::find_if(shared, pages.end(), [&](int32_t page) { return s.users[page] == 1; });
+  const int32_t cut_page = *shared;
+  const bool cuts = tokens % kPageTokens != 0;
+  if (cuts && own == pages.end() && s.free_pages.empty())
+    return Status(Code::out_of_memory,
+                  fmt::format("a cut of sequence {} to {} tokens needs a page of its own: none is free", seq, tokens));
+  for (auto page = shared; page != own; ++page) --s.users[*page];
+  pages.erase(shared, own);
+  if (cuts && std::ssize(pages) == first) take_pages(s, pages, 1);
+  THRIFTATTN_RETURN_IF_ERROR(clear_table(s, seq, first, before, stream));
+  THRIFTATTN_RETURN_IF_ERROR(write_table(s, seq, first, stream));
+  if (!cuts || !s.all_high) return {};  // a ring's record is the sequence's own
+  return copy_high(s, s, {{cut_page, pages[first]}}, stream);
+}
+
+}  // namespace
 
 Result<Lengths> read_lengths(const Cache::State& s, SeqId seq, Stream stream) {
   Lengths lengths;
@@ -94,7 +190,14 @@ Result<Lengths> read_lengths(const Cache::State& s, SeqId seq, Stream stream) {
   return lengths;
 }
 
-// Makes `tokens` the length of a sequence that holds at least as many.
+Result<Lengths> settled_lengths(const Cache::State& s, SeqId seq, const char* done, Stream stream) {
+  if (!s.has(seq)) return unknown(seq);
+  THRIFTATTN_ASSIGN_OR_RETURN(lengths, read_lengths(s, seq, stream));
+  if (lengths.settled != lengths.s_kv)
+    return invalid_argument(fmt::format("sequence {} cannot be {} in the middle of a step", seq, done));
+  return lengths;
+}
+
 Status cut(const Cache::State& s, SeqId seq, int64_t tokens, int64_t released, Stream stream) {
   const int64_t page = tokens / kPageTokens;
   CutParams p{};
@@ -113,40 +216,6 @@ Status cut(const Cache::State& s, SeqId seq, int64_t tokens, int64_t released, S
   p.released = s.released;
   return check(launch_cut(p, to_cuda(stream)), "cut");
 }
-
-StepParams step_params(const Cache::State& s) {
-  return {s.batch(), s.block_table, s.max_pages, static_cast<int>(s.size.max_tokens), s.recent, s.settled,
-          s.s_kv,    s.released,    s.faults};
-}
-
-// The four records of all heads of page j of a sequence in one layer; null = not stored.
-struct PageAddress {
-  uint8_t *fp4 = nullptr, *residual = nullptr, *high = nullptr, *summary = nullptr;
-};
-
-PageAddress address(const Cache::State& s, SeqId seq, int layer, int64_t j, const Lengths& lengths) {
-  const LayerCache cache = s.layer(layer);
-  const int32_t id = s.sequences[seq].pages[j];
-  const int page = static_cast<int>(j);
-  const auto at = [&](uint8_t* pool, int64_t record, int64_t bytes) {
-    return pool ? pool + record * cache.h_kv * bytes : nullptr;
-  };
-  PageAddress a;
-  if ((j + 1) * kPageTokens <= lengths.s_kv) {
-    a.fp4 = at(cache.fp4, id, s.layout.fp4_bytes);
-    a.residual = at(cache.residual, id, s.layout.fp4_bytes);
-    a.summary = at(cache.summary, id, s.canonical.summary_bytes);
-  }
-  if (cache.has_high(page, lengths.released))
-    a.high = at(cache.high, cache.high_record(seq, page, id), s.layout.high_bytes);
-  return a;
-}
-
-Status no_memory(const char* what) {
-  return Status(Code::out_of_memory, fmt::format("no host memory left for {}", what));
-}
-
-}  // namespace
 
 LayerCache Cache::State::layer(int index) const {
   const int64_t heads = int64_t{index} * config.h_kv;
@@ -186,8 +255,9 @@ const CacheConfig& Cache::config() const { return state_->config; }
 const CacheSize& Cache::size() const { return state_->size; }
 int Cache::device() const { return state_->device; }
 
-Result<Cache> Cache::create(const CacheConfig& config, const CacheSize& size, int device) {
-  THRIFTATTN_RETURN_IF_ERROR(check_config(config, size));
+Result<Cache> Cache::create(const CacheConfig& config, const CacheSize& wanted, int device) {
+  THRIFTATTN_RETURN_IF_ERROR(check_config(config));
+  THRIFTATTN_ASSIGN_OR_RETURN(size, checked(wanted));
   THRIFTATTN_RETURN_IF_ERROR(machine(device).status());
   auto state = std::make_unique<State>();
   State& s = *state;
@@ -199,21 +269,16 @@ Result<Cache> Cache::create(const CacheConfig& config, const CacheSize& size, in
   s.max_pages = static_cast<int>(pages_for(size.max_tokens));
   s.sink = std::min(config.sink, s.max_pages);
   s.recent = std::min(config.recent, s.max_pages);
-  s.size.max_append = std::min(size.max_append, size.max_tokens);
-  const int64_t sequences = size.max_sequences;
-  if (size.pages == 0) s.size.pages = sequences * s.max_pages;
-  if (s.size.pages > INT32_MAX)
-    return invalid_argument(
-        fmt::format("{} sequences of {} pages are more than 2^31 - 1 pages", sequences, s.max_pages));
+  const int64_t sequences = size.max_sequences, pages = size.pages;
   const bool encoded = config.storage != Storage::high_only;
   s.all_high = !encoded || config.storage == Storage::dual;
   // The window, the tail, the pages that a step fills and one more; never more than a sequence has.
-  s.ring_pages = static_cast<int>(std::min<int64_t>(int64_t{s.sink} + s.recent + 2 + pages_for(s.size.max_append),
+  s.ring_pages = static_cast<int>(std::min<int64_t>(int64_t{s.sink} + s.recent + 2 + pages_for(size.max_append),
                                                     std::max(s.max_pages, s.sink + 1)));
-  s.high_records = s.all_high ? s.size.pages : sequences * s.ring_pages;
+  s.high_records = s.all_high ? pages : sequences * s.ring_pages;
 
   Parts parts;
-  const int64_t heads = int64_t{config.layers} * config.h_kv, pages = s.size.pages, int_bytes = sizeof(int32_t);
+  const int64_t heads = int64_t{config.layers} * config.h_kv, int_bytes = sizeof(int32_t);
   const bool summaries = encoded || s.canonical.summary_bytes > int64_t{sizeof(PageSummary)};
   const bool residuals = config.storage == Storage::residual;
   const int64_t fp4 = parts.take({encoded ? heads : 0, pages, s.layout.fp4_bytes});
@@ -231,6 +296,7 @@ Result<Cache> Cache::create(const CacheConfig& config, const CacheSize& size, in
                               size.max_tokens, pages, parts.bytes(), config.max_bytes));
   try {
     s.sequences.resize(sequences);
+    s.users.resize(pages);
     s.free_pages.resize(pages);
     for (int64_t i = 0; i < pages; ++i) s.free_pages[i] = static_cast<int32_t>(pages - 1 - i);
   } catch (const std::bad_alloc&) {
@@ -292,15 +358,12 @@ Status Cache::reserve(SeqId seq, int64_t tokens, Stream stream) {
     return Status(Code::out_of_memory, fmt::format("{} tokens of sequence {} need {} more pages: {} of {} are free",
                                                    tokens, seq, more, s.free_pages.size(), s.size.pages));
   try {
-    pages.insert(pages.end(), s.free_pages.rbegin(), s.free_pages.rbegin() + more);
+    take_pages(s, pages, more);
   } catch (const std::bad_alloc&) {
     return no_memory("a block table");
   }
-  s.free_pages.resize(s.free_pages.size() - more);
   const CurrentDevice current(s.device);
-  return check(
-      launch_write(s.block_table + int64_t{seq} * s.max_pages + have, pages.data() + have, more, to_cuda(stream)),
-      "reserve");
+  return write_table(s, seq, have, stream);
 }
 
 Status Cache::free(SeqId seq, Stream stream) {
@@ -308,21 +371,43 @@ Status Cache::free(SeqId seq, Stream stream) {
   if (!s.has(seq)) return unknown(seq);
   const CurrentDevice current(s.device);
   State::Sequence& q = s.sequences[seq];
-  THRIFTATTN_RETURN_IF_ERROR(check(cudaMemsetAsync(s.block_table + int64_t{seq} * s.max_pages, 0xff,
-                                                   q.pages.size() * sizeof(int32_t), to_cuda(stream)),
-                                   "cudaMemsetAsync"));
-  s.free_pages.insert(s.free_pages.end(), q.pages.rbegin(), q.pages.rend());  // within its capacity: all fit
+  THRIFTATTN_RETURN_IF_ERROR(clear_table(s, seq, 0, std::ssize(q.pages), stream));
+  for (auto page = q.pages.rbegin(); page != q.pages.rend(); ++page)
+    if (--s.users[*page] == 0) s.free_pages.push_back(*page);  // within its capacity: all fit
   q = {};
   return {};
 }
 
+Result<SeqId> Cache::fork(SeqId seq, Stream stream) {
+  State& s = *state_;
+  const CurrentDevice current(s.device);
+  THRIFTATTN_ASSIGN_OR_RETURN(now, settled_lengths(s, seq, "forked", stream));
+  const int64_t full = now.s_kv / kPageTokens, tail = now.s_kv % kPageTokens != 0 ? 1 : 0;
+  if (tail > std::ssize(s.free_pages))
+    return Status(Code::out_of_memory,
+                  fmt::format("a fork of sequence {} needs a page for its tail: none is free", seq));
+  return filled_sequence(*this, "a fork", stream, [&](SeqId copy) -> Status {
+    const std::vector<int32_t>& from = s.sequences[seq].pages;
+    std::vector<int32_t>& to = s.sequences[copy].pages;
+    to.reserve(full + tail);
+    to.assign(from.begin(), from.begin() + full);
+    for (const int32_t page : to) ++s.users[page];
+    take_pages(s, to, tail);
+    THRIFTATTN_RETURN_IF_ERROR(write_table(s, copy, 0, stream));
+    const LayerCache cache = s.layer(0);
+    std::vector<RecordPair> records;  // a shared page's is shared, where it belongs to the page
+    for (int j = s.all_high ? static_cast<int>(full) : 0; j < full + tail; ++j)
+      if (cache.has_high(j, now.released))
+        records.push_back({cache.high_record(seq, j, from[j]), cache.high_record(copy, j, to[j])});
+    THRIFTATTN_RETURN_IF_ERROR(copy_high(s, s, records, stream));
+    return cut(s, copy, now.s_kv, now.released, stream);
+  });
+}
+
 Status Cache::truncate(SeqId seq, int64_t length, Stream stream) {
   State& s = *state_;
-  if (!s.has(seq)) return unknown(seq);
   const CurrentDevice current(s.device);
-  THRIFTATTN_ASSIGN_OR_RETURN(now, read_lengths(s, seq, stream));
-  if (now.settled != now.s_kv)
-    return invalid_argument(fmt::format("sequence {} cannot be truncated in the middle of a step", seq));
+  THRIFTATTN_ASSIGN_OR_RETURN(now, settled_lengths(s, seq, "truncated", stream));
   if (length < 0 || length > now.s_kv)
     return invalid_argument(
         fmt::format("sequence {} cannot be truncated to {} tokens: it holds {}", seq, length, now.s_kv));
@@ -332,7 +417,40 @@ Status Cache::truncate(SeqId seq, int64_t length, Stream stream) {
         "sequence {} cannot be truncated to {} tokens: page {} has no 16-bit form (lengths from {} on, or a "
         "multiple of {}, can)",
         seq, length, page, now.released * kPageTokens, kPageTokens));
+  THRIFTATTN_RETURN_IF_ERROR(unshare(s, seq, length, stream));
   return cut(s, seq, length, std::min<int64_t>(now.released, std::max<int64_t>(page, s.sink)), stream);
+}
+
+Status Cache::grow(const CacheSize& size, Stream stream) {
+  const State& from = *state_;
+  const CacheSize now = from.size;
+  THRIFTATTN_ASSIGN_OR_RETURN(wanted, checked(size));
+  if (wanted.max_sequences < now.max_sequences || wanted.max_tokens < now.max_tokens || wanted.pages < now.pages ||
+      wanted.max_append < now.max_append)
+    return invalid_argument(fmt::format(
+        "a cache of {} sequences of {} tokens, {} pages and {} tokens a step cannot grow to {}, {}, {} and {}: none of "
+        "them may be smaller",
+        now.max_sequences, now.max_tokens, now.pages, now.max_append, wanted.max_sequences, wanted.max_tokens,
+        wanted.pages, wanted.max_append));
+  THRIFTATTN_ASSIGN_OR_RETURN(grown, create(from.config, wanted, from.device));
+  State& to = *grown.state_;
+  try {
+    std::copy(from.sequences.begin(), from.sequences.end(), to.sequences.begin());
+    std::copy(from.users.begin(), from.users.end(), to.users.begin());
+    to.free_pages.resize(wanted.pages - now.pages);  // the new ones, which have the highest ids and are taken last
+    to.free_pages.insert(to.free_pages.end(), from.free_pages.begin(), from.free_pages.end());
+    to.seqs = from.seqs;
+    to.s_q = from.s_q;
+    to.rows = from.rows;
+    to.max_s_q = from.max_s_q;
+    const CurrentDevice current(from.device);
+    THRIFTATTN_RETURN_IF_ERROR(copy_contents(from, to, stream));
+    THRIFTATTN_RETURN_IF_ERROR(wait(stream));
+  } catch (const std::bad_alloc&) {
+    return no_memory("the tables of a larger cache");
+  }
+  *this = std::move(grown);
+  return {};
 }
 
 Status Cache::set_batch(std::span<const SeqId> seqs, std::span<const int64_t> s_q, Stream stream) {
@@ -409,156 +527,6 @@ Status Cache::append(int layer, const View& k, const View& v, Stream stream) {
   return check(launch_append(p, to_cuda(stream)), "append");
 }
 
-Result<SeqId> Cache::upload(const KvCache& from, SeqId seq, Stream stream) {
-  State& s = *state_;
-  CacheConfig theirs = from.config();
-  theirs.max_bytes = s.config.max_bytes;
-  if (!(theirs == s.config))
-    return invalid_argument("a sequence can be uploaded to a cache of the same configuration only");
-  const CacheState& host = from.state();
-  const Sequence* q = host.find(seq);
-  if (!q) return unknown(seq);
-  const int64_t tokens = from.length(seq);
-  for (int l = 0; l < s.config.layers; ++l)
-    if (from.length(seq, l) != tokens)
-      return invalid_argument(fmt::format("sequence {} cannot be uploaded in the middle of a step", seq));
-  THRIFTATTN_ASSIGN_OR_RETURN(copy, new_sequence(stream));
-  Lengths lengths;
-  lengths.settled = lengths.s_kv = static_cast<int32_t>(tokens);
-  lengths.released = static_cast<int32_t>(
-      std::max(*std::max_element(q->released.begin(), q->released.end()), tokens / kPageTokens - s.recent));
-  const CurrentDevice current(s.device);
-  const auto copy_pages = [&]() -> Status {
-    THRIFTATTN_RETURN_IF_ERROR(reserve(copy, tokens, stream));
-    const int h_kv = s.config.h_kv;
-    std::vector<uint8_t> fp4(h_kv * s.layout.fp4_bytes), residual(fp4), high(h_kv * s.layout.high_bytes),
-        summary(h_kv * s.canonical.summary_bytes);
-    for (int l = 0; l < s.config.layers; ++l)
-      for (int64_t j = 0; j < pages_for(tokens); ++j) {
-        const PageAddress to = address(s, copy, l, j, lengths);
-        const PageForms* forms = host.forms_of(q->pages[j], l);
-        const int held = static_cast<int>(std::min<int64_t>(tokens - j * kPageTokens, kPageTokens));
-        for (int h = 0; h < h_kv; ++h) {
-          if (to.fp4)
-            to_device_fp4(s.canonical, s.layout, host.fp4.at(forms[h].fp4), fp4.data() + h * s.layout.fp4_bytes);
-          if (to.residual)
-            to_device_fp4(s.canonical, s.layout, host.residual.at(forms[h].residual),
-                          residual.data() + h * s.layout.fp4_bytes);
-          if (to.high)
-            to_device_high(s.canonical, s.layout, host.high.at(forms[h].high), held,
-                           high.data() + h * s.layout.high_bytes);
-          if (to.summary)
-            std::memcpy(summary.data() + h * s.canonical.summary_bytes, host.summary.at(forms[h].summary),
-                        s.canonical.summary_bytes);
-        }
-        if (to.fp4) THRIFTATTN_RETURN_IF_ERROR(to_device(to.fp4, fp4.data(), std::ssize(fp4), stream));
-        if (to.residual)
-          THRIFTATTN_RETURN_IF_ERROR(to_device(to.residual, residual.data(), std::ssize(residual), stream));
-        if (to.high) THRIFTATTN_RETURN_IF_ERROR(to_device(to.high, high.data(), std::ssize(high), stream));
-        if (to.summary) THRIFTATTN_RETURN_IF_ERROR(to_device(to.summary, summary.data(), std::ssize(summary), stream));
-        THRIFTATTN_RETURN_IF_ERROR(wait(stream));
-      }
-    THRIFTATTN_RETURN_IF_ERROR(cut(s, copy, tokens, lengths.released, stream));
-    return wait(stream);
-  };
-  Status status;
-  try {
-    status = copy_pages();
-  } catch (const std::bad_alloc&) {
-    status = no_memory("an upload");
-  }
-  if (status.ok()) return copy;
-  (void)free(copy, stream);
-  return status;
-}
-
-Result<std::vector<PageRecords>> download_records(const Cache::State& s, SeqId seq, int layer, int64_t first,
-                                                  int64_t end, Stream stream) {
-  if (!s.has(seq)) return unknown(seq);
-  const CurrentDevice current(s.device);
-  THRIFTATTN_ASSIGN_OR_RETURN(lengths, read_lengths(s, seq, stream));
-  if (layer < 0 || layer >= s.config.layers || first < 0 || end < first || end > pages_for(lengths.s_kv))
-    return invalid_argument(fmt::format("pages {} to {} of layer {} are not in sequence {}: it holds {} tokens", first,
-                                        end, layer, seq, lengths.s_kv));
-  const int h_kv = s.config.h_kv;
-  try {
-    std::vector<PageRecords> records((end - first) * h_kv);
-    std::vector<uint8_t> fp4(h_kv * s.layout.fp4_bytes), residual(fp4), high(h_kv * s.layout.high_bytes),
-        summary(h_kv * s.canonical.summary_bytes);
-    for (int64_t j = first; j < end; ++j) {
-      const PageAddress from = address(s, seq, layer, j, lengths);
-      if (from.fp4) THRIFTATTN_RETURN_IF_ERROR(to_host(fp4.data(), from.fp4, std::ssize(fp4), stream));
-      if (from.residual)
-        THRIFTATTN_RETURN_IF_ERROR(to_host(residual.data(), from.residual, std::ssize(residual), stream));
-      if (from.high) THRIFTATTN_RETURN_IF_ERROR(to_host(high.data(), from.high, std::ssize(high), stream));
-      if (from.summary) THRIFTATTN_RETURN_IF_ERROR(to_host(summary.data(), from.summary, std::ssize(summary), stream));
-      THRIFTATTN_RETURN_IF_ERROR(wait(stream));
-      for (int h = 0; h < h_kv; ++h) {
-        PageRecords& r = records[(j - first) * h_kv + h];
-        const auto plane = [&](const std::vector<uint8_t>& all, std::vector<uint8_t>& record) {
-          record.resize(s.canonical.fp4_bytes);
-          to_canonical_fp4(s.layout, s.canonical, all.data() + h * s.layout.fp4_bytes, record.data());
-        };
-        if (from.fp4) plane(fp4, r.fp4);
-        if (from.residual) plane(residual, r.residual);
-        if (from.high) {
-          r.high.resize(s.canonical.high_bytes);
-          to_canonical_high(s.layout, s.canonical, high.data() + h * s.layout.high_bytes, r.high.data());
-        }
-        if (from.summary) {
-          const uint8_t* at = summary.data() + h * s.canonical.summary_bytes;
-          r.summary.assign(at, at + s.canonical.summary_bytes);
-        }
-      }
-    }
-    return records;
-  } catch (const std::bad_alloc&) {
-    return no_memory("a download");
-  }
-}
-
-Status Cache::download(SeqId seq, int layer, int64_t first, const MutableView& k, const MutableView& v,
-                       Stream stream) const {
-  const State& s = *state_;
-  const CacheConfig& c = s.config;
-  if (k.tokens < 0 || k.tokens != v.tokens || k.heads != c.h_kv || v.heads != c.h_kv || k.channels != c.d ||
-      v.channels != c.d_v)
-    return invalid_argument(
-        fmt::format("download to k [{}, {}, {}] and v [{}, {}, {}], expected [n, {}, {}] and [n, {}, {}]", k.tokens,
-                    k.heads, k.channels, v.tokens, v.heads, v.channels, c.h_kv, c.d, c.h_kv, c.d_v));
-  THRIFTATTN_ASSIGN_OR_RETURN(tokens, length(seq, stream));
-  if (first < 0 || k.tokens > tokens - first)  // the sum of both may overflow
-    return invalid_argument(
-        fmt::format("{} tokens from {} on are not in sequence {}: it holds {}", k.tokens, first, seq, tokens));
-  float pk[kMaxChannels * kPageTokens], pv[kMaxChannels * kPageTokens], row[kMaxChannels];
-  const auto half = [](const std::vector<uint8_t>& record, int64_t at) {
-    uint16_t bits;
-    std::memcpy(&bits, record.data() + 2 * at, sizeof(bits));
-    return f16_decode(bits);
-  };
-  for (int64_t t = first; t < first + k.tokens;) {
-    const int64_t j = t / kPageTokens, end = std::min(first + k.tokens, (j + 1) * kPageTokens);
-    THRIFTATTN_ASSIGN_OR_RETURN(records, download_records(s, seq, layer, j, j + 1, stream));
-    for (int h = 0; h < c.h_kv; ++h) {
-      const PageRecords& r = records[h];
-      if (r.high.empty())
-        decode_page(c, s.canonical, r.fp4.data(), r.residual.empty() ? nullptr : r.residual.data(), r.summary.data(),
-                    pk, pv);
-      for (int64_t i = t; i < end; ++i) {
-        const int slot = static_cast<int>(i % kPageTokens);
-        for (int ch = 0; ch < c.d; ++ch)
-          row[ch] = r.high.empty() ? pk[ch * kPageTokens + slot] : half(r.high, s.canonical.high_k_at(slot, ch));
-        store_row(k.dtype, row, c.d, k.at(i - first, h));
-        for (int ch = 0; ch < c.d_v; ++ch)
-          row[ch] = r.high.empty() ? pv[slot * c.d_v + ch] : half(r.high, s.canonical.high_v_at(slot, ch));
-        store_row(v.dtype, row, c.d_v, v.at(i - first, h));
-      }
-    }
-    t = end;
-  }
-  return {};
-}
-
 Result<int64_t> Cache::length(SeqId seq, Stream stream) const {
   if (!state_->has(seq)) return unknown(seq);
   const CurrentDevice current(state_->device);
@@ -579,9 +547,10 @@ Result<Faults> Cache::faults(Stream stream, bool clear) {
 
 MemoryUse Cache::bytes() const {
   const State& s = *state_;
-  int64_t pages = 0, live = 0;
+  const int64_t pages = std::ssize(s.users) - std::ssize(s.free_pages);
+  int64_t entries = 0, live = 0;  // of block tables; sequences
   for (const State::Sequence& q : s.sequences) {
-    pages += std::ssize(q.pages);
+    entries += std::ssize(q.pages);
     live += q.live;
   }
   const int64_t heads = int64_t{s.config.layers} * s.config.h_kv;
@@ -590,7 +559,7 @@ MemoryUse Cache::bytes() const {
   use.residual = s.residual ? heads * pages * s.layout.fp4_bytes : 0;
   use.high = heads * (s.all_high ? pages : live * s.ring_pages) * s.layout.high_bytes;
   use.summaries = s.summary ? heads * pages * s.canonical.summary_bytes : 0;
-  use.tables = (live * 6 + pages) * int64_t{sizeof(int32_t)};
+  use.tables = (live * 6 + entries) * int64_t{sizeof(int32_t)};
   return use;
 }
 

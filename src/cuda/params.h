@@ -243,4 +243,37 @@ struct CutParams {
 };
 cudaError_t launch_cut(const CutParams& params, cudaStream_t stream);
 
+// Copies 16-bit records of all heads, in all layers, within a cache or from one to another.
+struct CopyParams {
+  const uint8_t* from;  // [layers, records, record_bytes], of all heads together
+  uint8_t* to;
+  int64_t from_layer_bytes, to_layer_bytes;  // from one layer to the next
+  int64_t record_bytes;
+  int layers;
+};
+struct RecordPair {
+  int64_t from, to;
+};
+cudaError_t launch_copy(const CopyParams& params, const RecordPair* records, int64_t count, cudaStream_t stream);
+
+// Converts records of one layer between a pool and a buffer in canonical order, [count, h_kv], of at most kStagedPages
+// pages.
+inline constexpr int kStagedPages = 64;
+enum class RecordKind : uint8_t { fp4, high, summary };  // fp4: of either plane; summaries are the same in both orders
+struct StagedPage {
+  int64_t record;  // in the pool
+  int tokens;      // that the page holds
+};
+struct ConvertParams {
+  PageLayout canonical;
+  DeviceLayout layout;
+  RecordKind kind;
+  bool to_pool;  // or from it
+  uint8_t* pool;
+  uint8_t* staged;
+  int64_t pool_bytes, staged_bytes;  // of a record of one head
+};
+cudaError_t launch_convert(const ConvertParams& params, int h_kv, const StagedPage* pages, int count,
+                           cudaStream_t stream);
+
 }  // namespace thriftattn::cuda

@@ -1,5 +1,5 @@
 // What a cache's device memory knows of sequences: lengths grow in begin_step and settle in end_step, block tables and
-// batches are written from the host.
+// batches are written from the host, and a fork gets copies of 16-bit records.
 #include "cuda/params.h"
 
 namespace thriftattn::cuda {
@@ -56,6 +56,21 @@ __global__ void cut_kernel(const CutParams p) {
   }
 }
 
+constexpr int kPairs = 240;  // of one launch, as above
+struct Pairs {
+  RecordPair values[kPairs];
+};
+
+// Grid: (parts of a record, records, layers).
+__global__ void copy_kernel(const __grid_constant__ CopyParams p, const __grid_constant__ Pairs pairs) {
+  const RecordPair pair = pairs.values[blockIdx.y];
+  const int64_t layer = blockIdx.z;
+  const auto* from = reinterpret_cast<const uint4*>(p.from + layer * p.from_layer_bytes + pair.from * p.record_bytes);
+  auto* to = reinterpret_cast<uint4*>(p.to + layer * p.to_layer_bytes + pair.to * p.record_bytes);
+  const int64_t count = p.record_bytes / sizeof(uint4), stride = int64_t{gridDim.x} * blockDim.x;
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count; i += stride) to[i] = from[i];
+}
+
 constexpr int kThreads = 128;
 int blocks_for(int64_t n) { return static_cast<int>((n + kThreads - 1) / kThreads); }
 
@@ -88,6 +103,19 @@ cudaError_t launch_write(int32_t* to, const int32_t* values, int64_t count, cuda
 cudaError_t launch_cut(const CutParams& p, cudaStream_t stream) {
   cut_kernel<<<dim3(p.h_kv, p.layers), kThreads, 0, stream>>>(p);
   return cudaGetLastError();
+}
+
+cudaError_t launch_copy(const CopyParams& p, const RecordPair* records, int64_t count, cudaStream_t stream) {
+  constexpr int64_t kPart = 8 * kThreads * sizeof(uint4);
+  const auto parts = static_cast<unsigned>((p.record_bytes + kPart - 1) / kPart);
+  for (int64_t done = 0; done < count; done += kPairs) {
+    const int n = static_cast<int>(count - done < kPairs ? count - done : kPairs);
+    Pairs pairs;
+    for (int i = 0; i < n; ++i) pairs.values[i] = records[done + i];
+    copy_kernel<<<dim3(parts, n, p.layers), kThreads, 0, stream>>>(p, pairs);
+    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace thriftattn::cuda

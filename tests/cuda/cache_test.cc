@@ -1,8 +1,6 @@
 // The cache on a GPU against the CPU's: after the same appends every record has the same bytes.
-#include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -10,179 +8,16 @@
 #include <string>
 #include <vector>
 
-#include "attention/cache_state.h"
-#include "core/device.h"
-#include "cuda/state.h"
-#include "format/rows.h"
-#include "thriftattn/cuda.h"
-#include "thriftattn/threads.h"
+#include "cuda/caches.h"
 
 namespace thriftattn::cuda {
 namespace {
 
-#define ASSERT_OK(expression)                     \
-  do {                                            \
-    const Status status = (expression);           \
-    ASSERT_TRUE(status.ok()) << status.message(); \
-  } while (0)
-
-class CudaCache : public ::testing::Test {
- protected:
-  void SetUp() override {
-    const auto all = gpus();
-    if (!all.ok() || all->empty()) GTEST_SKIP() << "no GPU";
-    ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
-  }
-  void TearDown() override {
-    if (stream) {
-      EXPECT_EQ(cudaStreamDestroy(stream), cudaSuccess);
-    }
-  }
-
-  cudaStream_t stream = nullptr;
-  ThreadPool pool{1};
-};
-
-// A tensor [tokens, heads, channels] of the host and its copy on the device, rows `gap` elements apart.
-class Tensor {
- public:
-  Tensor(int64_t tokens, int heads, int channels, DType dtype = DType::f32, int gap = 0)
-      : tokens_(tokens), heads_(heads), channels_(channels), gap_(gap), dtype_(dtype) {
-    bytes_.resize(static_cast<size_t>((tokens * stride() + gap) * size_of(dtype)));
-  }
-
-  // Keys and values that look like attention's: an outlier channel, a loud token, a page far from zero.
-  void fill(std::mt19937& random, float magnitude = 1) {
-    std::normal_distribution<float> normal;
-    std::vector<float> row(static_cast<size_t>(channels_));
-    for (int64_t t = 0; t < tokens_; ++t)
-      for (int h = 0; h < heads_; ++h) {
-        for (int c = 0; c < channels_; ++c) {
-          float x = normal(random);
-          if (c == 5) x += 8;
-          if (t % 97 == 3) x *= 10;
-          if (t / 64 % 3 == 1) x += 2;
-          row[static_cast<size_t>(c)] = x * magnitude;
-        }
-        store_row(dtype_, row.data(), channels_, at(t, h));
-      }
-  }
-  void set(int64_t t, int h, int c, float x) {
-    store_row(dtype_, &x, 1, static_cast<char*>(at(t, h)) + c * size_of(dtype_));
-  }
-
-  View host(int64_t first, int64_t n) const {
-    return {at(first, 0), dtype_, n, heads_, channels_, stride(), channels_};
-  }
-  // Of the copy that `send` made.
-  View device(int64_t first, int64_t n) const {
-    View v = host(first, n);
-    v.data = memory_.data() + (static_cast<const char*>(v.data) - bytes_.data());
-    return v;
-  }
-  Status send(cudaStream_t stream) {
-    THRIFTATTN_ASSIGN_OR_RETURN(memory, DeviceMemory::take(std::ssize(bytes_), 0, "a tensor"));
-    memory_ = std::move(memory);
-    THRIFTATTN_RETURN_IF_ERROR(
-        check(cudaMemcpyAsync(memory_.data(), bytes_.data(), bytes_.size(), cudaMemcpyHostToDevice, stream),
-              "cudaMemcpyAsync"));
-    return check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
-  }
-
- private:
-  int64_t stride() const { return int64_t{heads_} * channels_ + gap_; }
-  void* at(int64_t t, int h) const {
-    return const_cast<char*>(bytes_.data()) + (gap_ + t * stride() + h * channels_) * size_of(dtype_);
-  }
-
-  int64_t tokens_;
-  int heads_, channels_, gap_;
-  DType dtype_;
-  std::vector<char> bytes_;
-  DeviceMemory memory_;
-};
-
-CacheConfig config_of(Storage storage, int d = 64, int d_v = 64, int layers = 1, int h_kv = 2) {
-  CacheConfig c;
-  c.storage = storage;
-  c.layers = layers;
-  c.h_kv = h_kv;
-  c.d = d;
-  c.d_v = d_v;
-  c.centring = storage != Storage::high_only;
-  return c;
-}
-
-// One step of the CPU's cache, all layers.
-Status step(KvCache& cache, SeqId seq, const View& k, const View& v, ThreadPool& pool) {
-  for (int l = 0; l < cache.config().layers; ++l) THRIFTATTN_RETURN_IF_ERROR(cache.append(seq, l, k, v, pool));
-  for (int l = 0; l < cache.config().layers; ++l) THRIFTATTN_RETURN_IF_ERROR(cache.settle(seq, l));
-  return {};
-}
-
-// One step of the batch that is set.
-Status step(Cache& cache, const View& k, const View& v, cudaStream_t stream) {
-  THRIFTATTN_RETURN_IF_ERROR(cache.begin_step(stream));
-  for (int l = 0; l < cache.config().layers; ++l) THRIFTATTN_RETURN_IF_ERROR(cache.append(l, k, v, stream));
-  return cache.end_step(stream);
-}
-
-Status step(Cache& cache, SeqId seq, const View& k, const View& v, cudaStream_t stream) {
-  const int64_t n = k.tokens;
-  THRIFTATTN_RETURN_IF_ERROR(cache.set_batch({&seq, 1}, {&n, 1}, stream));
-  return step(cache, k, v, stream);
-}
-
-// Every record of both sequences: the same forms, the same bytes; of the tail those of its tokens.
-void expect_equal(const Cache& gpu, SeqId gpu_seq, const KvCache& cpu, SeqId cpu_seq, cudaStream_t stream,
-                  const std::string& what) {
-  const int64_t tokens = cpu.length(cpu_seq), pages = pages_for(tokens);
-  const auto length = gpu.length(gpu_seq, stream);
-  ASSERT_TRUE(length.ok()) << length.status().message();
-  ASSERT_EQ(*length, tokens) << what;
-  const CacheState& s = cpu.state();
-  for (int l = 0; l < s.config.layers; ++l) {
-    const auto records = download_records(gpu.state(), gpu_seq, l, 0, pages, stream);
-    ASSERT_TRUE(records.ok()) << records.status().message();
-    for (int64_t j = 0; j < pages; ++j)
-      for (int h = 0; h < s.config.h_kv; ++h) {
-        const PageForms& forms =
-            s.forms_of(s.sequences[static_cast<size_t>(cpu_seq)].pages[static_cast<size_t>(j)], l)[h];
-        const PageRecords& got = (*records)[static_cast<size_t>(j * s.config.h_kv + h)];
-        const std::string where = what + ", layer " + std::to_string(l) + ", page " + std::to_string(j) + " of " +
-                                  std::to_string(pages) + ", head " + std::to_string(h);
-        const auto want = [&](const RecordPool& records_of, int32_t record) {
-          const uint8_t* at = records_of.at(record);
-          return at ? std::vector<uint8_t>(at, at + records_of.record_bytes()) : std::vector<uint8_t>{};
-        };
-        ASSERT_EQ(got.summary, want(s.summary, forms.summary)) << "summary, " << where;
-        ASSERT_EQ(got.fp4, want(s.fp4, forms.fp4)) << "fp4, " << where;
-        ASSERT_EQ(got.residual, want(s.residual, forms.residual)) << "residual, " << where;
-        const std::vector<uint8_t> high = want(s.high, forms.high);
-        ASSERT_EQ(got.high.size(), high.size()) << "high, " << where;
-        if (high.empty()) continue;
-        const int held = static_cast<int>(std::min<int64_t>(tokens - j * kPageTokens, kPageTokens));
-        const auto same = [&](int64_t at) {
-          return std::memcmp(got.high.data() + 2 * at, high.data() + 2 * at, 2) == 0;
-        };
-        for (int t = 0; t < held; ++t) {
-          for (int c = 0; c < s.config.d; ++c) ASSERT_TRUE(same(s.layout.high_k_at(t, c))) << where << ", token " << t;
-          for (int c = 0; c < s.config.d_v; ++c)
-            ASSERT_TRUE(same(s.layout.high_v_at(t, c))) << where << ", token " << t;
-        }
-        // What a kernel may read after the tail's last token is zero.
-        for (int t = held; t < (held + kHighItemTokens - 1) / kHighItemTokens * kHighItemTokens; ++t)
-          for (int c = 0; c < s.config.d_v; ++c) {
-            const int64_t at = 2 * s.layout.high_v_at(t, c);
-            ASSERT_EQ(got.high[static_cast<size_t>(at)] | got.high[static_cast<size_t>(at + 1)], 0) << where;
-          }
-      }
-  }
-}
+using namespace testing;
 
 // The same rows to a new sequence of both caches, in steps of `chunk` tokens; then every record is compared.
 void expect_same_appends(const CacheConfig& config, DType dtype, int64_t tokens, int64_t chunk, cudaStream_t stream,
-                         ThreadPool& pool, float magnitude = 1, int gap = 0) {
+                         float magnitude = 1, int gap = 0) {
   const std::string what =
       to_string(config.storage) + " " + to_string(config.format) + (config.scales == Scales::six ? " six" : " 4over6") +
       (config.centring ? " centred" : "") + (config.page_scale ? " scaled" : "") + " d " + std::to_string(config.d) +
@@ -202,7 +37,7 @@ void expect_same_appends(const CacheConfig& config, DType dtype, int64_t tokens,
   ASSERT_OK(gpu->reserve(*seq, tokens, stream));
   for (int64_t t = 0; t < tokens; t += chunk) {
     const int64_t n = std::min(chunk, tokens - t);
-    ASSERT_OK(step(*cpu, host, k.host(t, n), v.host(t, n), pool));
+    ASSERT_OK(step(*cpu, host, k.host(t, n), v.host(t, n)));
     ASSERT_OK(step(*gpu, *seq, k.device(t, n), v.device(t, n), stream));
   }
   expect_equal(*gpu, *seq, *cpu, host, stream, what);
@@ -223,7 +58,7 @@ TEST_F(CudaCache, EncodesAsTheCpuDoes) {
               config.centring = centring && storage != Storage::high_only;
               config.page_scale = page_scale;
               config.min_max = config.variance = page_scale;
-              expect_same_appends(config, DType::f32, 200, 77, stream, pool, magnitude);
+              expect_same_appends(config, DType::f32, 200, 77, stream, magnitude);
               if (HasFatalFailure()) return;
             }
 }
@@ -235,17 +70,17 @@ TEST_F(CudaCache, EveryHeadSizeAndType) {
         CacheConfig config = config_of(Storage::residual, d, d % 112 + 16, 1, 1);
         config.format = format;
         config.min_max = config.variance = true;
-        expect_same_appends(config, dtype, 140, 65, stream, pool);
+        expect_same_appends(config, dtype, 140, 65, stream);
         std::swap(config.d, config.d_v);
-        expect_same_appends(config, dtype, 140, 130, stream, pool, 1, 3);  // rows that no wide load can take
+        expect_same_appends(config, dtype, 140, 130, stream, 1, 3);  // rows that no wide load can take
         if (HasFatalFailure()) return;
       }
 }
 
 TEST_F(CudaCache, StepsOfAnySizeGiveTheSameBytes) {
   for (const int64_t chunk : {1, 2, 3, 7, 8, 63, 64, 65, 129, 400}) {
-    expect_same_appends(config_of(Storage::residual, 48, 80, 2), DType::f32, 400, chunk, stream, pool);
-    expect_same_appends(config_of(Storage::dual, 32, 16, 1, 3), DType::bf16, 333, chunk, stream, pool);
+    expect_same_appends(config_of(Storage::residual, 48, 80, 2), DType::f32, 400, chunk, stream);
+    expect_same_appends(config_of(Storage::dual, 32, 16, 1, 3), DType::bf16, 333, chunk, stream);
     if (HasFatalFailure()) return;
   }
 }
@@ -254,13 +89,13 @@ TEST_F(CudaCache, TheRingOfALongSequenceHoldsItsWindow) {
   CacheConfig config = config_of(Storage::fp4_only, 16, 16, 2, 1);
   config.sink = 3;
   config.recent = 4;
-  expect_same_appends(config, DType::f32, 64 * 40 + 17, 100, stream, pool);
-  expect_same_appends(config, DType::f32, 64 * 20, 64, stream, pool);
+  expect_same_appends(config, DType::f32, 64 * 40 + 17, 100, stream);
+  expect_same_appends(config, DType::f32, 64 * 20, 64, stream);
   config.sink = 0;
   config.recent = 2;
-  expect_same_appends(config, DType::f32, 64 * 30 + 1, 1, stream, pool);
+  expect_same_appends(config, DType::f32, 64 * 30 + 1, 1, stream);
   config.sink = 100;  // more than there are pages
-  expect_same_appends(config, DType::f32, 64 * 5, 50, stream, pool);
+  expect_same_appends(config, DType::f32, 64 * 5, 50, stream);
 }
 
 TEST_F(CudaCache, SequencesOfABatchGrowEachByItsOwn) {
@@ -294,7 +129,7 @@ TEST_F(CudaCache, SequencesOfABatchGrowEachByItsOwn) {
     ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
     int64_t row = 0;
     for (size_t i = 0; i < 4; ++i) {
-      ASSERT_OK(step(*cpu, hosts[i], k.host(row, s_q[i]), v.host(row, s_q[i]), pool));
+      ASSERT_OK(step(*cpu, hosts[i], k.host(row, s_q[i]), v.host(row, s_q[i])));
       row += s_q[i];
     }
   }
@@ -326,7 +161,7 @@ TEST_F(CudaCache, FreedPagesServeOthers) {
     EXPECT_EQ(gpu->reserve(seqs[2], 65 + 64, stream).code(), Code::out_of_memory) << "7 of 8 pages are taken";
     ASSERT_OK(gpu->reserve(seqs[2], 65, stream));
     const SeqId host = cpu->new_sequence();
-    ASSERT_OK(step(*cpu, host, k.host(0, 200), v.host(0, 200), pool));
+    ASSERT_OK(step(*cpu, host, k.host(0, 200), v.host(0, 200)));
     expect_equal(*gpu, seqs[1], *cpu, host, stream, "round " + std::to_string(round));
     if (HasFatalFailure()) return;
     ASSERT_OK(cpu->free(host));
@@ -354,8 +189,8 @@ TEST_F(CudaCache, WithoutAPageNothingOfTheStepIsAppended) {
   const auto both = [&](int64_t first, int64_t n0, int64_t n1, bool first_fits, bool second_fits) {
     ASSERT_OK(gpu->set_batch(seqs, std::vector<int64_t>{n0, n1}, stream));
     ASSERT_OK(step(*gpu, k.device(first, n0 + n1), v.device(first, n0 + n1), stream));
-    if (first_fits) ASSERT_OK(step(*cpu, hosts[0], k.host(first, n0), v.host(first, n0), pool));
-    if (second_fits) ASSERT_OK(step(*cpu, hosts[1], k.host(first + n0, n1), v.host(first + n0, n1), pool));
+    if (first_fits) ASSERT_OK(step(*cpu, hosts[0], k.host(first, n0), v.host(first, n0)));
+    if (second_fits) ASSERT_OK(step(*cpu, hosts[1], k.host(first + n0, n1), v.host(first + n0, n1)));
     for (size_t i = 0; i < 2; ++i) expect_equal(*gpu, seqs[i], *cpu, hosts[i], stream, "sequence " + std::to_string(i));
     const auto faults = gpu->faults(stream, true);
     ASSERT_TRUE(faults.ok());
@@ -396,15 +231,15 @@ TEST_F(CudaCache, WhatIsNotFiniteIsSeenAndSpoilsItsPage) {
       EXPECT_FALSE(*gpu->faults(stream));
       ASSERT_OK(step(*gpu, seq, k.device(64, 20), v.device(64, 20), stream));
       EXPECT_TRUE(gpu->faults(stream, true)->not_finite);
-      const auto tail = download_records(gpu->state(), seq, 0, 1, 2, stream);
+      auto tail = download_records(gpu->state(), seq, 0, 1, 2, stream);
       ASSERT_TRUE(tail.ok());
-      const auto nan_at = [&](const PageRecords& r, int64_t at) {
+      const auto nan_at = [&](int64_t at) {
         uint16_t bits;
-        std::memcpy(&bits, r.high.data() + 2 * at, sizeof(bits));
+        std::memcpy(&bits, tail->at(LayerRecords::kHigh, 1, 0) + 2 * at, sizeof(bits));
         return std::isnan(f16_decode(bits));
       };
-      EXPECT_TRUE(nan_at((*tail)[0], gpu->state().canonical.high_k_at(6, 3)));
-      EXPECT_FALSE(nan_at((*tail)[0], gpu->state().canonical.high_k_at(7, 3)));
+      EXPECT_TRUE(nan_at(gpu->state().canonical.high_k_at(6, 3)));
+      EXPECT_FALSE(nan_at(gpu->state().canonical.high_k_at(7, 3)));
       ASSERT_OK(step(*gpu, seq, k.device(84, 300), v.device(84, 300), stream));
       EXPECT_TRUE(gpu->faults(stream)->not_finite);
       EXPECT_TRUE(gpu->faults(stream)->not_finite) << "sticky";
@@ -439,7 +274,7 @@ TEST_F(CudaCache, TruncateIsExactWhereThePageHasSixteenBits) {
     ASSERT_OK(gpu->reserve(seq, 64 * 12, stream));
     int64_t length = 0;
     const auto grow = [&](int64_t n) {
-      ASSERT_OK(step(*cpu, host, k.host(length, n), v.host(length, n), pool));
+      ASSERT_OK(step(*cpu, host, k.host(length, n), v.host(length, n)));
       ASSERT_OK(step(*gpu, seq, k.device(length, n), v.device(length, n), stream));
       length += n;
       expect_equal(*gpu, seq, *cpu, host, stream, to_string(storage) + ", grown to " + std::to_string(length));
@@ -504,7 +339,7 @@ TEST_F(CudaCache, AGraphGoesOnWhileTheSequencesGrow) {
       ASSERT_EQ(cudaGraphLaunch(ready, stream), cudaSuccess);
       for (size_t s = 0; s < 2; ++s)
         ASSERT_OK(step(*cpu, hosts[s], k.host(2 * i + static_cast<int64_t>(s), 1),
-                       v.host(2 * i + static_cast<int64_t>(s), 1), pool));
+                       v.host(2 * i + static_cast<int64_t>(s), 1)));
     }
     for (size_t s = 0; s < 2; ++s) expect_equal(*gpu, seqs[s], *cpu, hosts[s], stream, to_string(storage));
     EXPECT_FALSE(*gpu->faults(stream));
@@ -531,13 +366,13 @@ TEST_F(CudaCache, UploadAndDownloadKeepEveryValue) {
       ASSERT_OK(k.send(stream));
       ASSERT_OK(v.send(stream));
       const SeqId host = cpu->new_sequence();
-      ASSERT_OK(step(*cpu, host, k.host(0, tokens), v.host(0, tokens), pool));
+      ASSERT_OK(step(*cpu, host, k.host(0, tokens), v.host(0, tokens)));
       const auto seq = gpu->upload(*cpu, host, stream);
       ASSERT_TRUE(seq.ok()) << seq.status().message();
       expect_equal(*gpu, *seq, *cpu, host, stream, to_string(storage) + ", uploaded");
       // And it goes on.
       ASSERT_OK(gpu->reserve(*seq, tokens + 100, stream));
-      ASSERT_OK(step(*cpu, host, k.host(tokens, 100), v.host(tokens, 100), pool));
+      ASSERT_OK(step(*cpu, host, k.host(tokens, 100), v.host(tokens, 100)));
       ASSERT_OK(step(*gpu, *seq, k.device(tokens, 100), v.device(tokens, 100), stream));
       expect_equal(*gpu, *seq, *cpu, host, stream, to_string(storage) + ", grown");
       if (HasFatalFailure()) return;

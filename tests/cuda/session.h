@@ -146,6 +146,20 @@ class GpuSession {
     stream_.wait();
   }
   void append(int64_t count) { append(std::vector<int64_t>{count}); }
+  // Makes sequence i a fork of the first one, of which it has all tokens.
+  void fork(size_t i) {
+    EXPECT_OK(cache_->free(seqs_[i], stream_));
+    auto seq = cache_->fork(seqs_[0], stream_);
+    EXPECT_TRUE(seq.ok()) << seq.status().message();
+    EXPECT_OK(cache_->reserve(*seq, size_.max_tokens, stream_));
+    seqs_[i] = *seq;
+    lengths_[i] = lengths_[0];
+  }
+  void grow(const cuda::CacheSize& size) {
+    size_ = size;
+    EXPECT_OK(cache_->grow(size, stream_));
+    for (const SeqId seq : seqs_) EXPECT_OK(cache_->reserve(seq, size.max_tokens, stream_));
+  }
   // Frees the sequences in this order, and begins with an empty one for the first tokens, alone.
   void start_over(const std::vector<size_t>& order) {
     for (const size_t i : order) EXPECT_OK(cache_->free(seqs_[i], stream_));
