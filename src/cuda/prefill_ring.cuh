@@ -119,10 +119,7 @@ __device__ inline void copy_to_ring(uint32_t to, const uint8_t* from, int bytes,
 #if __CUDA_ARCH__ >= 900
   if (lane == 0) arrive_expecting(barrier, all_bytes);
   __syncwarp();
-  if (bytes > 0) {
-    before_bulk_copies();
-    copy_bulk(to, from, bytes, barrier);
-  }
+  if (bytes > 0) copy_bulk(to, from, bytes, barrier);
 #else
   for (int i = 0; i < 32; ++i) {  // one lane's piece after the other, all lanes at it
     const uint32_t piece = __shfl_sync(~0u, to, i);

@@ -17,9 +17,7 @@ class Ring {
       : slots_(slots), slot_bytes_(slot_bytes), barriers_(shared_address(barriers)) {
     if (threadIdx.x % 32 == 0) {
       for (uint32_t i = 0; i < kRingSlots; ++i) init_barrier(barriers_ + 8 * i, kArrivals);
-#if __CUDA_ARCH__ >= 900
       before_bulk_copies();
-#endif
     }
     __syncwarp();
   }
@@ -32,10 +30,7 @@ class Ring {
 #if __CUDA_ARCH__ >= 900
     if (static_cast<int>(threadIdx.x % 32) == leader) {
       arrive_expecting(barrier, bytes);
-      if (bytes > 0) {
-        before_bulk_copies();
-        copy_bulk(to, from, bytes, barrier);
-      }
+      if (bytes > 0) copy_bulk(to, from, bytes, barrier);
     }
 #else
     from = reinterpret_cast<const uint8_t*>(__shfl_sync(~0u, reinterpret_cast<unsigned long long>(from), leader));
@@ -52,6 +47,7 @@ class Ring {
   }
   // The warp has read `n` slots.
   __device__ void release(uint32_t n) {
+    before_bulk_copies();
     __syncwarp();
     read_ += n;
   }
