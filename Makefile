@@ -85,7 +85,7 @@ build/venv/with-tests: PACKAGES = cmake scikit-build-core nanobind transformers 
 # The package computes on the CPU alone, so kernels for GPUs stay out of this build.
 python: build/venv/with-tests
 	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) build/venv/bin/pip install --quiet --no-build-isolation --no-deps . \
-	  -C cmake.define.THRIFTATTN_CUDA=OFF
+	  -C cmake.define.THRIFTATTN_CUDA=OFF -C cmake.define.THRIFTATTN_UNITY=ON
 
 test-python: python
 	build/venv/bin/python -m pytest -q
