@@ -7,7 +7,8 @@
 #   make tsan            the attention tests and the soak under ThreadSanitizer
 #   make soak            a cache in long random use against the oracle, SECONDS=600 of it unless told otherwise
 #   make fuzz            every parser of files under libFuzzer, RUNS=200000 inputs each unless told otherwise
-#   make python          the Python package, installed into build/venv beside PyTorch and Transformers
+#   make python          the Python package, installed into build/venv beside PyTorch and Transformers; for GPUs too
+#                        with CUDA=ON
 #   make test-python     ... and its tests; make docs: the documentation pages, in build/docs
 #   make bench-peers     decode beside PyTorch and ONNX Runtime, installed there too; BENCH="--phase ..."
 #   make format-check    clang-format over the tracked C, C++ and CUDA files; `make format` rewrites them
@@ -82,10 +83,10 @@ build/venv/with-peers: PACKAGES = numpy onnxruntime onnx
 build/venv/with-tests: PACKAGES = cmake scikit-build-core nanobind transformers matplotlib \
   pytest hypothesis nbclient ipykernel sphinx myst-parser
 
-# The package computes on the CPU alone, so kernels for GPUs stay out of this build.
+# Kernels for GPUs, which take minutes, are compiled here only where they are insisted on.
 python: build/venv/with-tests
 	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) build/venv/bin/pip install --quiet --no-build-isolation --no-deps . \
-	  -C cmake.define.THRIFTATTN_CUDA=OFF -C cmake.define.THRIFTATTN_UNITY=ON
+	  -C cmake.define.THRIFTATTN_CUDA=$(if $(filter ON,$(CUDA)),ON,OFF) -C cmake.define.THRIFTATTN_UNITY=ON
 
 test-python: python
 	build/venv/bin/python -m pytest -q

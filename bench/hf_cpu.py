@@ -9,8 +9,6 @@ loss of each on those tokens. Prints medians in ms, the ratio to sdpa within rou
 """
 
 import argparse
-import json
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -18,22 +16,8 @@ from pathlib import Path
 import torch
 import transformers
 
+import hf
 import thriftattn
-import thriftattn.hf
-
-
-def contender(path, name, dtype):
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
-    if name == "sdpa":
-        return model, transformers.DynamicCache()
-    thriftattn.hf.enable(model, name)
-    return model, thriftattn.hf.ThriftCache(model)
-
-
-def cache_bytes(cache):
-    if isinstance(cache, thriftattn.hf.ThriftCache):
-        return cache.bytes().total
-    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
 
 
 @torch.no_grad()
@@ -54,43 +38,30 @@ def main():
 
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(args.model / "tokenizer.json"))
     ids = [0] + tokenizer(args.text.read_text(), add_special_tokens=False)["input_ids"]
-    steps = args.tokens * (args.rounds + 1)
-    if len(ids) < args.context + steps + 1:
-        sys.exit(f"hf_cpu.py: the text has {len(ids)} tokens, {args.context + steps + 1} are needed")
-    ids = torch.tensor([ids[: args.context + steps + 1]])
+    needed = args.context + args.tokens * (args.rounds + 1) + 1
+    if len(ids) < needed:
+        sys.exit(f"hf_cpu.py: the text has {len(ids)} tokens, {needed} are needed")
+    ids = torch.tensor([ids[:needed]])
 
-    rows = {name: {"prefill_s": 0.0, "nll": 0.0, "ms": []} for name in ["sdpa", *args.method]}
-    models = {name: contender(args.model, name, args.dtype) for name in rows}
-    for name, (model, cache) in models.items():
+    rows, contenders = {}, {}
+    for name in ("sdpa", *args.method):
+        model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
+        cache = hf.cache_of(model, name)
         start = time.perf_counter()
         model(ids[:, : args.context], cache=cache, logits_to_keep=1)
-        rows[name]["prefill_s"] = time.perf_counter() - start
-    at = args.context
-    for round_ in range(args.rounds + 1):  # the first one warms up
-        for name, (model, cache) in models.items():
-            for i in range(at, at + args.tokens):
-                start = time.perf_counter()
-                logits = model(ids[:, i : i + 1], cache=cache).logits
-                spent = time.perf_counter() - start
-                rows[name]["nll"] -= float(logits[0, -1].float().log_softmax(0)[ids[0, i + 1]]) / steps
-                if round_:
-                    rows[name]["ms"].append(1e3 * spent)
-        at += args.tokens
+        rows[name] = {"prefill_s": time.perf_counter() - start}
+        contenders[name] = model, cache
+    hf.time_tokens(contenders, rows, ids, args.context, args.rounds, args.tokens)
+    hf.summarize(rows, args.tokens)
     print(f"{args.model.name}, {args.dtype}, {args.context} tokens, {torch.get_num_threads()} threads; ms per token")
     for name, row in rows.items():
-        row["bytes"] = cache_bytes(models[name][1])
-        row["median_ms"] = statistics.median(row["ms"])
-        per_round = [
-            statistics.median(rows["sdpa"]["ms"][i : i + args.tokens]) / statistics.median(row["ms"][i : i + args.tokens])
-            for i in range(0, len(row["ms"]), args.tokens)
-        ]
-        row["faster"] = statistics.median(per_round)
+        row["bytes"] = hf.cache_bytes(contenders[name][1])
         print(
             f"{name:24} {row['median_ms']:8.2f}  {row['faster']:5.2f}x sdpa  prefill {row['prefill_s']:6.1f} s  "
             f"{row['bytes'] / args.context:6.0f} bytes per token  nll {row['nll']:.4f}"
         )
     if args.json:
-        args.json.write_text(json.dumps({"schema": "thriftattn.bench_hf/1", "context": args.context, "rows": rows}))
+        hf.write(args.json, args.context, rows)
 
 
 if __name__ == "__main__":

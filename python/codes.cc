@@ -39,6 +39,12 @@ class Rows {
   int64_t count_ = 1, offset_ = 0;
 };
 
+void check_on_cpu(const Tensor& t, const char* name) {
+  if (!t.device.is_cpu())
+    throw nb::value_error(
+        fmt::format("{} is on {}: tensors in the CPU's memory are supported here", name, to_string(t.device)).c_str());
+}
+
 std::vector<size_t> shape_with(const nb::ndarray<nb::ro>& array, int64_t last) {
   std::vector<size_t> shape(array.shape_ptr(), array.shape_ptr() + array.ndim());
   shape.back() = static_cast<size_t>(last);
@@ -49,13 +55,14 @@ std::vector<size_t> shape_with(const nb::ndarray<nb::ro>& array, int64_t last) {
 
 nb::object quantize(nb::handle x, Fp4Format format, Scales scales) {
   const Tensor in = tensor(x, "x");
+  check_on_cpu(in, "x");
   const int block = block_size(format);
   const int64_t n = in.size(static_cast<int>(in.array.ndim()) - 1), blocks = n / block;
   if (n % block != 0)
     throw nb::value_error(fmt::format("x has {} elements on its last axis: {} takes multiples of {}", n,
                                       format == Fp4Format::nvfp4 ? "nvfp4" : "mxfp4", block)
                               .c_str());
-  Output codes(shape_with(in.array, n / 2), kByte), bytes(shape_with(in.array, blocks), kByte);
+  Output codes(shape_with(in.array, n / 2), kByte, x), bytes(shape_with(in.array, blocks), kByte, x);
   {
     nb::gil_scoped_release released;
     uint8_t* code = codes.data<uint8_t>();
@@ -70,11 +77,13 @@ nb::object quantize(nb::handle x, Fp4Format format, Scales scales) {
         for (int i = 0; i < block / 2; ++i) code[i] = static_cast<uint8_t>(unpacked[2 * i] | unpacked[2 * i + 1] << 4);
       }
   }
-  return nb::make_tuple(codes.release(x), bytes.release(x));
+  return nb::make_tuple(codes.release(), bytes.release());
 }
 
 nb::object dequantize(nb::handle codes, nb::handle scales, Fp4Format format) {
   const Tensor c = byte_tensor(codes, "codes"), s = byte_tensor(scales, "scales");
+  check_on_cpu(c, "codes");
+  check_on_cpu(s, "scales");
   const int block = block_size(format), last = static_cast<int>(c.array.ndim()) - 1;
   const int64_t n = c.size(last) * 2;
   const std::vector<size_t> expected = shape_with(c.array, n / block);
@@ -83,7 +92,7 @@ nb::object dequantize(nb::handle codes, nb::handle scales, Fp4Format format) {
                                       fmt::join(s.array.shape_ptr(), s.array.shape_ptr() + s.array.ndim(), ", "),
                                       expected, block / 2)
                               .c_str());
-  Output out(shape_with(c.array, n), dlpack_type(DType::f32));
+  Output out(shape_with(c.array, n), dlpack_type(DType::f32), codes);
   {
     nb::gil_scoped_release released;
     float* to = out.data<float>();
@@ -95,7 +104,7 @@ nb::object dequantize(nb::handle codes, nb::handle scales, Fp4Format format) {
         *to++ = e2m1_decode(static_cast<uint8_t>(code[i / 2] >> (i % 2 * 4))) * decode_scale(format, scale[i / block]);
     }
   }
-  return out.release(codes);
+  return out.release();
 }
 
 }  // namespace thriftattn::python

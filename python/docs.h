@@ -5,9 +5,12 @@ namespace thriftattn::python::docs {
 
 inline constexpr char kAttention[] = R"(softmax(q k^T sm_scale) v, with k and v kept as `method` says.
 
-q, k and v are tensors on the CPU that speak DLPack, of float32, float16 or bfloat16 each. The last axis is contiguous,
-all other strides are free. k and v are read in place; so is q, unless its sequences do not follow one another at the
-stride of its rows, when it is copied.
+q, k and v are tensors that speak DLPack, all on the CPU or all on one GPU, of float32, float16 or bfloat16 each. The
+last axis is contiguous, all other strides are free. k and v are read in place; so is q, unless its sequences do not
+follow one another at the stride of its rows, when it may be copied.
+
+On a GPU the work goes to `stream`; q and p enter products in 16 bit; and the call waits for its end, because its cache
+goes with it: KvCache does not wait.
 
 Args:
     q: [b, s_q, h_q, d]; h_q is a multiple of h_kv.
@@ -24,16 +27,19 @@ Args:
     given: Promote exactly these pages instead of selecting.
     out: A writable tensor [b, s_q, h_q, d_v] to write to, of any of the three types.
     return_lse: Give the logarithm of each row's sum too.
-    stats: Give Stats too.
+    stats: Give Stats too; on a GPU in phase "decode" alone.
+    stream: On a GPU: where to compute. None: PyTorch's or CuPy's current stream, for tensors of theirs; the legacy
+        default stream for others, which their makers are asked to have them ready on. Or the address of a cudaStream_t,
+        or a stream of PyTorch or CuPy, on which the tensors are then ready.
 
 Returns:
-    out, of q's type and framework; followed, where asked for, by lse, float32 [b, s_q, h_q], natural logarithm, and by
+    out, of q's type, framework and device; followed, where asked for, by lse, float32 [b, s_q, h_q], natural logarithm, and by
     Stats. A row without a visible key gives out = 0, lse = -inf.
 
 Raises:
     TypeError: An argument is no tensor, requires grad, or is of another type.
-    ValueError: A shape, device, stride, word or number is wrong, `out` is read-only, or k or v hold NaN, Inf or values
-        beyond 65504. The message names it.
+    ValueError: A shape, stride, word or number is wrong, `out` is read-only, tensors are on several devices or on one
+        that this build or machine does not have, or k or v hold NaN, Inf or values beyond 65504. The message names it.
     NotImplementedError: No kernel serves the problem; the message has each one's reason.
 )";
 
@@ -56,6 +62,7 @@ Args:
     d_v: Channels of a value head; 0: as d.
     causal: This and what follows is as in attention().
     threads: 0: those of the pool.
+    device: "cpu", "cuda" or "cuda:1" and so on.
 
 Raises:
     ValueError, NotImplementedError: As attention() does.
@@ -67,7 +74,7 @@ Bit for bit what the cache does to a block, its page scale and centring apart. A
 saturate.
 
 Args:
-    x: [..., n] of float32, float16 or bfloat16; n is a multiple of the block.
+    x: On the CPU, [..., n] of float32, float16 or bfloat16; n is a multiple of the block.
     format: "nvfp4": E2M1 codes, a UE4M3 scale for every 16; "mxfp4": E2M1 codes, an E8M0 scale for every 32.
     scales: "6", or "4over6": the better of two scales for each block of nvfp4.
 
@@ -91,6 +98,10 @@ be brought to the same length before the next step. A page of 64 tokens is encod
 
 Methods raise ValueError for what the caller got wrong, NotImplementedError for what no storage here serves, and
 MemoryError where max_bytes or the machine is at its end. Threads may share a cache: their calls take turns.
+
+On a GPU append() and attend() queue their work on a stream (attention() says which) and return; a call on another stream
+than the last waits for the last one's work. All layers take the same tokens in the same steps. save(), load(), read(),
+fork(), truncate() and a cache that grows wait for the device. What it cannot find out without waiting, check() tells.
 )";
 
 inline constexpr char kCacheInit[] = R"(An empty cache.
@@ -102,7 +113,16 @@ Args:
     d_v: Channels of a value head, the same; 0: as d.
     layers: Of the model.
     dtype: The 16-bit form: "float16" refuses values beyond 65504, "bfloat16" takes them.
-    max_bytes: Limit of bytes().total that append() and fork() keep; 0: none.
+    max_bytes: Limit of bytes().total that append() and fork() keep, on a GPU of reserved_bytes(); 0: none.
+    device: "cpu", "cuda" or "cuda:1" and so on: where tensors must be, too.
+    max_sequences: On a GPU: room to begin with, for so many sequences; 0: a few.
+    max_tokens: And for so many tokens of each; 0: a few.
+    max_step: And for steps of so many tokens of each, all of which have room in 16 bit from then on; 0: a few. A cache
+        that must grow is copied, and needs the memory of both: read long prompts in steps.
+
+Raises:
+    ValueError: This build or machine has no such device.
+    NotImplementedError: A GPU does not keep what `method` or `dtype` asks for: "bfloat16" among others.
 )";
 
 inline constexpr char kAppend[] = R"(Appends keys and values to one layer of the sequences, one after another.
@@ -114,10 +134,17 @@ Args:
     k: [b, s, h_kv, d].
     v: [b, s, h_kv, d_v].
     layer: The layer.
+    stream: As in attention().
 
 Raises:
-    ValueError: NaN, Inf and values beyond the 16-bit form among others. Where the message names a sequence, that one
-        is as it was and those before it have grown.
+    ValueError: NaN, Inf and values beyond the 16-bit form among others; on a GPU they give NaN, and check() raises.
+        Where the message names a sequence, that one is as it was and those before it have grown.
+)";
+
+inline constexpr char kCheck[] = R"(Waits for the device, and says what append() could not.
+
+Raises:
+    ValueError: NaN, Inf or values beyond 65504 were appended since the last check; what reads their page is NaN.
 )";
 
 inline constexpr char kAttend[] = R"(Attention of rows that stand at the ends of the sequences.
@@ -147,7 +174,7 @@ sequence that has only grown.
 Args:
     seq: The sequence.
     length: Tokens that stay.
-    lossy: Rebuild the page that is cut from FP4 where that is all there is.
+    lossy: Rebuild the page that is cut from FP4 where that is all there is; not on a GPU.
 
 Raises:
     NotImplementedError: The cut cannot be exact, and is not allowed to be lossy.

@@ -9,7 +9,7 @@
 
 #include <map>
 
-#include "attend.h"
+#include "cache.h"
 #include "codes.h"
 #include "docs.h"
 #include "tensors.h"
@@ -54,23 +54,26 @@ nb::object array_of(const std::vector<T>& values, std::vector<size_t> shape = {}
   if (shape.empty()) shape = {values.size()};
   Output out(shape, nb::dtype<T>());
   std::copy(values.begin(), values.end(), out.data<T>());
-  return out.release(nb::none());
+  return out.release();
 }
 
-// Keys and values in a cache of their own, of one layer.
+// Keys and values in a cache of their own, of one layer, where they are.
 struct Held {
   Cache cache;
   std::vector<SeqId> seqs;
 
-  Held(const Method& method, nb::handle q, nb::handle k, nb::handle v) : cache(empty(method, q, k, v)) {
+  Held(const Method& method, nb::handle q, nb::handle k, nb::handle v, nb::handle stream)
+      : cache(empty(method, q, k, v)) {
     seqs = cache.new_sequences(tensor(k, "k").size(0));
-    cache.append(seqs, 0, k, v);
+    cache.append(seqs, 0, k, v, stream);
   }
 
  private:
   static Cache empty(const Method& method, nb::handle q, nb::handle k, nb::handle v) {
     const Tensor queries = tensor(q, "q", {"b", "s_q", "h_q", "d"}), keys = tensor(k, "k", {"b", "s_kv", "h_kv", "d"}),
                  values = tensor(v, "v", {"b", "s_kv", "h_kv", "d_v"});
+    check_device(queries, "q", "k", keys.device);
+    check_device(values, "v", "k", keys.device);
     for (const auto& [name, axis, a, b] : {std::tuple{"q and k differ in b", 0, &queries, &keys},
                                            {"k and v differ in b", 0, &keys, &values},
                                            {"k and v differ in s_kv", 1, &keys, &values},
@@ -80,30 +83,34 @@ struct Held {
         throw nb::value_error(fmt::format("{}: {} and {}", name, a->size(axis), b->size(axis)).c_str());
     const auto config = CacheConfig::for_method(method, 1, static_cast<int>(keys.size(2)),
                                                 static_cast<int>(keys.size(3)), static_cast<int>(values.size(3)));
-    return Cache(method, config);
+    const int64_t s_kv = std::max<int64_t>(1, keys.size(1)), rows = std::max(s_kv, queries.size(1));
+    return Cache(method, config, keys.device, {static_cast<int>(std::max<int64_t>(1, keys.size(0))), s_kv, rows});
   }
 };
 
 nb::object attention(nb::handle q, nb::handle k, nb::handle v, bool causal, const std::string& method,
                      const std::string& phase, int64_t window, float sm_scale, float softcap, nb::handle sinks,
-                     const std::string& compute, const Selection* given, nb::handle out, bool return_lse, bool stats) {
+                     const std::string& compute, const Selection* given, nb::handle out, bool return_lse, bool stats,
+                     nb::handle stream) {
   const Method m = method_of(method);
   const Form form = form_of(phase, causal, window, sm_scale, softcap, compute);
-  Held held(m, q, k, v);
-  return held.cache.attend(held.seqs, 0, form, m, q, {sinks, given, out, return_lse, stats});
+  Held held(m, q, k, v, stream);
+  nb::object result = held.cache.attend(held.seqs, 0, form, m, q, {sinks, given, out, return_lse, stats, stream});
+  check(in_turn([&] { return held.cache.store().check_appended(); }));
+  return result;
 }
 
 Selection select(nb::handle q, nb::handle k, nb::handle v, bool causal, const std::string& method,
-                 const std::string& phase, int64_t window, float sm_scale, float softcap) {
+                 const std::string& phase, int64_t window, float sm_scale, float softcap, nb::handle stream) {
   const Method m = method_of(method);
   const Form form = form_of(phase, causal, window, sm_scale, softcap, "float32");
-  Held held(m, q, k, v);
-  return held.cache.select(held.seqs, 0, form, m, q);
+  Held held(m, q, k, v, stream);
+  return held.cache.select(held.seqs, 0, form, m, q, stream);
 }
 
 Plan plan_of(const std::string& method, const std::string& phase, int b, int64_t s_q, int64_t s_kv, int h_q, int h_kv,
              int d, int d_v, bool causal, int64_t window, float sm_scale, float softcap, bool stats,
-             const std::string& compute, int threads) {
+             const std::string& compute, int threads, const std::string& device) {
   Problem p;
   p.phase = phase_of(phase);
   p.b = b;
@@ -121,7 +128,17 @@ Plan plan_of(const std::string& method, const std::string& phase, int b, int64_t
   p.cache = CacheConfig::for_method(p.method, 1, h_kv, p.d, p.d_v);
   p.stats = stats;
   p.compute = compute_of(compute);
-  return value_or_raise(plan(p, Machine::here(threads > 0 ? threads : python::threads())));
+  const Device on = device_of(device);
+  return value_or_raise(
+      plan(p, on.is_cpu() ? Machine::here(threads > 0 ? threads : python::threads()) : machine_of(on)));
+}
+
+// The names of the GPUs, by index; none in a build without CUDA and where there is no driver.
+std::vector<std::string> gpu_names() {
+  std::vector<std::string> names;
+  if (const auto all = in_turn([] { return cuda::gpus(); }); all.ok())
+    for (const Gpu& gpu : all.value()) names.push_back(gpu.name);
+  return names;
 }
 
 void bind_results(nb::module_& m) {
@@ -197,9 +214,9 @@ void bind_results(nb::module_& m) {
       });
 
   nb::class_<Plan>(m, "Plan", "What will run a problem. str() gives it in one line.")
-      .def_ro("backend", &Plan::backend, "\"cpu\".")
+      .def_ro("backend", &Plan::backend, "\"cpu\" or \"cuda\".")
       .def_ro("kernel", &Plan::kernel, "Such as \"decode_exchange\".")
-      .def_ro("target", &Plan::target, "The instruction set, such as \"AVX3\".")
+      .def_ro("target", &Plan::target, "The instruction set, such as \"AVX3\" or \"sm_90\".")
       .def_ro("rows_per_tile", &Plan::rows_per_tile, "Query rows of one tile.")
       .def_ro("splits", &Plan::splits, "Page ranges into which one (sequence, KV head) of a decode step is cut.")
       .def_ro("threads", &Plan::threads, "Threads it is for.")
@@ -233,102 +250,102 @@ void bind_cache(nb::module_& m) {
       .def(
           "__init__",
           [](Cache* self, const std::string& method, int h_kv, int d, int d_v, int layers, const std::string& dtype,
-             int64_t max_bytes) {
+             int64_t max_bytes, const std::string& device, int max_sequences, int64_t max_tokens, int64_t max_step) {
             const Method parsed = method_of(method);
             CacheConfig config = CacheConfig::for_method(parsed, layers, h_kv, d, d_v > 0 ? d_v : d);
             config.high_dtype = word<DType>("dtype", dtype, {{"float16", DType::f16}, {"bfloat16", DType::bf16}});
             config.max_bytes = max_bytes;
-            new (self) Cache(parsed, config);
+            new (self) Cache(parsed, config, device_of(device), {max_sequences, max_tokens, max_step});
           },
           "method"_a, nb::kw_only(), "h_kv"_a, "d"_a, "d_v"_a = 0, "layers"_a = 1, "dtype"_a = "float16",
-          "max_bytes"_a = 0, docs::kCacheInit)
+          "max_bytes"_a = 0, "device"_a = "cpu", "max_sequences"_a = 0, "max_tokens"_a = 0, "max_step"_a = 0,
+          docs::kCacheInit)
+      .def_prop_ro(
+          "device", [](const Cache& c) { return to_string(c.device()); }, "\"cpu\", or \"cuda:0\" and so on.")
       .def_prop_ro(
           "method", [](const Cache& c) { return to_string(c.method()); }, "The method, in its shortest words.")
       .def_prop_ro(
-          "layers", [](const Cache& c) { return c.store().config().layers; }, "Layers.")
+          "layers", [](const Cache& c) { return c.config().layers; }, "Layers.")
       .def_prop_ro(
-          "h_kv", [](const Cache& c) { return c.store().config().h_kv; }, "KV heads.")
+          "h_kv", [](const Cache& c) { return c.config().h_kv; }, "KV heads.")
       .def_prop_ro(
-          "d", [](const Cache& c) { return c.store().config().d; }, "Channels of a key head.")
+          "d", [](const Cache& c) { return c.config().d; }, "Channels of a key head.")
       .def_prop_ro(
-          "d_v", [](const Cache& c) { return c.store().config().d_v; }, "Channels of a value head.")
+          "d_v", [](const Cache& c) { return c.config().d_v; }, "Channels of a value head.")
       .def(
-          "new_sequence",
-          [](Cache& c) {
-            const SeqId seq = in_turn([&](ThreadPool&) { return c.store().new_sequence(); });
-            if (seq < 0) throw std::bad_alloc();
-            return seq;
-          },
-          "A new, empty sequence.")
+          "new_sequence", [](Cache& c) { return c.new_sequences(1)[0]; }, "A new, empty sequence.")
       .def(
           "append",
-          [](Cache& c, const Seqs& seqs, nb::handle k, nb::handle v, int layer) { c.append(seqs, layer, k, v); },
-          "seqs"_a, "k"_a, "v"_a, nb::kw_only(), "layer"_a = 0,
-          nb::sig("def append(self, seqs: collections.abc.Sequence[int], k: Tensor, v: Tensor, *, layer: int = 0) -> "
-                  "None"),
+          [](Cache& c, const Seqs& seqs, nb::handle k, nb::handle v, int layer, nb::handle stream) {
+            c.append(seqs, layer, k, v, stream);
+          },
+          "seqs"_a, "k"_a, "v"_a, nb::kw_only(), "layer"_a = 0, "stream"_a = nb::none(),
+          nb::sig("def append(self, seqs: collections.abc.Sequence[int], k: Tensor, v: Tensor, *, layer: int = 0, "
+                  "stream: typing.Any = None) -> None"),
           docs::kAppend)
       .def(
           "attend",
           [](Cache& c, const Seqs& seqs, nb::handle q, int layer, const std::string& phase, bool causal, int64_t window,
              float sm_scale, float softcap, nb::handle sinks, const std::string& compute, nb::handle method,
-             const Selection* given, nb::handle out, bool return_lse, bool stats) {
+             const Selection* given, nb::handle out, bool return_lse, bool stats, nb::handle stream) {
             return c.attend(seqs, layer, form_of(phase, causal, window, sm_scale, softcap, compute),
                             method.is_none() ? c.method() : method_of(nb::cast<std::string>(method)), q,
-                            {sinks, given, out, return_lse, stats});
+                            {sinks, given, out, return_lse, stats, stream});
           },
           "seqs"_a, "q"_a, nb::kw_only(), "layer"_a = 0, "phase"_a = "decode", "causal"_a = true, "window"_a = 0,
           "sm_scale"_a = 0.0f, "softcap"_a = 0.0f, "sinks"_a = nb::none(), "compute"_a = "float32",
           "method"_a = nb::none(), "given"_a.none() = nb::none(), "out"_a = nb::none(), "return_lse"_a = false,
-          "stats"_a = false,
+          "stats"_a = false, "stream"_a = nb::none(),
           nb::sig(
               "def attend(self, seqs: collections.abc.Sequence[int], q: Tensor, *, layer: int = 0, phase: str = "
               "'decode', causal: bool = True, window: int = 0, sm_scale: float = 0.0, softcap: float = 0.0, sinks: "
               "Tensor | None = None, compute: str = 'float32', method: str | None = None, given: Selection | None = "
-              "None, out: Tensor | None = None, return_lse: bool = False, stats: bool = False) -> typing.Any"),
+              "None, out: Tensor | None = None, return_lse: bool = False, stats: bool = False, stream: typing.Any = "
+              "None) -> typing.Any"),
           docs::kAttend)
       .def(
           "select",
           [](Cache& c, const Seqs& seqs, nb::handle q, int layer, const std::string& phase, bool causal, int64_t window,
-             float sm_scale, float softcap, nb::handle method) {
+             float sm_scale, float softcap, nb::handle method, nb::handle stream) {
             return c.select(seqs, layer, form_of(phase, causal, window, sm_scale, softcap, "float32"),
-                            method.is_none() ? c.method() : method_of(nb::cast<std::string>(method)), q);
+                            method.is_none() ? c.method() : method_of(nb::cast<std::string>(method)), q, stream);
           },
           "seqs"_a, "q"_a, nb::kw_only(), "layer"_a = 0, "phase"_a = "decode", "causal"_a = true, "window"_a = 0,
-          "sm_scale"_a = 0.0f, "softcap"_a = 0.0f, "method"_a = nb::none(),
+          "sm_scale"_a = 0.0f, "softcap"_a = 0.0f, "method"_a = nb::none(), "stream"_a = nb::none(),
           nb::sig(
               "def select(self, seqs: collections.abc.Sequence[int], q: Tensor, *, layer: int = 0, phase: str = "
               "'decode', causal: bool = True, window: int = 0, sm_scale: float = 0.0, softcap: float = 0.0, method: "
-              "str | None = None) -> Selection"),
+              "str | None = None, stream: typing.Any = None) -> Selection"),
           docs::kCacheSelect)
       .def(
-          "settle", [](Cache& c, const Seqs& seqs, int layer) { c.settle(seqs, layer); }, "seqs"_a, nb::kw_only(),
-          "layer"_a = 0, nb::sig("def settle(self, seqs: collections.abc.Sequence[int], *, layer: int = 0) -> None"),
+          "settle",
+          [](Cache& c, const Seqs& seqs, int layer) { check(in_turn([&] { return c.store().settle(seqs, layer); })); },
+          "seqs"_a, nb::kw_only(), "layer"_a = 0,
+          nb::sig("def settle(self, seqs: collections.abc.Sequence[int], *, layer: int = 0) -> None"),
           "Ends a step without attend(): frees the 16-bit copies of pages that have left the window.")
       .def(
-          "fork",
-          [](Cache& c, SeqId seq) { return value_or_raise(in_turn([&](ThreadPool&) { return c.store().fork(seq); })); },
+          "fork", [](Cache& c, SeqId seq) { return value_or_raise(in_turn([&] { return c.store().fork(seq); })); },
           "seq"_a,
           "A new sequence that shares the full pages of `seq` and owns a copy of its tail. All layers must be of one "
           "length.")
       .def(
           "truncate",
           [](Cache& c, SeqId seq, int64_t length, bool lossy) {
-            check(in_turn([&](ThreadPool&) { return c.store().truncate(seq, length, lossy); }));
+            check(in_turn([&] { return c.store().truncate(seq, length, lossy); }));
           },
           "seq"_a, "length"_a, nb::kw_only(), "lossy"_a = false, docs::kTruncate)
       .def(
-          "free", [](Cache& c, SeqId seq) { check(in_turn([&](ThreadPool&) { return c.store().free(seq); })); },
-          "seq"_a, "Gives a sequence back.")
+          "free", [](Cache& c, SeqId seq) { check(in_turn([&] { return c.store().free(seq); })); }, "seq"_a,
+          "Gives a sequence back.")
       .def(
           "length",
           [](Cache& c, SeqId seq, nb::handle layer) {
             const int of = layer.is_none() ? 0 : nb::cast<int>(layer);
-            if (of < 0 || of >= c.store().config().layers)
+            if (of < 0 || of >= c.config().layers)
               throw nb::value_error(
-                  fmt::format("layer {} does not exist: the cache has {}", of, c.store().config().layers).c_str());
+                  fmt::format("layer {} does not exist: the cache has {}", of, c.config().layers).c_str());
             const bool all = layer.is_none();
-            const int64_t n =
-                in_turn([&](ThreadPool&) { return all ? c.store().length(seq) : c.store().length(seq, of); });
+            const int64_t n = in_turn([&] { return all ? c.store().length(seq) : c.store().length(seq, of); });
             if (n < 0) throw nb::value_error(fmt::format("sequence {} does not exist", seq).c_str());
             return n;
           },
@@ -338,16 +355,16 @@ void bind_cache(nb::module_& m) {
       .def(
           "read",
           [](Cache& c, SeqId seq, int layer, int64_t first, int64_t tokens) {
-            const CacheConfig& config = c.store().config();
+            const CacheConfig& config = c.config();
             if (tokens < 0 || first < 0) throw nb::value_error("first and tokens are not negative");
             const auto n = static_cast<size_t>(tokens), h = static_cast<size_t>(config.h_kv);
             const auto f32 = dlpack_type(DType::f32);
             Output k({n, h, static_cast<size_t>(config.d)}, f32), v({n, h, static_cast<size_t>(config.d_v)}, f32);
-            check(in_turn([&](ThreadPool&) {
+            check(in_turn([&] {
               return c.store().read(seq, layer, first, mutable_view(k.data<float>(), tokens, config.h_kv, config.d),
                                     mutable_view(v.data<float>(), tokens, config.h_kv, config.d_v));
             }));
-            return nb::make_tuple(k.release(nb::none()), v.release(nb::none()));
+            return nb::make_tuple(k.release(), v.release());
           },
           "seq"_a, nb::kw_only(), "layer"_a = 0, "first"_a = 0, "tokens"_a,
           nb::sig("def read(self, seq: int, *, layer: int = 0, first: int = 0, tokens: int) -> tuple[numpy.ndarray, "
@@ -358,7 +375,7 @@ void bind_cache(nb::module_& m) {
           [](Cache& c, SeqId seq, nb::handle path, const nb::bytes& metadata) {
             const auto file = nb::cast<std::string>(nb::module_::import_("os").attr("fspath")(path));
             const std::string_view bytes(metadata.c_str(), metadata.size());
-            check(in_turn([&](ThreadPool&) { return c.store().save(seq, file, bytes); }));
+            check(in_turn([&] { return c.store().save(seq, file, bytes); }));
           },
           "seq"_a, "path"_a, "metadata"_a = nb::bytes(""),
           nb::sig("def save(self, seq: int, path: str | os.PathLike[str], metadata: bytes = b'') -> None"), docs::kSave)
@@ -367,7 +384,7 @@ void bind_cache(nb::module_& m) {
           [](Cache& c, nb::handle path) {
             const auto file = nb::cast<std::string>(nb::module_::import_("os").attr("fspath")(path));
             std::string metadata;
-            const Result<SeqId> seq = in_turn([&](ThreadPool&) { return c.store().load(file, &metadata); });
+            const Result<SeqId> seq = in_turn([&] { return c.store().load(file, &metadata); });
             if (seq.status().code() == Code::not_found) {
               PyErr_SetString(PyExc_FileNotFoundError, seq.status().message().c_str());
               throw nb::python_error();
@@ -376,35 +393,40 @@ void bind_cache(nb::module_& m) {
           },
           "path"_a, nb::sig("def load(self, path: str | os.PathLike[str]) -> tuple[int, bytes]"), docs::kLoad)
       .def(
-          "bytes", [](Cache& c) { return in_turn([&](ThreadPool&) { return c.store().bytes(); }); },
-          "Bytes in use now.")
+          "bytes", [](Cache& c) { return in_turn([&] { return c.store().bytes(); }); }, "Bytes in use now.")
       .def(
-          "peak_bytes", [](Cache& c) { return in_turn([&](ThreadPool&) { return c.store().peak_bytes(); }); },
+          "peak_bytes", [](Cache& c) { return in_turn([&] { return c.store().peak_bytes(); }); },
           "The largest total so far.")
       .def(
-          "reserved_bytes", [](Cache& c) { return in_turn([&](ThreadPool&) { return c.store().reserved_bytes(); }); },
-          "Taken from the system, free records included.");
+          "reserved_bytes", [](Cache& c) { return in_turn([&] { return c.store().reserved_bytes(); }); },
+          "Taken from the system, free records included; on a GPU scratch memory too.")
+      .def(
+          "check", [](Cache& c) { check(in_turn([&] { return c.store().check_appended(); })); }, docs::kCheck);
 }
 
 void bind_functions(nb::module_& m) {
   m.def("attention", attention, "q"_a, "k"_a, "v"_a, nb::kw_only(), "causal"_a = true, "method"_a = "thrift",
         "phase"_a = "prefill", "window"_a = 0, "sm_scale"_a = 0.0f, "softcap"_a = 0.0f, "sinks"_a = nb::none(),
         "compute"_a = "float32", "given"_a.none() = nb::none(), "out"_a = nb::none(), "return_lse"_a = false,
-        "stats"_a = false,
+        "stats"_a = false, "stream"_a = nb::none(),
         nb::sig("def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, method: str = 'thrift', phase: "
                 "str = 'prefill', window: int = 0, sm_scale: float = 0.0, softcap: float = 0.0, sinks: Tensor | None = "
                 "None, compute: str = 'float32', given: Selection | None = None, out: Tensor | None = None, "
-                "return_lse: bool = False, stats: bool = False) -> typing.Any"),
+                "return_lse: bool = False, stats: bool = False, stream: typing.Any = None) -> typing.Any"),
         docs::kAttention);
-  m.def(
-      "select", select, "q"_a, "k"_a, "v"_a, nb::kw_only(), "causal"_a = true, "method"_a = "thrift",
-      "phase"_a = "prefill", "window"_a = 0, "sm_scale"_a = 0.0f, "softcap"_a = 0.0f,
-      nb::sig("def select(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, method: str = 'thrift', phase: str "
-              "= 'prefill', window: int = 0, sm_scale: float = 0.0, softcap: float = 0.0) -> Selection"),
-      docs::kSelect);
+  m.def("select", select, "q"_a, "k"_a, "v"_a, nb::kw_only(), "causal"_a = true, "method"_a = "thrift",
+        "phase"_a = "prefill", "window"_a = 0, "sm_scale"_a = 0.0f, "softcap"_a = 0.0f, "stream"_a = nb::none(),
+        nb::sig(
+            "def select(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, method: str = 'thrift', phase: str "
+            "= 'prefill', window: int = 0, sm_scale: float = 0.0, softcap: float = 0.0, stream: typing.Any = None) -> "
+            "Selection"),
+        docs::kSelect);
   m.def("plan", plan_of, "method"_a = "thrift", nb::kw_only(), "phase"_a = "decode", "b"_a = 1, "s_q"_a = 0, "s_kv"_a,
         "h_q"_a, "h_kv"_a, "d"_a, "d_v"_a = 0, "causal"_a = true, "window"_a = 0, "sm_scale"_a = 0.0f,
-        "softcap"_a = 0.0f, "stats"_a = false, "compute"_a = "float32", "threads"_a = 0, docs::kPlan);
+        "softcap"_a = 0.0f, "stats"_a = false, "compute"_a = "float32", "threads"_a = 0, "device"_a = "cpu",
+        docs::kPlan);
+  m.def("gpus", gpu_names,
+        "The names of the GPUs, by index: none where this build has no CUDA or the machine no driver.");
   m.def(
       "quantize",
       [](nb::handle x, const std::string& format, const std::string& scales) {

@@ -2,19 +2,23 @@
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <cstdlib>
+#include <functional>
 #include <numeric>
+#include <tuple>
+
+#ifdef THRIFTATTN_PYTHON_CUDA
+#include "core/device.h"
+#endif
 
 namespace thriftattn::python {
 namespace {
 
-// First word of the module that the type of `object` comes from: "numpy", "torch", "jaxlib".
-std::string framework(nb::handle object) {
-  const auto module = nb::cast<std::string>(nb::str(object.type().attr("__module__")));
-  return module.substr(0, module.find('.'));
-}
+using namespace nb::literals;  // NOLINT: the names of arguments
 
 std::string kind_of(nb::handle object) { return nb::cast<std::string>(nb::str(object.type().attr("__name__"))); }
 
@@ -22,19 +26,6 @@ std::string dtype_name(nb::dlpack::dtype t) {
   static constexpr const char* kKinds[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};
   return t.code < std::size(kKinds) ? fmt::format("{}{}", kKinds[t.code], t.bits)
                                     : fmt::format("DLPack type {} of {} bits", t.code, t.bits);
-}
-
-std::string device_name(int type) {
-  switch (type) {
-    case nb::device::cuda::value:
-      return "cuda";
-    case nb::device::rocm::value:
-      return "rocm";
-    case nb::device::metal::value:
-      return "metal";
-    default:
-      return fmt::format("DLPack device {}", type);
-  }
 }
 
 std::vector<int64_t> shape_of(const nb::ndarray<nb::ro>& array) {
@@ -59,26 +50,60 @@ bool overlaps(const View& v) {
 [[noreturn]] void type_error(const std::string& message) { throw nb::type_error(message.c_str()); }
 [[noreturn]] void value_error(const std::string& message) { throw nb::value_error(message.c_str()); }
 
-// A tensor of any type on the CPU, of one axis or more, the last of them contiguous.
-nb::ndarray<nb::ro> on_cpu(nb::handle object, const char* name) {
+// Where DLPack says that an array lies; memory of other kinds is refused.
+Device device_of(const nb::ndarray<nb::ro>& array, const char* name) {
+  switch (array.device_type()) {
+    case nb::device::cpu::value:
+      return {};
+    case nb::device::cuda::value:
+      return {array.device_id()};
+    default:
+      value_error(
+          fmt::format("{} is on DLPack device {}:{}: tensors in the CPU's memory and on NVIDIA GPUs are supported",
+                      name, array.device_type(), array.device_id()));
+  }
+}
+
+// A tensor of any type, of one axis or more, the last of them contiguous.
+Tensor any_tensor(nb::handle object, const char* name) {
   // Of PyTorch alone; a gradient would be lost without a word.
   if (nb::hasattr(object, "requires_grad") && nb::cast<bool>(object.attr("requires_grad")))
     type_error(fmt::format("{} requires grad, and nothing here has a gradient: pass {}.detach()", name, name));
-  nb::ndarray<nb::ro> array;
-  if (!nb::ndarray_check(object) || !nb::try_cast(object, array)) {
+  Tensor t;
+  if (!nb::ndarray_check(object) || !nb::try_cast(object, t.array)) {
     PyErr_Clear();
     type_error(fmt::format("{} is a {}: a tensor that speaks DLPack is expected (NumPy, PyTorch, JAX, ...)", name,
                            kind_of(object)));
   }
-  if (array.device_type() != nb::device::cpu::value)
-    value_error(fmt::format("{} is on {}:{}: tensors in the CPU's memory are supported", name,
-                            device_name(array.device_type()), array.device_id()));
+  t.device = device_of(t.array, name);
+  const Framework framework = framework_of(object);
+  if (!t.device.is_cpu() && framework != Framework::torch && framework != Framework::cupy) {
+    // Its maker alone knows the stream that it is written on, and now makes the legacy default stream, 1 in DLPack,
+    // wait.
+    const nb::object ready = object.attr("__dlpack__")("stream"_a = 1);
+    t.array = nb::cast<nb::ndarray<nb::ro>>(ready);
+  }
+  const nb::ndarray<nb::ro>& array = t.array;
   if (array.ndim() == 0) value_error(fmt::format("{} is a scalar: one axis or more is expected", name));
   const size_t last = array.ndim() - 1;
   if (array.size() > 0 && array.shape(last) > 1 && array.stride(last) != 1)
     value_error(fmt::format("{}: the last axis is not contiguous, its stride is {}: pass a contiguous copy", name,
                             array.stride(last)));
-  return array;
+  return t;
+}
+
+// Device memory and the object that frees it.
+std::pair<void*, nb::object> take_on_gpu(size_t bytes, Device device) {
+#ifdef THRIFTATTN_PYTHON_CUDA
+  auto memory = std::make_unique<cuda::DeviceMemory>(value_or_raise(
+      cuda::DeviceMemory::take(static_cast<int64_t>(std::max<size_t>(bytes, 1)), device.gpu, "a tensor")));
+  void* data = memory->data();
+  nb::capsule owner(memory.release(), [](void* p) noexcept { delete static_cast<cuda::DeviceMemory*>(p); });
+  return {data, std::move(owner)};
+#else
+  static_cast<void>(bytes);
+  value_error(fmt::format("this build has no memory on {}", to_string(device)));
+#endif
 }
 
 }  // namespace
@@ -104,7 +129,7 @@ void check(const Status& status) {
 }
 
 Tensor tensor(nb::handle object, const char* name) {
-  Tensor t{on_cpu(object, name)};
+  Tensor t = any_tensor(object, name);
   const nb::dlpack::dtype type = t.array.dtype();
   for (const DType known : {DType::f32, DType::f16, DType::bf16})
     if (type == dlpack_type(known)) {
@@ -115,7 +140,7 @@ Tensor tensor(nb::handle object, const char* name) {
 }
 
 Tensor byte_tensor(nb::handle object, const char* name) {
-  Tensor t{on_cpu(object, name)};
+  Tensor t = any_tensor(object, name);
   if (t.array.dtype() != nb::dtype<uint8_t>())
     type_error(fmt::format("{} is of {}: uint8 is supported", name, dtype_name(t.array.dtype())));
   return t;
@@ -128,13 +153,19 @@ Tensor tensor(nb::handle object, const char* name, std::initializer_list<const c
   return t;
 }
 
-View Batch::sequence(int64_t i) const {
+void check_device(const Tensor& tensor, const char* name, const char* what, Device device) {
+  if (tensor.device != device)
+    value_error(fmt::format("{} is on {}, {} on {}: one device is expected", name, to_string(tensor.device), what,
+                            to_string(device)));
+}
+
+View Sequences::sequence(int64_t i) const {
   View v = first;
   v.data = static_cast<const char*>(first.data) + i * stride * size_of(first.dtype);
   return v;
 }
 
-View Batch::rows() const {
+View Sequences::rows() const {
   View v = first;
   v.tokens = b * first.tokens;
   if (first.tokens == 1) v.token_stride = stride;
@@ -155,23 +186,53 @@ Batch batch(nb::handle object, const char* name, std::initializer_list<const cha
   return result;
 }
 
-Output::Output(std::vector<size_t> shape, nb::dlpack::dtype dtype) : shape_(std::move(shape)), dtype_(dtype) {
-  const size_t count = std::accumulate(shape_.begin(), shape_.end(), size_t{1}, std::multiplies<>());
-  bytes_ = std::make_unique_for_overwrite<char[]>(count * dtype.bits / 8);
+Batch in_rows_on_gpu(Batch t, nb::handle object, const char* name, std::initializer_list<const char*> axes) {
+  if (t.in_rows()) return t;
+  const Framework framework = framework_of(object);
+  if (framework == Framework::torch) return batch(object.attr("contiguous")(), name, axes);
+  if (framework == Framework::cupy)
+    return batch(nb::module_::import_("cupy").attr("ascontiguousarray")(object), name, axes);
+  value_error(
+      fmt::format("{}: strides [{}] do not lead from row to row: pass a contiguous copy", name,
+                  fmt::join(t.tensor.array.stride_ptr(), t.tensor.array.stride_ptr() + t.tensor.array.ndim(), ", ")));
 }
 
-nb::object Output::release(nb::handle like) {
-  char* data = bytes_.get();
-  nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<char*>(p); });
-  bytes_.release();
+Output::Output(const std::vector<size_t>& shape, nb::dlpack::dtype dtype, nb::handle like, Device device) {
+  const Framework framework = framework_of(like);
+  if (!device.is_cpu() && framework == Framework::torch) {
+    const nb::object type = nb::module_::import_("torch").attr(dtype_name(dtype).c_str());
+    tensor_ = like.attr("new_empty")(shape, "dtype"_a = type);
+    data_ = reinterpret_cast<void*>(nb::cast<uintptr_t>(tensor_.attr("data_ptr")()));
+    return;
+  }
+  if (!device.is_cpu() && framework == Framework::cupy) {
+    const CupyDevice there(device);
+    tensor_ = nb::module_::import_("cupy").attr("empty")(shape, dtype_name(dtype).c_str());
+    data_ = reinterpret_cast<void*>(nb::cast<uintptr_t>(tensor_.attr("data").attr("ptr")));
+    return;
+  }
+  const size_t bytes = std::accumulate(shape.begin(), shape.end(), size_t{1}, std::multiplies<>()) * dtype.bits / 8;
+  nb::object owner;
+  if (device.is_cpu()) {
+    data_ = new char[bytes];
+    owner = nb::capsule(data_, [](void* p) noexcept { delete[] static_cast<char*>(p); });
+  } else {
+    std::tie(data_, owner) = take_on_gpu(bytes, device);
+  }
   const auto give = [&](auto as) {
     using Array = decltype(as);
-    return nb::cast(Array(data, shape_.size(), shape_.data(), owner, nullptr, dtype_, nb::device::cpu::value));
+    const int type = device.is_cpu() ? nb::device::cpu::value : nb::device::cuda::value;
+    return nb::cast(Array(data_, shape.size(), shape.data(), owner, nullptr, dtype, type, std::max(0, device.gpu)));
   };
-  const std::string of = framework(like);
-  if (of == "torch") return give(nb::ndarray<nb::pytorch>());
-  if (of == "jax" || of == "jaxlib") return give(nb::ndarray<nb::jax>());
-  return give(nb::ndarray<nb::numpy>());
+  if (framework == Framework::jax) {
+    tensor_ = give(nb::ndarray<nb::jax>());
+  } else if (!device.is_cpu()) {
+    tensor_ = give(nb::ndarray<>());
+  } else if (framework == Framework::torch) {
+    tensor_ = give(nb::ndarray<nb::pytorch>());
+  } else {
+    tensor_ = give(nb::ndarray<nb::numpy>());
+  }
 }
 
 nb::dlpack::dtype dlpack_type(DType type) {
@@ -179,31 +240,29 @@ nb::dlpack::dtype dlpack_type(DType type) {
   return {static_cast<uint8_t>(code), static_cast<uint8_t>(8 * size_of(type)), 1};
 }
 
-Written written(nb::handle out, const char* name, int64_t b, int64_t s_q, int64_t h_q, int64_t d_v, DType dtype) {
-  Written w;
+Written written(nb::handle out, const char* name, const std::vector<int64_t>& shape, DType dtype, nb::handle like,
+                Device device) {
+  const int64_t rows = shape[0] * shape[1], h_q = shape[2], d_v = shape[3];
   if (out.is_none()) {
-    const std::vector<size_t> shape{static_cast<size_t>(b), static_cast<size_t>(s_q), static_cast<size_t>(h_q),
-                                    static_cast<size_t>(d_v)};
-    w.fresh = std::make_unique<Output>(shape, dlpack_type(dtype));
-    w.view = {w.fresh->data<void>(), dtype, b * s_q, h_q, d_v, h_q * d_v, d_v};
-    return w;
+    Output fresh({shape.begin(), shape.end()}, dlpack_type(dtype), like, device);
+    void* data = fresh.data<void>();
+    return {fresh.release(), {data, dtype, rows, h_q, d_v, h_q * d_v, d_v}};
   }
   const Batch t = batch(out, name, {"b", "s_q", "h_q", "d_v"});
-  const std::vector<int64_t> expected{b, s_q, h_q, d_v};
-  if (shape_of(t.tensor.array) != expected)
-    value_error(fmt::format("{} is {}, expected {}", name, shape_of(t.tensor.array), expected));
+  check_device(t.tensor, name, "q", device);
+  if (shape_of(t.tensor.array) != shape)
+    value_error(fmt::format("{} is {}, expected {}", name, shape_of(t.tensor.array), shape));
   nb::ndarray<> writable;
   if (!nb::try_cast(out, writable)) {
     PyErr_Clear();
     value_error(fmt::format("{} is read-only", name));
   }
-  const View rows = t.rows();
-  if (!t.in_rows() || overlaps(rows))
+  const View view = t.rows();
+  if (!t.in_rows() || overlaps(view))
     value_error(fmt::format("{}: strides {} overlap or do not lead from row to row: pass a contiguous tensor", name,
                             std::vector<int64_t>(writable.stride_ptr(), writable.stride_ptr() + writable.ndim())));
-  w.given = nb::borrow(out);
-  w.view = {writable.data(), rows.dtype, rows.tokens, rows.heads, rows.channels, rows.token_stride, rows.head_stride};
-  return w;
+  return {nb::borrow(out),
+          {writable.data(), view.dtype, view.tokens, view.heads, view.channels, view.token_stride, view.head_stride}};
 }
 
 }  // namespace thriftattn::python

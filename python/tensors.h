@@ -1,5 +1,5 @@
 // Tensors that Python hands in and gets back. Any object that speaks DLPack comes in, and is read and written where it
-// lies; what goes back is of the caller's framework.
+// lies, in the CPU's memory or on a GPU; what goes back is of the caller's framework, in the same place.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -11,12 +11,11 @@
 #include <string>
 #include <vector>
 
+#include "device.h"
 #include "thriftattn/status.h"
 #include "thriftattn/tensor.h"
 
 namespace thriftattn::python {
-
-namespace nb = nanobind;
 
 // Raises what a Status says: ValueError for invalid_argument and not_found, NotImplementedError for unsupported,
 // MemoryError, OSError.
@@ -28,9 +27,10 @@ T value_or_raise(Result<T> result) {
   return std::move(*result);
 }
 
-// A tensor on the CPU whose last axis is contiguous.
+// A tensor whose last axis is contiguous.
 struct Tensor {
   nb::ndarray<nb::ro> array;  // keeps the memory
+  Device device;
   DType dtype = DType::f32;
 
   const void* data() const { return array.data(); }
@@ -45,9 +45,11 @@ Tensor tensor(nb::handle object, const char* name, std::initializer_list<const c
 Tensor tensor(nb::handle object, const char* name);       // of one axis or more
 Tensor byte_tensor(nb::handle object, const char* name);  // the same, of uint8; `dtype` says nothing
 
-// The sequences [tokens, heads, channels] of a tensor [b, tokens, heads, channels].
-struct Batch {
-  Tensor tensor;
+// Raises ValueError where a tensor is on another device than `what`, which is on `device`.
+void check_device(const Tensor& tensor, const char* name, const char* what, Device device);
+
+// Sequences [tokens, heads, channels], one after another at a stride.
+struct Sequences {
   int64_t b = 0;
   View first;          // the first sequence
   int64_t stride = 0;  // elements from one sequence to the next
@@ -57,37 +59,43 @@ struct Batch {
   bool in_rows() const { return b <= 1 || first.tokens == 0 || stride == first.tokens * first.token_stride; }
   View rows() const;  // [b * tokens, heads, channels]; only where in_rows()
 };
+
+// A tensor [b, tokens, heads, channels] as sequences.
+struct Batch : Sequences {
+  Tensor tensor;
+};
 Batch batch(nb::handle object, const char* name, std::initializer_list<const char*> axes);
 
-// Memory that is written and then given to Python.
+// The same tensor in rows: itself, or the contiguous copy that PyTorch or CuPy makes on a GPU. Others raise ValueError.
+Batch in_rows_on_gpu(Batch tensor, nb::handle object, const char* name, std::initializer_list<const char*> axes);
+
+// A new tensor of the framework of `like` (NumPy for others on the CPU; on a GPU an object that speaks DLPack), on
+// `device`. What it holds is what the caller writes to it.
 class Output {
  public:
-  Output(std::vector<size_t> shape, nb::dlpack::dtype dtype);
+  Output(const std::vector<size_t>& shape, nb::dlpack::dtype dtype, nb::handle like = nb::none(), Device device = {});
 
   template <class T>
   T* data() const {
-    return reinterpret_cast<T*>(bytes_.get());
+    return static_cast<T*>(data_);
   }
-  // A tensor of the framework of `like` (NumPy where that is none of PyTorch and JAX), which owns the memory.
-  nb::object release(nb::handle like);
+  nb::object release() { return std::move(tensor_); }
 
  private:
-  std::vector<size_t> shape_;
-  nb::dlpack::dtype dtype_;
-  std::unique_ptr<char[]> bytes_;
+  void* data_ = nullptr;
+  nb::object tensor_;
 };
 
 nb::dlpack::dtype dlpack_type(DType type);
 
 // The [rows, heads, channels] that a call writes, and what the caller then gets.
 struct Written {
-  nb::object given;  // the caller's own; none where `fresh` is used
-  std::unique_ptr<Output> fresh;
+  nb::object tensor;
   MutableView view;
-
-  nb::object release(nb::handle like) { return fresh ? fresh->release(like) : given; }
 };
-// `out` is None or a writable tensor [b, s_q, h_q, d_v] whose rows follow one another at one stride.
-Written written(nb::handle out, const char* name, int64_t b, int64_t s_q, int64_t h_q, int64_t d_v, DType dtype);
+// `out` is None, for a new tensor of the framework of `like`, or a writable tensor [b, s_q, h_q, d_v] on the same
+// device whose rows follow one another at one stride.
+Written written(nb::handle out, const char* name, const std::vector<int64_t>& shape, DType dtype, nb::handle like,
+                Device device);
 
 }  // namespace thriftattn::python

@@ -3,17 +3,18 @@
 # sizes, then times attention beside PyTorch. Results go to build/gpu/*.json.
 #   scripts/gpu_check.sh             for GPU 0
 #   DEVICE=1 scripts/gpu_check.sh    for another
-#   STEPS="build test" ...           some of: build test sanitize bench
+#   STEPS="build test" ...           some of: build test python sanitize bench
 #   ARCHITECTURES=90a ...            instead of the GPU's own
 #   ROUNDS=3 ...                     of the benchmark
 #   SHARDS=8 ...                     of the tests, each a process
 # Libraries that are not where CMake looks come by its own variables (CMAKE_PREFIX_PATH, PKG_CONFIG_PATH); the peers
-# need a python3 with torch, and are left out without it.
+# need a python3 with torch, and are left out without it; so is the Python package without nanobind, scikit-build-core,
+# pytest, torch and transformers.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 DEVICE=${DEVICE:-0}
-STEPS=${STEPS:-build test sanitize bench}
+STEPS=${STEPS:-build test python sanitize bench}
 ROUNDS=${ROUNDS:-3}
 SHARDS=${SHARDS:-8}
 BUILD=${BUILD:-build/gpu}
@@ -63,6 +64,20 @@ if wants test; then
   timeout "$LIMIT" "$BUILD/tests/test_model_cuda" --gtest_brief=1 || failed=1
 fi
 
+package=0  # whether $BUILD/package is there
+if wants python; then
+  if "$PYTHON" -c 'import nanobind, scikit_build_core, pytest, torch, transformers' 2> /dev/null; then
+    say "the Python package and its tests"
+    "$PYTHON" -m pip install --quiet --no-build-isolation --no-deps --upgrade --target "$BUILD/package" . \
+      -C build-dir="$BUILD/python" -C cmake.define.THRIFTATTN_CUDA=ON \
+      -C cmake.define.THRIFTATTN_CUDA_ARCHITECTURES="$ARCHITECTURES"
+    package=1
+    PYTHONPATH=$BUILD/package timeout "$LIMIT" "$PYTHON" -m pytest -q tests/python -k 'cuda or gpu' || failed=1
+  else
+    say "no nanobind, scikit-build-core, pytest, torch or transformers here: no Python package"
+  fi
+fi
+
 if wants sanitize; then
   # Every kernel on a few pages: one decode, one verify step and one chunk of each setting.
   small='GpuLengths.*:Steps/GpuRun.ReadsAGivenSelectionAsTheCpuDoes/decode_d128'
@@ -94,6 +109,13 @@ if wants bench; then
     "$BUILD/thriftattn" bench model --shape llama3-8b --random-weights --context 131072 --batch "$batch" \
       --method fp16 thrift thrift:policy=block_mean fp4 --rounds "$ROUNDS" --json "$BUILD/model_b$batch.json"
   done
+  if [ "$package" = 1 ]; then
+    say "bench: a token of a Transformers model"
+    for batch in 1 16; do
+      PYTHONPATH=$BUILD/package timeout "$LIMIT" "$PYTHON" bench/hf_gpu.py --batch "$batch" --rounds "$ROUNDS" \
+        --json "$BUILD/hf_b$batch.json" || failed=1
+    done
+  fi
 fi
 
 [ "$failed" = 0 ] || say "something failed above"

@@ -9,6 +9,9 @@ and has every forward pass run over a `ThriftCache`, which `generate()` is given
 layer calls `cache.update(k, v)`, which only marks k; the attention function finds the mark, appends k and v to the
 sequences and attends. Each row of a batch is a sequence of its own, which begins after the row's left padding: padding
 is neither stored nor seen. A page is quantised once, when it is full.
+
+The cache is where the model is, in the CPU's memory or on a GPU. There `generate()` reads a prompt in chunks, because
+a cache keeps room in 16 bit for the tokens of its largest step.
 """
 
 from __future__ import annotations
@@ -21,11 +24,12 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from . import MAX_DECODE_ROWS, KvCache, MemoryUse, Stats, method_options
+from . import MAX_DECODE_ROWS, KvCache, MemoryUse, Stats, gpus, method_options
 
 __all__ = ["ThriftCache", "disable", "enable"]
 
 NAME = "thriftattn"  # in Transformers' registries
+PREFILL_CHUNK = 1024  # tokens of a row that generate() reads at a time on a GPU, unless it is told otherwise
 logger = logging.getLogger(__name__)
 
 
@@ -38,10 +42,11 @@ def enable(
     output, dropout) raise ValueError or NotImplementedError with the reason.
 
     Args:
-        model: An AutoModelForCausalLM in the CPU's memory.
+        model: An AutoModelForCausalLM in the CPU's memory or on one GPU.
         method: "name[:key=value,...]", as everywhere.
-        dtype: The 16-bit form of keys and values: "float16" refuses values beyond 65504, "bfloat16" takes them.
-        stats: Keep what the last step did in ThriftCache.stats, at some cost.
+        dtype: The 16-bit form of keys and values: "float16" refuses values beyond 65504, "bfloat16" takes them, on the
+            CPU alone.
+        stats: Keep what the last step did in ThriftCache.stats, at some cost; on a GPU of steps of up to 16 tokens.
         fallback: "sdpa" leaves a model that cannot be served as it is, and logs why; None raises.
 
     Returns:
@@ -91,14 +96,19 @@ class ThriftCache(Cache):
         model.generate(**second, cache=cache)  # reads only what is new
 
     copy.deepcopy() of it shares full pages, so that one prompt may be continued in several ways.
+
+    Args:
+        model: One that is enabled.
+        max_tokens: Of a row: room to begin with on a GPU, where a cache that must grow is copied; 0: a little.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, *, max_tokens: int = 0):
         state = getattr(model.base_model, "_thriftattn", None)
         if state is None:
             raise ValueError("the model is not enabled: call thriftattn.hf.enable(model, method) first")
         self.for_one_pass = False  # made by a forward pass for itself
         self.store = _Store(state.method, model.config, state.dtype, state.stats)
+        self.store.max_tokens = max_tokens
         super().__init__(layers=[_Layer(self.store, i) for i in range(len(self.store.columns))])
 
     @property
@@ -114,7 +124,7 @@ class ThriftCache(Cache):
     @property
     def stats(self) -> list[list[Stats]]:
         """What the last step did, by layer: one Stats for all rows, or one each where padding was among its columns.
-        Empty without enable(stats=True)."""
+        Empty without enable(stats=True), and on a GPU after a prefill."""
         return self.store.stats
 
     def bytes(self) -> MemoryUse | None:
@@ -185,6 +195,7 @@ class _Store:
         self.seqs: list[int] = []
         self.padding: list[int] = []  # columns before each row's first token
         self.columns = [0] * config.num_hidden_layers  # that each layer has seen
+        self.max_tokens = 0  # of a row, for which a cache on a GPU has room when it begins
         self.stats: list[list[Stats]] = [[] for _ in self.columns] if keep_stats else []
 
     def step(self, layer: int, q, k, v, padding: list[int] | None, form: dict) -> torch.Tensor:
@@ -192,8 +203,10 @@ class _Store:
         b, s = q.shape[:2]
         padding = padding or [0] * b
         if self.kv is None:
-            self.kv = KvCache(
-                self.method, h_kv=k.shape[2], d=k.shape[3], d_v=v.shape[3], layers=len(self.columns), dtype=self.dtype
+            shape = {"h_kv": k.shape[2], "d": k.shape[3], "d_v": v.shape[3], "layers": len(self.columns)}
+            room = {"max_sequences": b, "max_tokens": self.max_tokens, "max_step": s}
+            self.kv = _with_memory(
+                k.device, KvCache, self.method, dtype=self.dtype, device=str(k.device), **shape, **room
             )
         if not self.seqs:
             self.seqs = [self.kv.new_sequence() for _ in range(b)]
@@ -205,16 +218,23 @@ class _Store:
         self.padding = padding
         first = [max(0, p - past) for p in padding]  # column of the step at which each row begins
         form["phase"] = "decode" if past and s <= MAX_DECODE_ROWS else "prefill"
-        out = q.new_zeros(*q.shape[:3], v.shape[3])
-        whole = [(self.seqs, (slice(None), slice(None)))]
-        by_row = [([seq], (slice(i, i + 1), slice(c, None))) for i, (seq, c) in enumerate(zip(self.seqs, first))]
-        done = []
-        for seqs, rows in by_row if any(first) else whole:
-            self.kv.append(seqs, k[rows], v[rows], layer=layer)
-            done.append(self.kv.attend(seqs, q[rows], layer=layer, out=out[rows], stats=self.keep_stats, **form))
+        keep_stats = self.keep_stats and (q.device.type == "cpu" or form["phase"] == "decode")
+        form.update(layer=layer, stats=keep_stats)
+        if any(first):
+            out, done = q.new_zeros(*q.shape[:3], v.shape[3]), []
+            for i, (seq, column) in enumerate(zip(self.seqs, first)):
+                rows = slice(i, i + 1), slice(column, None)
+                _with_memory(k.device, self.kv.append, [seq], k[rows], v[rows], layer=layer)
+                done.append(self.kv.attend([seq], q[rows], out=out[rows], **form))
+        else:
+            _with_memory(k.device, self.kv.append, self.seqs, k, v, layer=layer)
+            done = [self.kv.attend(self.seqs, q, **form)]
+            out = done[0][0] if keep_stats else done[0]
         if self.keep_stats:
-            self.stats[layer] = [stats for _, stats in done]
+            self.stats[layer] = [stats for _, stats in done] if keep_stats else []
         self.columns[layer] += s
+        if layer == len(self.columns) - 1 and s > MAX_DECODE_ROWS:
+            self.kv.check()  # now and then: a GPU is waited for
         return out
 
     def crop(self, columns: int) -> None:
@@ -240,6 +260,7 @@ class _Store:
 
     def copy(self) -> _Store:
         copy = _Store(self.method, self.config, self.dtype, self.keep_stats)
+        copy.max_tokens = self.max_tokens
         copy.kv, copy.padding, copy.columns = self.kv, list(self.padding), list(self.columns)
         copy.seqs = [self.kv.fork(seq) for seq in self.seqs]
         return copy
@@ -250,6 +271,17 @@ class _Store:
         self.seqs, self.padding, self.columns = [], [], [0] * len(self.columns)
 
     __del__ = clear  # a copy may share the KvCache
+
+
+def _with_memory(device, call, /, *args, **kwargs):
+    """The call, once more where a GPU has no memory left and PyTorch has given back what it only keeps."""
+    try:
+        return call(*args, **kwargs)
+    except MemoryError:
+        if device.type == "cpu":
+            raise
+        torch.cuda.empty_cache()
+        return call(*args, **kwargs)
 
 
 def _why_not(model) -> str | None:
@@ -268,11 +300,14 @@ def _why_not(model) -> str | None:
         return "attention in chunks, or over the keys of another layer, is not supported"
     if not model._supports_attention_backend or not model._can_set_attn_implementation():
         return f"{type(model).__name__} does not take its attention from Transformers' attention interface"
-    devices = {p.device.type for p in model.parameters()} - {"cpu"}
-    if devices:
-        return f"parameters are on {', '.join(sorted(devices))}: models in the CPU's memory are supported"
+    devices = sorted({str(p.device) for p in model.parameters()})
+    if len(devices) > 1:
+        return f"parameters are on {', '.join(devices)}: models on one device are supported"
+    if devices[0] != "cpu" and not devices[0].startswith("cuda"):
+        return f"parameters are on {devices[0]}: models in the CPU's memory and on NVIDIA GPUs are supported"
+    if devices[0] != "cpu" and not gpus():
+        return f"parameters are on {devices[0]}: this build of thriftattn serves no GPU"
     return None
-
 
 
 def _give_cache(decoder, args, kwargs):
@@ -296,18 +331,25 @@ def _take_cache(decoder, args, output):
     return output
 
 
-def _prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs):
+def _prepare_cache_for_generation(
+    model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+):
     """generate()'s own, with a ThriftCache for a DynamicCache."""
     if generation_config.cache_implementation not in (None, "dynamic"):
         raise ValueError(f"cache_implementation={generation_config.cache_implementation!r}: thriftattn brings its own")
     generation_config.cache_implementation = None
     if model_kwargs.get("cache") is None and generation_config.use_cache is not False:
-        model_kwargs["cache"] = ThriftCache(model)
-    return type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
+        model_kwargs["cache"] = ThriftCache(model, max_tokens=max_cache_length)
+    by_ids = model_kwargs.get("cache") is not None and model_kwargs.get("inputs_embeds") is None
+    if model.device.type == "cuda" and generation_config.prefill_chunk_size is None and by_ids:
+        generation_config.prefill_chunk_size = PREFILL_CHUNK
+    return type(model)._prepare_cache_for_generation(
+        model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    )
 
 
 def _mask(batch_size, q_length, kv_length, attention_mask=None, use_vmap=False, allow_is_causal_skip=False, **kwargs):
-    """Left padding by row, or None where there is none; the rest of a causal mask needs no tensor."""
+    """Left padding by row, on the CPU, or None where there is none; the rest of a causal mask needs no tensor."""
     if use_vmap or not allow_is_causal_skip:
         raise NotImplementedError(
             "thriftattn: causal masks with left padding are supported, not packed sequences, blocks or masks of one's own"
@@ -317,7 +359,7 @@ def _mask(batch_size, q_length, kv_length, attention_mask=None, use_vmap=False, 
     seen = attention_mask[:, :kv_length].bool()
     if (seen[:, :-1] & ~seen[:, 1:]).any():
         raise NotImplementedError("thriftattn: the attention mask has zeros after a one: padding is supported on the left")
-    return seen.logical_not().sum(dim=1)
+    return seen.logical_not().sum(dim=1).cpu()  # once for all layers
 
 
 def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):

@@ -1,7 +1,7 @@
 """thriftattn as PyTorch operators, which `torch.compile` keeps in its graph.
 
 `torch.ops.thriftattn.attention` and `torch.ops.thriftattn.step` have fake kernels, so that shapes and types are known
-without running them. They compute on the CPU and have no gradient.
+without running them. They compute where q is, on the CPU or on a GPU, and have no gradient.
 
 A graph knows tensors alone. What stands for a cache in it is a small tensor, `state(cache)`, which every step writes:
 so the compiler neither drops a step nor changes the order of two.
@@ -30,7 +30,7 @@ def state(cache: KvCache) -> torch.Tensor:
     return torch.tensor([number, 0])
 
 
-@torch.library.custom_op("thriftattn::attention", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("thriftattn::attention", mutates_args=(), device_types=("cpu", "cuda"))
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -58,7 +58,7 @@ def _(q, k, v, causal=True, method="thrift", phase="prefill", window=0, sm_scale
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("thriftattn::step", mutates_args=("cache",), device_types="cpu")
+@torch.library.custom_op("thriftattn::step", mutates_args=("cache",), device_types=("cpu", "cuda"))
 def step(
     cache: torch.Tensor,
     seqs: list[int],

@@ -362,7 +362,7 @@ struct ListShared {
   int wanted;                      // but not stored
 };
 
-// Writes the lists and counts of unit u; keys are null where the method does not rank. Each warp goes through pages of
+// Writes the lists and counts of unit u. Each warp goes through pages of
 // its own, first counting, then writing. tiers, in shared memory, has room for all pages.
 template <int kThreads>
 __device__ void write_lists(const Choosing& how, const Candidates& c, const Cut& cut, const uint32_t* keys,
@@ -377,7 +377,7 @@ __device__ void write_lists(const Choosing& how, const Candidates& c, const Cut&
     const int i = i0 + lane_id();
     Verdict v = {Tier::none, false, false};
     if (i < end) {
-      v = judge(how, c, cut, c.first + i, keys ? keys[i] : c.forced(c.first + i) ? kForcedKey : 1);
+      v = judge(how, c, cut, c.first + i, keys[i]);
       tiers[i] = v.listed ? static_cast<uint8_t>(v.tier) : 0;
     }
     count += __popc(__ballot_sync(kAll, v.listed && v.tier == Tier::fp16));

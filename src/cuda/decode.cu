@@ -2,35 +2,24 @@
 #include <algorithm>
 
 #include "cuda/decode_kernel.cuh"
+#include "cuda/launch.cuh"
 
 namespace thriftattn::cuda {
 namespace {
 
 cudaError_t launch(const DecodeParams& params, const DecodeConfig& config, Pass pass, cudaStream_t stream) {
   const void* kernel = config.d_bucket == 128 ? decode_kernel_d128(config.columns) : decode_kernel_d256(config.columns);
-  if (const cudaError_t error =
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, config.shared_bytes);
-      error != cudaSuccess)
-    return error;
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t launch{};
-  launch.gridDim = dim3(static_cast<unsigned>(config.blocks));
-  launch.blockDim = dim3(static_cast<unsigned>(32 * config.warps));
-  launch.dynamicSmemBytes = static_cast<size_t>(config.shared_bytes);
-  launch.stream = stream;
-  launch.attrs = &overlap;
-  launch.numAttrs = config.programmatic ? 1 : 0;
   DecodeArgs args{params,
                   config.columns,
                   config.tiles,
                   pass,
                   params.shape.sm_scale * kLog2E,
                   params.shape.softcap * kLog2E,
+                  params.shape.sm_scale * kLog2E * kCodeScale,
                   params.cache.format == Fp4Format::mxfp4};
   void* pointers[] = {&args};
-  return cudaLaunchKernelExC(&launch, kernel, pointers);
+  return launch_early(kernel, static_cast<unsigned>(config.blocks), static_cast<unsigned>(32 * config.warps),
+                      config.shared_bytes, stream, pointers);
 }
 
 }  // namespace
@@ -44,7 +33,6 @@ DecodeConfig decode_config(const Problem& problem, const Gpu& gpu) {
   config.tiles = static_cast<int>((rows + config.columns - 1) / config.columns);
   config.slots = static_cast<int>(kRingSlots);
   config.blocks = gpu.multiprocessors;
-  config.programmatic = gpu.compute_capability >= 90;
   config.warps = max_warps(config.d_bucket, config.columns);
   const auto bytes = [&] { return shared_layout(layout, config.columns, config.warps, config.blocks).bytes; };
   while (config.warps > 1 && bytes() > gpu.shared_bytes) --config.warps;

@@ -12,18 +12,21 @@
 
 namespace thriftattn::cuda {
 
+inline constexpr float kGrid = 192.0f;  // scores are made with this added: numbers near it are multiples of 2^-16
+
 // A warp's notes on its items in order: item n's is number n % kNotes. Copies are under way when a word says so: the
 // reader of that item waits for them, and they are all there until another word says so.
 inline constexpr int kNotes = 64;  // 32 made, and those that are still in the ring
 
 template <int kColumns>
 struct alignas(16) Note {
-  char4 exponents;  // of the page: K of both planes, V of both planes
-  uint32_t word;    // Item's, and kWait
-  uint32_t unused[2];
-  float q_mean[kColumns];  // of the tile's rows; of rows that do not exist anything
+  uint32_t exponents;      // of the page, 4 signed bytes: K of both planes, V of both planes
+  uint32_t word;           // Item's, and the bits below
+  const uint8_t* mean;     // Item's
+  float q_mean[kColumns];  // kGrid + q . mean of the tile's rows: the reader puts it here, where there is a mean
 
   static constexpr uint32_t kWait = 1u << 31;
+  static constexpr uint32_t kSpecial = 1u << 30;  // scores are capped or masked, or their mass is wanted
 };
 
 // The layout of records, a constant where D says it.
@@ -43,7 +46,11 @@ class Feed {
   // `segment` and `notes` are room in shared memory for the calling warp alone.
   __device__ Feed(const DecodeArgs& args, const DeviceLayout& layout, const Share& share, Segment& segment,
                   Note<kColumns>* notes)
-      : args_(args), layout_(layout), share_(share), segment_(segment), notes_(notes) {}
+      : args_(args), layout_(layout), share_(share), segment_(segment), notes_(notes) {
+    if (!args.p.cache.centring)
+#pragma unroll 1
+      for (int i = threadIdx.x % 32; i < kNotes * kColumns; i += 32) notes[i / kColumns].q_mean[i % kColumns] = kGrid;
+  }
 
   // From here on the items of `from` and, but in Pass::again, of all segments after it.
   __device__ void start(const Segment& from) {
@@ -57,11 +64,13 @@ class Feed {
   // Starts the copy of the next item, or plane of one, if there is one.
   __device__ void fill(Ring& ring) {
     if (next_ == batch_ && !make_batch()) return;
-    const Tier tier = Item::tier(__shfl_sync(~0u, word_, next_));
-    const int bytes = tier == Tier::none ? 0 : tier == Tier::fp16 ? layout_.high_item_bytes : layout_.item_bytes;
-    ring.fill(next_, second_plane_ != 0 ? record_ + (args_.p.cache.residual - args_.p.cache.fp4) : record_, bytes);
-    second_plane_ = tier == Tier::fp4x2 ? second_plane_ ^ 1 : 0;
-    next_ += second_plane_ ^ 1;
+    ring.fill(next_, record_, bytes_);
+    if (planes_ >> next_ & 1) {
+      planes_ ^= 1u << next_;
+      if (static_cast<int>(threadIdx.x % 32) == next_) record_ += args_.p.cache.residual - args_.p.cache.fp4;
+    } else {
+      ++next_;
+    }
   }
 
  private:
@@ -78,12 +87,19 @@ class Feed {
     }
     batch_ = min(32, (end_ - at_ + warps - 1) / warps);
     next_ = 0;
+    bool second_plane = false;
     if (lane < batch_) {
       const Item item = item_at(args_, segment_.pass, segment_.unit, at_ + lane * warps);
-      word_ = item.word;
+      const Tier tier = Item::tier(item.word);
+      second_plane = tier == Tier::fp4x2;
       record_ = item.record;
+      bytes_ = tier == Tier::fp16 ? layout_.high_item_bytes : layout_.item_bytes;
+      if (tier == Tier::none) record_ = args_.p.cache.fp4, bytes_ = 16;  // anything: nobody reads it
       take_note(item, notes_[(made_ + lane) % kNotes], lane == 0);
+    } else {
+      notes_[(made_ + lane) % kNotes].mean = nullptr;
     }
+    planes_ = __ballot_sync(~0u, second_plane);
     __syncwarp();  // a lane may read another's note next
     made_ += batch_;
     at_ += 32 * warps;
@@ -91,15 +107,22 @@ class Feed {
   }
 
   __device__ void take_note(const Item& item, Note<kColumns>& note, bool wait) const {
-    note.word = item.word | (wait ? Note<kColumns>::kWait : 0);
+    note.word = item.word | (wait ? Note<kColumns>::kWait : 0) | (is_special(item) ? Note<kColumns>::kSpecial : 0);
+    note.mean = item.mean;
     if (item.summary != nullptr)
       copy_async<4>(shared_address(&note.exponents), item.summary);
     else
-      note.exponents = {0, 0, 0, 0};
-#pragma unroll
-    for (int row = 0; row < kColumns; row += 4)
-      if (item.q_mean != nullptr && segment_.unit.first_row + row < args_.p.row_stride)
-        copy_async<16>(shared_address(note.q_mean + row), item.q_mean + row);
+      note.exponents = 0;
+    if (item.mean != nullptr)
+#pragma unroll 1
+      for (int at = 0; at < 2 * args_.p.shape.d; at += 64) prefetch_l2(item.mean + at);
+  }
+
+  __device__ bool is_special(const Item& item) const {
+    const int first = Item::token(item.word);
+    const int tokens = Item::tier(item.word) == Tier::fp16 ? kHighItemTokens : kItemTokens;
+    return args_.softcap > 0 || args_.p.page_mass != nullptr || first < segment_.unit.first_common ||
+           first + tokens > segment_.unit.end_common;
   }
 
   const DecodeArgs& args_;
@@ -107,12 +130,12 @@ class Feed {
   const Share& share_;
   Segment& segment_;
   Note<kColumns>* notes_;
-  int at_ = 0, end_ = 0;  // this warp's next item of the segment, and where they end
-  uint32_t word_ = 0;     // of this lane's item
-  const uint8_t* record_ = nullptr;
+  int at_ = 0, end_ = 0;             // this warp's next item of the segment, and where they end
+  const uint8_t* record_ = nullptr;  // of this lane's item, and what to copy of it
+  int bytes_ = 0;
   uint32_t made_ = 0;         // items since the begin
   int batch_ = 0, next_ = 0;  // items made, and the one to fill next
-  int second_plane_ = 0;      // 1: of item next_ the first plane is filled
+  uint32_t planes_ = 0;       // bit n: item n of the batch has one more plane to fill than the one that is next
 };
 
 }  // namespace thriftattn::cuda

@@ -5,8 +5,8 @@
 //
 // One CTA of 12 warps per multiprocessor; each warp reads items of its own (decode_units.cuh) and knows nothing of the
 // others until the CTA's part of a unit ends. Memory: 9216 bytes of a page of 64 tokens and one head at d = 128, and
-// its exponents and q.k_mean, 20 bytes at 4 rows. Shared memory then: rings 111 KB, notes 25 KB, merge 33 KB.
-// An item of 32 tokens takes about 680 instructions of a warp, 450 of them in the two products: 2.7 for each of a
+// its exponents and mean, 272 bytes. Shared memory then: rings 111 KB, notes 25 KB, merge 33 KB.
+// An item of 32 tokens takes about 590 instructions of a warp, 440 of them in the two products: 2.3 for each of a
 // lane's 256 codes. Binds on DRAM where there is much to read; on its set-up and merge, 8 us, where there is little.
 #pragma once
 
@@ -27,18 +27,21 @@ THRIFTATTN_HD constexpr int slot_bytes(const DeviceLayout& layout) {
   return layout.item_bytes > layout.high_item_bytes ? layout.item_bytes : layout.high_item_bytes;
 }
 
+THRIFTATTN_HD constexpr int ring_bytes(const DeviceLayout& layout) {
+  return static_cast<int>(kRingSlots) * Ring::stride(slot_bytes(layout));
+}
+
 // Offsets in dynamic shared memory; rings are at 0. Segments: two of each warp, and the CTA's first.
 struct SharedLayout {
-  int notes, queries, merge, barriers, scan, share, segments, bytes;
+  int notes, queries, merge, scan, share, segments, bytes;
 };
 THRIFTATTN_HD constexpr SharedLayout shared_layout(const DeviceLayout& layout, int columns, int warps, int blocks) {
   SharedLayout s{};
-  s.notes = warps * static_cast<int>(kRingSlots) * slot_bytes(layout);
+  s.notes = warps * ring_bytes(layout);
   s.queries = s.notes + warps * kNotes * (16 + 4 * columns);
-  s.merge = s.queries + 2 * columns * layout.dk;
-  s.barriers = static_cast<int>(
+  s.merge = s.queries + queries_bytes(columns, layout.dk);
+  s.scan = static_cast<int>(
       round_up(s.merge + merge_layout(warps, columns, layout.dv, blocks).floats * static_cast<int>(sizeof(float)), 16));
-  s.scan = s.barriers + warps * static_cast<int>(kRingSlots) * 8;
   s.share = s.scan + warps * 8;
   s.segments = s.share + static_cast<int>(sizeof(Share));
   s.bytes = s.segments + (2 * warps + 1) * static_cast<int>(sizeof(Segment));
@@ -53,13 +56,14 @@ __global__ void __launch_bounds__(32 * max_warps(D, N), 1) decode_kernel(const _
   // The same in all lanes, and the compiler is to know it: addresses made of it can stay out of the lanes' registers.
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0), warps = blockDim.x / 32;
   const SharedLayout layout = shared_layout(device, N, warps, gridDim.x);
-  uint32_t* queries = reinterpret_cast<uint32_t*>(shared + layout.queries);
+  const Queries<N> queries{reinterpret_cast<uint32_t*>(shared + layout.queries), device.dk};
   Share& share = *reinterpret_cast<Share*>(shared + layout.share);
   Segment* segments = reinterpret_cast<Segment*>(shared + layout.segments);
   Segment& segment = segments[2 * warp];  // that is being read; the next one is the feed's
   Note<N>* notes = reinterpret_cast<Note<N>*>(shared + layout.notes) + warp * kNotes;
-  Ring ring(shared + warp * kRingSlots * slot_bytes(device),
-            reinterpret_cast<uint64_t*>(shared + layout.barriers) + kRingSlots * warp, slot_bytes(device));
+  int own_ring = warp * ring_bytes(device);
+  asm volatile("" : "+r"(own_ring));  // to be kept: it would be multiplied again for every slot
+  Ring ring(shared + own_ring, slot_bytes(device));
   wait_for_previous_kernel();
   let_next_kernel_start();
 
@@ -70,50 +74,60 @@ __global__ void __launch_bounds__(32 * max_warps(D, N), 1) decode_kernel(const _
   copy_segment(segment, first_segment);
   Merge<Rows> merge(args, merge_layout(warps, N, device.dv, gridDim.x),
                     reinterpret_cast<float*>(shared + layout.merge));
-  Rows rows(args, notes);
+  Rows rows(args, queries, notes);
 
-  bool cancelled = false;
-  int end_number = 0, to_fill = kRingSlots;  // slots
-  while (true) {
-    rows.load_queries(segment.unit, queries);
-    rows.start();
-    bool started = false;
-#pragma unroll 1
-    for (int i = segment.first + warp, end = segment.end;; i += warps) {
-#pragma unroll 1
-      for (; to_fill > 0; --to_fill) feed.fill(ring);
-      if (!started) {
-        __syncthreads();
-        rows.take_queries(queries);
-        started = true;
-      }
-      if (i >= end) break;
-      to_fill = rows.read(ring, segment);
-    }
-    cancelled |= merge.finish(rows, segment, share);
-
-    // The next segment; after all of them the units whose exchange cancelled, whole.
+  bool cancelled = false;  // some unit's exchange
+  int end_number = 0;
+  // On to the next segment; after all of them to the units whose exchange cancelled, whole. False where there is none.
+  const auto move_on = [&] {
     int number = segment.number + 1;
     if (segment.pass != Pass::again) {
       if (feed.segment().number == number) {
         copy_segment(segment, feed.segment());
-        continue;
+        return true;
       }
-      if (next_segment(args, share, segment)) continue;
-      if (!cancelled) return;
+      if (next_segment(args, share, segment)) return true;
+      if (!cancelled) return false;
       end_number = number;
       number = first_segment.number;
     } else if (threadIdx.x == 0) {
       args.p.tickets[segment.number] = 0;
     }
     while (number < end_number && args.p.tickets[number] != cancelled_ticket(blockIdx.x)) ++number;
-    if (number == end_number) return;
+    if (number == end_number) return false;
     const Segment whole = whole_unit(unit_at(args, Pass::again, number), Pass::again, number);
     __syncwarp();
     if (threadIdx.x % 32 == 0) segment = whole;
     __syncwarp();
     feed.start(segment);
-    to_fill = kRingSlots;
+    return true;
+  };
+
+  queries.load(args.p, segment.unit);  // before the first copies are asked for, which it would have to wait behind
+  bool begun = false;
+  int i = 0, end = 0, to_fill = kRingSlots;  // the warp's next item of the segment, where they end, slots
+  while (true) {
+#pragma unroll 1
+    do feed.fill(ring);
+    while (--to_fill > 0);
+    if (i >= end) {
+      do {
+        if (begun) {
+          cancelled |= merge.finish(rows, segment, share);
+          if (!move_on()) return;
+          queries.load(args.p, segment.unit);
+          if (segment.pass == Pass::again) to_fill = kRingSlots;  // the feed has begun anew
+        }
+        begun = true;
+        rows.start();
+        __syncthreads();
+        rows.take_queries();
+        i = segment.first + warp, end = segment.end;
+      } while (i >= end && to_fill == 0);
+      if (to_fill > 0) continue;
+    }
+    to_fill = rows.read(ring, segment);
+    i += warps;
   }
 }
 

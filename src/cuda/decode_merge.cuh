@@ -54,21 +54,21 @@ class Merge {
   // By the whole CTA, which has read the items of a segment. True where an exchange cancelled and the unit's rows have
   // to be read again.
   __device__ bool finish(Rows& rows, const Segment& segment, const Share& share) {
-    const int warp = threadIdx.x / 32, columns = args_.columns, dv = layout_.row - 8;
+    const int warp = threadIdx.x / 32, columns = Rows::kColumns, dv = outputs();
     rows.add_lanes();
     if (rows.speaks_for_rows())
 #pragma unroll
       for (int r = 0; r < Rows::kRows; ++r)
         sums()[warp * columns + rows.row(r)] = {rows.m[r], rows.l[r], rows.l_high[r]};
     __syncthreads();
-    add_sums(blockDim.x / 32);
+    add_sums(blockDim.x / 32, [&](int i, int row) { return sums()[i * columns + row]; });
     __syncthreads();
     float factor[Rows::kRows];
 #pragma unroll
     for (int r = 0; r < Rows::kRows; ++r) factor[r] = exp2_fast(rows.m[r] - totals()[rows.row(r)].m) * kCodeScale;
     float* own = o(warp);
     rows.each_output(
-        [&](int r, int channel, float value) { own[rows.row(r) * layout_.row + channel] = value * factor[r]; });
+        [&](int r, int channel, float value) { own[rows.row(r) * row_stride() + channel] = value * factor[r]; });
     __syncthreads();
 
     const bool cut = segment.cut_begin || segment.cut_end;
@@ -77,15 +77,16 @@ class Merge {
     // Sums over warps; of a unit that was cut twice in its last CTA, where warps then hold sums over CTAs.
 #pragma unroll 1
     while (true) {
-      if (partial == nullptr && threadIdx.x < segment.unit.rows)
-        cancelled = finish_row(segment.unit, segment.pass, threadIdx.x);
+      if (const int row = static_cast<int>(threadIdx.x - blockDim.x) + 32;  // the last warp has the least to add
+          partial == nullptr && row >= 0 && row < segment.unit.rows)
+        cancelled = finish_row(segment.unit, segment.pass, row);
 #pragma unroll 1
       for (int i = 2 * threadIdx.x; i < columns * dv; i += 2 * blockDim.x) {
-        float* from = o(0) + i / dv * layout_.row + i % dv;
+        float* from = o(0) + i / dv * row_stride() + i % dv;
         float2 sum = *reinterpret_cast<const float2*>(from);
 #pragma unroll 4
         for (int w = 1; w < blockDim.x / 32; ++w) {
-          const float2 x = *reinterpret_cast<const float2*>(from + w * columns * layout_.row);
+          const float2 x = *reinterpret_cast<const float2*>(from + w * columns * row_stride());
           sum.x += x.x, sum.y += x.y;
         }
         *reinterpret_cast<float2*>(partial == nullptr ? from : partial + i) = sum;
@@ -100,25 +101,36 @@ class Merge {
     }
     cancelled = __syncthreads_or(cancelled);
     write_rows(segment.unit, segment.pass);
+    if (args_.p.promote == Promote::forced && threadIdx.x == 0) put_counts(segment.unit);
     if (cancelled && threadIdx.x == 0) args_.p.tickets[segment.number] = cancelled_ticket(blockIdx.x);
     __syncthreads();
     return cancelled;
   }
 
  private:
+  __device__ int outputs() const {  // channels of V, a constant where the rows are made for it
+    if constexpr (Rows::kExactSize) return Rows::kMaxOutputs / Rows::kColumns;
+    return layout_.row - 8;
+  }
+  __device__ int row_stride() const { return outputs() + 8; }
   __device__ RowSum* sums() const { return reinterpret_cast<RowSum*>(shared_); }
   __device__ RowSum* totals() const { return reinterpret_cast<RowSum*>(shared_ + layout_.totals); }
   __device__ float* weights() const { return shared_ + layout_.weights; }
-  __device__ float* o(int warp) const { return shared_ + layout_.o + warp * args_.columns * layout_.row; }
+  __device__ float* o(int warp) const { return shared_ + layout_.o + warp * Rows::kColumns * row_stride(); }
 
   // totals of n sums, a warp for each row.
-  __device__ void add_sums(int n) const {
-    const int lane = threadIdx.x % 32, columns = args_.columns;
+  template <class Sum>
+  __device__ void add_sums(int n, const Sum& sum_of) const {
+    const int lane = threadIdx.x % 32, columns = Rows::kColumns;
 #pragma unroll 1
     for (int row = threadIdx.x / 32; row < columns; row += blockDim.x / 32) {
       RowSum sum{kNothing, 0, 0};
 #pragma unroll 1
-      for (int i = lane; i < n; i += 32) sum.m = fmaxf(sum.m, sums()[i * columns + row].m);
+      for (int i = lane; i < n; i += 32) {
+        const RowSum x = sum_of(i, row);
+        sums()[i * columns + row] = x;
+        sum.m = fmaxf(sum.m, x.m);
+      }
 #pragma unroll
       for (int step = 1; step < 32; step *= 2) sum.m = fmaxf(sum.m, __shfl_xor_sync(~0u, sum.m, step));
 #pragma unroll 1
@@ -139,7 +151,7 @@ class Merge {
 
   __device__ float* partial_of(int cta, bool at_begin) const {
     return static_cast<float*>(args_.p.partials) +
-           (int64_t{2} * cta + (at_begin ? 0 : 1)) * partial_floats(args_.columns, layout_.row - 8);
+           (int64_t{2} * cta + (at_begin ? 0 : 1)) * partial_floats(Rows::kColumns, outputs());
   }
 
   // True in the CTA that is the last of `ctas` to come. It sees what the others wrote before they came.
@@ -158,50 +170,64 @@ class Merge {
   // The partials of a unit that lies in `ctas` CTAs from `first`: totals of their sums, and to each warp's o the sum of
   // every warps-th of theirs.
   __device__ void gather_partials(int first, int ctas) const {
-    const int columns = args_.columns, dv = layout_.row - 8, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const int columns = Rows::kColumns, dv = outputs(), warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const auto partial = [&](int i) { return partial_of(first + i, i > 0); };
-#pragma unroll 1
-    for (int i = threadIdx.x; i < ctas * columns; i += blockDim.x) {
-      const RowSum* from = reinterpret_cast<const RowSum*>(partial(i / columns) + columns * dv) + i % columns;
-      sums()[i] = {__ldcg(&from->m), __ldcg(&from->l), __ldcg(&from->l_high)};
-    }
-    __syncthreads();
-    add_sums(ctas);
-    __syncthreads();
-    // All loads of a partial at once: a lane has 4 channels at [128 c + 4 lane] of [columns][dv].
+    // A lane has 4 channels at [128 c + 4 lane] of [columns][dv]. The loads of a warp's first partial are under way
+    // while the totals are made, those of the next while one is added.
     constexpr int kLoads = Rows::kMaxOutputs / 128;
+    const auto at = [&](int c) { return 128 * c + 4 * static_cast<int>(threadIdx.x % 32); };
+    float4 x[kLoads] = {};
+    const auto load = [&](int i) {
+#pragma unroll
+      for (int c = 0; c < kLoads; ++c)
+        if (i < ctas && at(c) < columns * dv) x[c] = __ldcg(reinterpret_cast<const float4*>(partial(i) + at(c)));
+    };
+    load(warp);
+    add_sums(ctas, [&](int i, int row) -> RowSum {
+      const RowSum* from = reinterpret_cast<const RowSum*>(partial(i) + columns * dv) + row;
+      return {__ldcg(&from->m), __ldcg(&from->l), __ldcg(&from->l_high)};
+    });
+    __syncthreads();
     float4 sum[kLoads] = {};
-#pragma unroll 2
+#pragma unroll 1
     for (int i = warp; i < ctas; i += warps) {
-      const float* from = partial(i);
+      float4 now[kLoads];
+#pragma unroll
+      for (int c = 0; c < kLoads; ++c) now[c] = x[c];
+      load(i + warps);
 #pragma unroll
       for (int c = 0; c < kLoads; ++c) {
-        const int at = 128 * c + 4 * (threadIdx.x % 32);
-        if (at >= columns * dv) break;
-        const float4 x = __ldcg(reinterpret_cast<const float4*>(from + at));
-        const float factor = exp2_fast(sums()[i * columns + at / dv].m - totals()[at / dv].m);
-        sum[c].x += factor * x.x, sum[c].y += factor * x.y, sum[c].z += factor * x.z, sum[c].w += factor * x.w;
+        if (at(c) >= columns * dv) break;
+        const float factor = exp2_fast(sums()[i * columns + at(c) / dv].m - totals()[at(c) / dv].m);
+        sum[c].x += factor * now[c].x, sum[c].y += factor * now[c].y;
+        sum[c].z += factor * now[c].z, sum[c].w += factor * now[c].w;
       }
     }
 #pragma unroll
-    for (int c = 0; c < kLoads; ++c) {
-      const int at = 128 * c + 4 * (threadIdx.x % 32);
-      if (at < columns * dv) *reinterpret_cast<float4*>(o(warp) + at / dv * layout_.row + at % dv) = sum[c];
-    }
+    for (int c = 0; c < kLoads; ++c)
+      if (at(c) < columns * dv) *reinterpret_cast<float4*>(o(warp) + at(c) / dv * row_stride() + at(c) % dv) = sum[c];
     __syncthreads();
+  }
+
+  // What can be said of forced pages afterwards, of which there is no list.
+  __device__ void put_counts(const Unit& unit) const {
+    const DecodeParams& p = args_.p;
+    int4* counts = reinterpret_cast<int4*>(p.lists.counts + int64_t{8} * unit.index);
+    counts[0] = {unit.promoted, unit.fp16, unit.fp4x2, 0};
+    counts[1] = {0, unit.forced_without_high() - unit.fp4x2, p.cache.released[unit.slot], 0};
   }
 
   // From o(0), the unit's sums, to what is wanted of them, after finish_row of every row.
   __device__ void write_rows(const Unit& unit, Pass pass) const {
     const DecodeParams& p = args_.p;
     const bool to_state = pass == Pass::attend && p.state_ml != nullptr;
-    const int dv = layout_.row - 8;
+    const int dv = outputs();
 #pragma unroll 1
     for (int i = 2 * threadIdx.x; i < unit.rows * dv; i += 2 * blockDim.x) {
       const int row = i / dv, channel = i % dv;
       if (channel >= p.shape.d_v && !to_state) continue;
       const RowPlace at = place(unit, row);
-      float2 value = *reinterpret_cast<const float2*>(o(0) + row * layout_.row + channel);
+      float2 value = *reinterpret_cast<const float2*>(o(0) + row * row_stride() + channel);
       value.x *= weights()[2 * row], value.y *= weights()[2 * row];
       float2* state = reinterpret_cast<float2*>(p.state_o + at.state * dv + channel);
       if (pass == Pass::exchange) {

@@ -11,14 +11,15 @@
 //   N >= 8   a product of depth 8 for each scale group.
 //
 // Scores are in units of log2. A row's reference m is an integer above -inf and p = 2^(x - v_exponent - m): the page's
-// exponent of V rides on p, so that V's codes need no further factor; sums of p take it out again. Scores are rounded
-// to multiples of 2^-16, so that x - v_exponent - m is exact and p's rounding to 16 bit is the same whatever m is: what
-// an exchange takes out is what went in. m moves when a score passes it by kSlack.
+// exponent of V rides on p, so that V's codes need no further factor; sums of p take it out again. A score is made as
+// x + kGrid, which rounds it to a multiple of 2^-16 (more finely near -kGrid alone), so that x - v_exponent - m is
+// exact and p's rounding to 16 bit is the same whatever m is: what an exchange takes out is what went in. m moves when
+// a score passes it by kSlack.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/decode_feed.cuh"
+#include "cuda/decode_queries.cuh"
 #include "cuda/mma.cuh"
 #include "cuda/unpack.cuh"
 
@@ -30,18 +31,6 @@ inline constexpr float kMasked = -3e38f;  // a score that is not seen: below eve
 inline constexpr float kSlack = 6.0f;
 inline constexpr float kLog2E = 1.4426950408889634f;
 
-// 2^e for e in [-127, 127], where -127 gives 0.
-__device__ inline float power_of_2(int e) { return float_of(static_cast<uint32_t>(e + 127) << 23); }
-
-// Elements i and i + 1.
-__device__ inline float2 load_pair(const void* data, DType dtype, int64_t i) {
-  if (dtype == DType::f32) return {static_cast<const float*>(data)[i], static_cast<const float*>(data)[i + 1]};
-  const uint16_t* bits = static_cast<const uint16_t*>(data) + i;
-  const uint32_t first = bits[0], second = bits[1];
-  if (dtype == DType::bf16) return {float_of(first << 16), float_of(second << 16)};
-  return unpack_half2(first | second << 16);
-}
-
 // D: channels that there are registers for. kExact: K and V have D channels, so that every loop is unrolled.
 template <int D, int N, bool kExact>
 class DecodeRows {
@@ -50,12 +39,14 @@ class DecodeRows {
   static constexpr int kTiles = kDiagonal ? 1 : N / 8;  // of 8 columns of B
   static constexpr int kGroups = kDiagonal ? 1 : 2;     // scale groups that a lane multiplies by
   static constexpr int kRows = 2 * kTiles;              // rows of a lane: row(r), r in [0, kRows)
-  static constexpr int kMaxOutputs = N * D;
+  static constexpr int kColumns = N, kMaxOutputs = N * D;
+  static constexpr bool kExactSize = kExact;
   using Tile = float[kTiles][4];
   using Columns = uint32_t[kTiles][2];
 
-  __device__ DecodeRows(const DecodeArgs& args, const Note<N>* notes)
+  __device__ DecodeRows(const DecodeArgs& args, const Queries<N>& queries, Note<N>* notes)
       : args_(args),
+        queries_(queries),
         notes_(notes),
         layout_(record_layout<D, kExact>(args)),
         g_(threadIdx.x % 32 / 4),
@@ -76,8 +67,8 @@ class DecodeRows {
         for (int e = 0; e < 4; ++e) o[i][tile][e] = 0;
   }
 
-  // The tile's rows of q, from [N][dk] halves that load_queries() made.
-  __device__ void take_queries(const uint32_t* staged) {
+  // The tile's rows of q, which the CTA has loaded.
+  __device__ void take_queries() {
 #pragma unroll
     for (int w = 0; w < D / 16; ++w)
 #pragma unroll
@@ -86,55 +77,38 @@ class DecodeRows {
         for (int half = 0; half < 2; ++half) {
           const int channel = w / 2 * 32 + half * 16 + w % 2 * 8 + 2 * t_, row = kDiagonal ? g_ % 4 : tile * 8 + g_;
           const bool wanted = (!kDiagonal || half == g_ / 4) && (kExact || channel < layout_.dk);
-          q_[w][tile][half] = wanted ? staged[(row * layout_.dk + channel) / 2] : 0;
+          q_[w][tile][half] = wanted ? queries_.row(row, 0)[channel / 2] : 0;
         }
-  }
-
-  // A unit's rows of q in 16 bit, zero where there is no row or channel. By the whole CTA.
-  __device__ void load_queries(const Unit& u, uint32_t* staged) const {
-    const DecodeParams& p = args_.p;
-    const int pairs = layout_.dk / 2;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < N * pairs; i += blockDim.x) {
-      const int row = i / pairs, channel = i % pairs * 2, unit_row = u.first_row + row;
-      float2 x{0, 0};
-      if (row < u.rows && channel < p.shape.d) {
-        const int64_t token = p.batch.first_row[u.sequence] + unit_row % u.s_q;
-        const int head = u.head * p.shape.group + unit_row / u.s_q;
-        x = load_pair(p.q.data, p.q.dtype, token * p.q.row_stride + head * p.q.head_stride + channel);
-      }
-      // Inf too makes its row NaN; a larger finite number is the largest of 16 bit.
-      x.x = fmaf(x.x, 0.0f, fminf(fmaxf(x.x, -65504.0f), 65504.0f));
-      x.y = fmaf(x.y, 0.0f, fminf(fmaxf(x.y, -65504.0f), 65504.0f));
-      staged[i] = pack_half2(x.x, x.y);
-    }
   }
 
   // The next item in the ring; returns how many slots it took.
   __device__ int read(Ring& ring, const Segment& segment) {
-    const Note<N>& note = notes_[read_++ % kNotes];
-    uint32_t word = note.word;
+    const uint32_t number = read_++;
+    const Note<N>& note = notes_[number % kNotes];
+    uint32_t exponents = note.exponents, word = note.word;
     if (word & Note<N>::kWait) {
       word ^= Note<N>::kWait;
       copies_done();
-      __syncwarp();
+      put_means<D, N, kExact>(args_, queries_, notes_, number);
+      exponents = note.exponents;
     }
     const uint8_t* slot = ring.wait();
-    const Tier tier = Item::tier(word);
-    int planes = 1;
-    if (tier == Tier::fp16) {
-      read_high(slot, note, segment, word);
-    } else if (tier != Tier::none) {
-      const uint8_t* second = nullptr;
+    word = __shfl_sync(~0u, word, 0);  // it is the same in all lanes, and the compiler is to know it
+    int second = 0;                    // where the second plane is, from the first one
+    if (const Tier tier = Item::tier(word); tier != Tier::fp4) {
       if (tier == Tier::fp4x2) {
-        planes = 2;
-        second = ring.wait(1);
+        second = static_cast<int>(ring.wait(1) - slot);
+      } else {
+        if (tier == Tier::fp16) read_high(slot, exponents, segment, word);
+        ring.release(1);
+        return 1;
       }
-      if (args_.mxfp4 != 0)
-        read_fp4<true>(slot, second, planes, note, segment, word);
-      else
-        read_fp4<false>(slot, second, planes, note, segment, word);
     }
+    if (args_.mxfp4 != 0)
+      read_fp4<true>(slot, second, exponents, note.q_mean, segment, word);
+    else
+      read_fp4<false>(slot, second, exponents, note.q_mean, segment, word);
+    const int planes = second == 0 ? 1 : 2;
     ring.release(planes);
     return planes;
   }
@@ -176,23 +150,24 @@ class DecodeRows {
   float o[D / 16][kTiles][4];               // in units of codes: 2^-14 of what it means
 
  private:
-  // An item of 32 tokens, in one plane or two.
+  // An item of 32 tokens, in one plane or, where `second` is not 0, in two.
   template <bool kMxfp4>
-  __device__ void read_fp4(const uint8_t* first, const uint8_t* second, int planes, const Note<N>& note,
+  __device__ void read_fp4(const uint8_t* first, int second, uint32_t exponents, const float* q_mean,
                            const Segment& segment, uint32_t word) {
-    const char4 exponents = note.exponents;  // k, k, v, v
-    float sums[2][kTiles][4] = {};           // [ml]: of tokens 16 ml + g and 16 ml + 8 + g
-    int k_exponent = exponents.x;
-#pragma unroll 1
-    for (int plane = 0;;) {
-      const uint8_t* slot = plane == 0 ? first : second;
+    float sums[2][kTiles][4] = {};  // [ml]: of tokens 16 ml + g and 16 ml + 8 + g
+    const auto multiply_k = [&](const uint8_t* slot) {
       multiply<kMxfp4>(
           slot, slot + layout_.k_scales, layout_.dk, [this](int i, int j) -> const Columns& { return q_[2 * i + j]; },
           [&sums](int, int half) -> Tile& { return sums[half]; });
-      if (++plane == planes) break;
-      const float factor = power_of_2(max(-126, min(126, exponents.y - exponents.x)));
+    };
+    multiply_k(first);
+    float scale = args_.code_scale * exp2_fast(-exponent_of(exponents, 0));
+    if (second != 0) {
+      const float exponent = exponent_of(exponents, 1), next = args_.code_scale * exp2_fast(-exponent);
+      const float factor = exp2_fast(fmaxf(-126.0f, fminf(exponent - exponent_of(exponents, 0), 126.0f)));
       each([&](int ml, int tile, int e) { sums[ml][tile][e] *= factor; });
-      k_exponent = exponents.y;
+      multiply_k(first + own(second));
+      scale = next;
     }
 
     constexpr int kCells = kDiagonal ? 2 : 4 * kTiles;  // a cell is a token and two rows of this lane
@@ -209,14 +184,13 @@ class DecodeRows {
       each([&](int ml, int tile, int e) { x[(e / 2 * 2 + ml) * kTiles + tile][e % 2] = sums[ml][tile][e]; });
     }
     // Rows that do not exist may have any mean: nobody reads what becomes of them.
-    float mean[kRows] = {};
-    if (args_.p.q_mean != nullptr)
+    float base[kRows];
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) mean[r] = note.q_mean[row(r)];
+    for (int r = 0; r < kRows; ++r) base[r] = q_mean[row(r)];
 
     uint32_t p[kCells];
-    absorb<kCells>(segment, word, args_.score_scale * (kCodeScale * power_of_2(-k_exponent)), mean, exponents.z,
-                   planes > 1, token, x, p);
+    float sum[kRows];
+    const float weight = absorb<kCells>(segment, word, scale, base, exponent_of(exponents, 2), token, x, p, sum);
 
     Columns columns[2];  // B operands: p of tokens 8j + {0..7, 16..23}
     if constexpr (kDiagonal) {
@@ -231,25 +205,28 @@ class DecodeRows {
       for (int cell = 0; cell < kCells; ++cell)
         columns[cell / kTiles / 2][cell % kTiles][cell / kTiles % 2] = transpose_8x8(p[cell]);
     }
-#pragma unroll 1
-    for (int plane = 0;;) {
-      const uint8_t* slot = plane == 0 ? first : second;
+    const auto multiply_v = [&](const uint8_t* slot) {
       multiply<kMxfp4>(
           slot + layout_.v_codes, slot + layout_.v_scales, layout_.dv,
           [&columns](int, int j) -> const Columns& { return columns[j]; },
           [this](int i, int half) -> Tile& { return o[2 * i + half]; });
-      if (++plane == planes) break;
+    };
+    multiply_v(first);
+    if (second != 0) {
       // p carries the exponent of the first plane's V. The second one's is larger, but where it is all zero.
-      const float factor = power_of_2(max(-127, min(0, exponents.z - exponents.w)));
+      const float factor = exp2_fast(fminf(exponent_of(exponents, 2) - exponent_of(exponents, 3), 0.0f));
       each([&](int j, int tile, int e) {
         if (e < 2) columns[j][tile][e] = multiply_half2(columns[j][tile][e], pack_half2(factor, factor));
       });
+      multiply_v(first + own(second));
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) l_high[r] += weight * sum[r];
     }
   }
 
   // An item of 8 tokens in 16 bit.
-  __device__ void read_high(const uint8_t* slot, const Note<N>& note, const Segment& segment, uint32_t word) {
-    const int exponent = note.exponents.z;
+  __device__ void read_high(const uint8_t* slot, uint32_t exponents, const Segment& segment, uint32_t word) {
+    const float exponent = exponent_of(exponents, 2);
     float sums[kTiles][4] = {};
     const int lane = threadIdx.x % 32;
     for_blocks(layout_.dk, [&](int i) {
@@ -268,17 +245,22 @@ class DecodeRows {
         x[tile][e] = sums[tile][e];
         if constexpr (kDiagonal) x[tile][e] += __shfl_xor_sync(~0u, x[tile][e], 2);
       }
-    const float mean[kRows] = {};
+    float base[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) base[r] = kGrid;
     uint32_t p[kTiles];
-    absorb<kTiles>(
-        segment, word, args_.score_scale, mean, exponent, true, [this](int) { return g_; }, x, p);
+    float sum[kRows];
+    const float weight = absorb<kTiles>(
+        segment, word, args_.score_scale, base, exponent, [this](int) { return g_; }, x, p, sum);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) l_high[r] += weight * sum[r];
     uint32_t columns[kTiles];
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       columns[tile] = transpose_8x8(p[tile]);
       if (kDiagonal && g_ >= 4) columns[tile] = 0;
     }
-    const float scale = power_of_2(exponent) / kCodeScale;  // o is in units of codes
+    const float scale = exp2_fast(exponent) / kCodeScale;  // o is in units of codes
     for_blocks(layout_.dv, [&](int i) {
       const uint4 w = *reinterpret_cast<const uint4*>(slot + layout_.high_v + i * 512 + lane * 16);
 #pragma unroll
@@ -390,24 +372,57 @@ class DecodeRows {
       }
   }
 
-  // Products of one item to p, rounded, two rows a word; l and l_high take them unrounded. A score is scale * x + mean.
-  // token(cell) counts from the item's first; rows of cell c are row(c % kTiles * 2) and the next.
+  // Products of one item to p, rounded, two rows a word, and to the sums of p unrounded, times the weight returned:
+  // what l has taken. A score is scale * x + base - kGrid. token(cell) counts from the item's first; rows of cell c are
+  // row(c % kTiles * 2) and the next.
   template <int kCells, class Token>
-  __device__ void absorb(const Segment& segment, uint32_t word, float scale, const float (&mean)[kRows], int v_exponent,
-                         bool above_fp4, const Token& token, float (&x)[kCells][2], uint32_t (&p)[kCells]) {
-    constexpr bool kHigh = kCells == kTiles;
-    constexpr float kGrid = 192.0f;  // numbers near it are multiples of 2^-16
-    const Unit& unit = segment.unit;
-    each_score<kCells>(
-        [&](int i, int e, int r) { x[i][e] = __fadd_rn(__fmaf_rn(x[i][e], scale, kGrid + mean[r]), -kGrid); });
+  __device__ float absorb(const Segment& segment, uint32_t word, float scale, const float (&base)[kRows],
+                          float v_exponent, const Token& token, float (&x)[kCells][2], uint32_t (&p)[kCells],
+                          float (&sum)[kRows]) {
+    each_score<kCells>([&](int i, int e, int r) { x[i][e] = __fmaf_rn(x[i][e], scale, base[r]); });
+    if (word & Note<N>::kSpecial) cap_and_mask<kCells>(segment.unit, Item::token(word), token, x);
+    if (kCells == kTiles && kDiagonal && t_ >= 2) x[0][0] = x[0][1] = kMasked;  // lanes without a token
+
+    // The binary logarithm of p.
+    const float shift = v_exponent + kGrid;
+    const auto relative = [&](int i, int e) { return __fsub_rn(x[i][e], m[i % kTiles * 2 + e] + shift); };
+    float above = relative(0, 0);
+    each_score<kCells>([&](int i, int e, int) { above = fmaxf(above, relative(i, e)); });
+    if (__any_sync(~0u, above > kSlack)) raise<kCells>(shift, x);
+
+#pragma unroll
+    for (int i = 0; i < kCells; ++i) {
+      float pair[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int r = i % kTiles * 2 + e;
+        pair[e] = exp2_fast(relative(i, e));
+        sum[r] = i < kTiles ? pair[e] : sum[r] + pair[e];
+      }
+      p[i] = pack_half2(pair[0], pair[1]);
+    }
+    if (word & Note<N>::kSpecial) put_mass(segment, word, v_exponent, sum);
+    float weight = exp2_fast(v_exponent);
+    if (Item::taken_out(word)) {
+      weight = -weight;
+#pragma unroll
+      for (int i = 0; i < kCells; ++i) p[i] ^= 0x80008000u;
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) l[r] = __fmaf_rn(weight, sum[r], l[r]);
+    return weight;
+  }
+
+  template <int kCells, class Token>
+  __device__ void cap_and_mask(const Unit& unit, int first, const Token& token, float (&x)[kCells][2]) const {
+    const int tokens = kCells == kTiles ? kHighItemTokens : kItemTokens;
     if (args_.softcap > 0) {
       const float cap = args_.softcap;
       each_score<kCells>([&](int i, int e, int) {  // tanh y = 1 - 2 / (1 + e^2y)
-        const float power = exp2_fast(fminf(__fdividef(x[i][e] * (2 * kLog2E), cap), 126.0f));
-        x[i][e] = __fadd_rn(__fadd_rn(cap - 2 * cap * reciprocal_fast(1 + power), kGrid), -kGrid);
+        const float power = exp2_fast(fminf(__fdividef((x[i][e] - kGrid) * (2 * kLog2E), cap), 126.0f));
+        x[i][e] = __fadd_rn(cap - 2 * cap * reciprocal_fast(1 + power), kGrid);
       });
     }
-    const int first = Item::token(word), tokens = kHigh ? kHighItemTokens : kItemTokens;
     if (first < unit.first_common || first + tokens > unit.end_common) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
@@ -418,37 +433,17 @@ class DecodeRows {
             x[i][r % 2] = kMasked;
       }
     }
-    if (kHigh && kDiagonal && t_ >= 2) x[0][0] = x[0][1] = kMasked;  // those lanes have no token
+  }
 
-    const float exponent = static_cast<float>(v_exponent);
-    float above = kMasked;
-    each_score<kCells>([&](int i, int e, int r) { above = fmaxf(above, x[i][e] - (m[r] + exponent)); });
-    if (__any_sync(~0u, above > kSlack)) raise<kCells>(exponent, x);
+  // The exponent of a page's K, or second plane of K, V or its second plane.
+  __device__ static float exponent_of(uint32_t exponents, int which) {
+    return static_cast<float>(static_cast<int8_t>(exponents >> 8 * which));
+  }
 
-    float sum[kRows] = {};
-#pragma unroll
-    for (int i = 0; i < kCells; ++i) {
-      float pair[2];
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int r = i % kTiles * 2 + e;
-        pair[e] = exp2_fast(x[i][e] - (m[r] + exponent));
-        sum[r] = i < kTiles ? pair[e] : sum[r] + pair[e];
-      }
-      p[i] = pack_half2(pair[0], pair[1]);
-    }
-    if (args_.p.page_mass != nullptr && segment.pass == Pass::attend) put_mass(unit, first, tokens, exponent, sum);
-    float weight = power_of_2(v_exponent);
-    if (Item::taken_out(word)) {
-      weight = -weight;
-#pragma unroll
-      for (int i = 0; i < kCells; ++i) p[i] ^= 0x80008000u;
-    }
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      l[r] += weight * sum[r];
-      if (above_fp4) l_high[r] += weight * sum[r];
-    }
+  // x, of which nothing may be computed ahead: what only few items need stays where they need it.
+  __device__ static int own(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
   }
 
   // action(cell, e, r): row r of this lane is element e of the cell.
@@ -460,14 +455,15 @@ class DecodeRows {
       for (int e = 0; e < 2; ++e) action(i, e, i % kTiles * 2 + e);
   }
 
+  // x: scores and `shift`.
   template <int kCells>
-  __device__ void raise(float exponent, const float (&x)[kCells][2]) {
+  __device__ void raise(float shift, const float (&x)[kCells][2]) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       float largest = kMasked;
 #pragma unroll
       for (int i = r / 2; i < kCells; i += kTiles) largest = fmaxf(largest, x[i][r % 2]);
-      const float next = fmaxf(m[r], ceilf(max_tokens(largest) - exponent));
+      const float next = fmaxf(m[r], ceilf(max_tokens(largest) - shift));
       const float factor = exp2_fast(m[r] - next);
       m[r] = next;
       l[r] *= factor;
@@ -479,10 +475,12 @@ class DecodeRows {
     }
   }
 
-  __device__ void put_mass(const Unit& unit, int first, int tokens, float exponent, const float (&sum)[kRows]) {
+  __device__ void put_mass(const Segment& segment, uint32_t word, float exponent, const float (&sum)[kRows]) {
     const DecodeParams& p = args_.p;
-    const bool is_high = tokens == kHighItemTokens;
-    if (is_high && p.mass_parts == 2) return;
+    const Unit& unit = segment.unit;
+    const bool is_high = Item::tier(word) == Tier::fp16;
+    if (segment.pass != Pass::attend || p.page_mass == nullptr || (is_high && p.mass_parts == 2)) return;
+    const int first = Item::token(word), tokens = is_high ? kHighItemTokens : kItemTokens;
     const int page = first / kPageTokens, spread = is_high ? 1 : p.mass_parts / kPageItems;
     const int part = first % kPageTokens / tokens * spread;
 #pragma unroll
@@ -498,7 +496,8 @@ class DecodeRows {
 
   const DecodeArgs& args_;
   const DeviceLayout layout_;
-  const Note<N>* notes_;
+  const Queries<N> queries_;
+  Note<N>* notes_;
   uint32_t read_ = 0;  // items since the begin
   uint32_t q_[D / 16][kTiles][2];
   int g_, t_;

@@ -15,6 +15,7 @@
 #include <cstdint>
 
 #include "cuda/params.h"
+#include "format/selection.h"
 
 namespace thriftattn::cuda {
 
@@ -25,11 +26,13 @@ struct DecodeArgs {
   int columns, tiles;
   Pass pass;
   float score_scale, softcap;  // sm_scale and softcap times log2 e
+  float code_scale;            // score_scale of products with codes
   int mxfp4;
 };
 
 inline constexpr int kHighWeight = 8, kPlanesWeight = 18, kFp4Weight = 9;
-inline constexpr int kUnitWeight = 240;  // q, merge and results take a CTA as long as two items for every warp
+inline constexpr int kUnitWeight =
+    400;  // q, merge and results take a CTA as long as three or four items for every warp
 inline constexpr int kPageItems = kPageTokens / kItemTokens, kHighPageItems = kPageTokens / kHighItemTokens;
 
 struct Items {
@@ -57,13 +60,40 @@ struct Unit {
   int first_row, rows;  // of the tile, among the unit's rows; rows may be 0
   int s_q, s_kv;
   int first_page, full;  // full pages that some row sees: [first_page, full)
-  int fp16, fp4x2, fp4;  // listed pages by tier
-  int listed, tail_items;
+  int fp16, fp4x2, fp4;  // promoted pages by tier
+  int promoted, tail_items;
   Items items;
 
   // Tokens that every row sees: [first_common, end_common). An item within needs no mask.
   int first_common, end_common;
+
+  // The forced pages, [first_page, sink_end) and [near_first, near_end), and those that have lost their 16-bit form.
+  int sink_end, near_first, near_end;
+  int lost_first, lost_end;
+
+  __device__ bool forced(int page) const { return page < sink_end || (page >= near_first && page < near_end); }
+  __device__ int forced_without_high() const {
+    return max(0, min(sink_end, lost_end) - max(first_page, lost_first)) +
+           max(0, min(near_end, lost_end) - max(near_first, lost_first));
+  }
 };
+
+// The forced pages in order are six runs: of the sink pages, then of the near ones, those before the pages without a
+// 16-bit form, those among them, and those behind.
+inline constexpr int kForcedRuns = 6;
+struct ForcedRun {
+  int first, end;
+  bool high;  // they have a 16-bit form
+
+  __device__ int count() const { return max(end - first, 0); }
+};
+__device__ inline ForcedRun forced_run(const Unit& u, int k) {
+  const bool sink = k < kForcedRuns / 2;
+  const int first = sink ? u.first_page : u.near_first, end = sink ? u.sink_end : u.near_end;
+  if (k % 3 == 0) return {first, min(end, u.lost_first), true};
+  if (k % 3 == 1) return {max(first, u.lost_first), min(end, u.lost_end), false};
+  return {max(first, u.lost_end), end, true};
+}
 
 // The tokens that row r of s_q sees: [first, end).
 struct Seen {
@@ -85,17 +115,6 @@ __device__ inline Unit unit_at(const DecodeArgs& args, Pass pass, int number) {
   u.slot = p.batch.slot[u.sequence];
   u.s_q = p.batch.s_q[u.sequence];
   u.s_kv = p.cache.s_kv[u.slot];
-  int4 counts{0, 0, 0, 0};
-  int in_none = 0;
-  if (p.lists.k_max > 0) {
-    counts = *reinterpret_cast<const int4*>(p.lists.counts + int64_t{8} * u.index);
-    in_none = p.lists.counts[int64_t{8} * u.index + 4];
-  }
-  u.listed = counts.x;
-  u.fp16 = counts.y;
-  u.fp4x2 = counts.z;
-  u.fp4 = counts.w;
-
   u.first_row = number % args.tiles * args.columns;
   u.rows = max(0, min(args.columns, p.shape.group * u.s_q - u.first_row));
   u.full = u.s_kv / kPageTokens;
@@ -104,10 +123,34 @@ __device__ inline Unit unit_at(const DecodeArgs& args, Pass pass, int number) {
   u.first_common = newest.first;
   u.end_common = oldest.end;
 
+  const ForcedPages forced =
+      forced_pages(p.force, block_pages(u.s_kv - u.s_q, u.s_kv - 1, u.s_kv, {p.shape.causal, p.shape.window}));
+  const auto seen = [&u](int64_t page, int from) {
+    return static_cast<int>(max(min(page, int64_t{u.full}), int64_t{from}));
+  };
+  u.sink_end = seen(forced.sink_end, u.first_page);
+  u.near_first = seen(forced.first, u.sink_end);
+  u.near_end = seen(forced.end, u.near_first);
+  u.lost_first = p.cache.all_high ? u.full : p.cache.sink;
+  u.lost_end = p.cache.all_high ? u.full : max(p.cache.sink, p.cache.released[u.slot]);
+
+  int in_none = 0;
+  u.fp16 = u.fp4x2 = u.fp4 = 0;
+  if (p.promote == Promote::listed) {
+    const int4 counts = *reinterpret_cast<const int4*>(p.lists.counts + int64_t{8} * u.index);
+    u.fp16 = counts.y, u.fp4x2 = counts.z, u.fp4 = counts.w;
+    in_none = p.lists.counts[int64_t{8} * u.index + 4];
+  } else if (p.promote == Promote::forced) {
+    const int lost = u.forced_without_high();
+    u.fp16 = u.sink_end - u.first_page + u.near_end - u.near_first - lost;
+    if (p.cache.residual != nullptr) u.fp4x2 = lost;
+  }
+  u.promoted = u.fp16 + u.fp4x2 + u.fp4 + in_none;
+
   const bool reads_tail = pass != Pass::exchange;
   u.tail_items = reads_tail ? (u.s_kv % kPageTokens + kHighItemTokens - 1) / kHighItemTokens : 0;
   if (u.rows == 0) return u;
-  const int rest = reads_tail ? u.full - u.first_page - u.listed : 0;
+  const int rest = reads_tail ? u.full - u.first_page - u.promoted : 0;
   const bool high_rest = p.shape.rest == Tier::fp16;
   u.items.high = u.tail_items + kHighPageItems * (u.fp16 + (high_rest ? rest : 0));
   u.items.planes = kPageItems * u.fp4x2;
@@ -118,22 +161,49 @@ __device__ inline Unit unit_at(const DecodeArgs& args, Pass pass, int number) {
 }
 
 // One item: its first token, the tier to read it in (none: nothing to do) and whether it is to be taken out; where its
-// record lies (of the first plane, for fp4x2), its page's summary and its rows' q.k_mean, each or null.
+// record lies (of the first plane, for fp4x2), its page's summary and, where its scores start from it, k_mean; each or
+// null.
 struct Item {
   uint32_t word = 0;  // first token | tier | taken out ? 4 : 0
   const uint8_t* record = nullptr;
   const uint8_t* summary = nullptr;
-  const float* q_mean = nullptr;
+  const uint8_t* mean = nullptr;
 
   __device__ static Tier tier(uint32_t word) { return static_cast<Tier>(word & 3); }
   __device__ static bool taken_out(uint32_t word) { return word & 4; }
-  __device__ static int token(uint32_t word) { return static_cast<int>(word & ~7u); }
+  __device__ static int token(uint32_t word) { return static_cast<int>(word & 0x3ffffff8u); }
 };
 
-// The `n`-th full page that is seen and not listed.
-__device__ inline int unlisted_page(const Lists& lists, const Unit& u, int n) {
+// The n-th promoted page, by tier.
+__device__ inline int promoted_page(const DecodeParams& p, const Unit& u, int n) {
+  if (p.promote == Promote::listed) return static_cast<int>(p.lists.by_tier[int64_t{u.index} * p.lists.k_max + n] >> 2);
+  const bool high = n < u.fp16;
+  int page = u.first_page + (high ? n : n - u.fp16);
+#pragma unroll 1
+  for (int k = 0, left = high ? n : n - u.fp16; k < kForcedRuns; ++k) {
+    const ForcedRun run = forced_run(u, k);
+    if (run.high != high) continue;
+    page = run.first + left;
+    if (left < run.count()) break;
+    left -= run.count();
+  }
+  return page;
+}
+
+// The n-th full page that is seen and not promoted.
+__device__ inline int other_page(const DecodeParams& p, const Unit& u, int n) {
+  if (p.promote != Promote::listed) {
+    int page = u.first_page + n;
+#pragma unroll 1
+    for (int k = 0; k < kForcedRuns && u.promoted > 0; ++k) {
+      const ForcedRun run = forced_run(u, k);
+      if ((run.high || u.fp4x2 > 0) && page >= run.first) page += run.count();
+    }
+    return page;
+  }
+  const Lists& lists = p.lists;
   const uint32_t* by_page = lists.by_page + int64_t{u.index} * lists.k_max;
-  int low = 0, high = u.listed;  // listed pages before it
+  int low = 0, high = u.promoted;  // listed pages before it
   while (low < high) {
     const int middle = (low + high) / 2;
     if (static_cast<int>(by_page[middle] >> 2) - u.first_page - middle > n)
@@ -144,42 +214,36 @@ __device__ inline int unlisted_page(const Lists& lists, const Unit& u, int n) {
   return u.first_page + n + low;
 }
 
-__device__ inline bool is_forced(const Force& force, const Unit& u, int page) {
-  if (page < force.sink) return true;
-  const int first = max(u.s_kv - u.s_q, 0) / kPageTokens;
-  return page < first ? page >= first - force.previous : force.diagonal;
-}
-
 // Item i of a unit.
 __device__ inline Item item_at(const DecodeArgs& args, Pass pass, const Unit& u, int i) {
   const DecodeParams& p = args.p;
-  const uint32_t* by_tier = p.lists.by_tier + int64_t{u.index} * p.lists.k_max;
-  const auto listed = [by_tier](int n) { return static_cast<int>(by_tier[n] >> 2); };
+  const auto promoted = [&p, &u](int n) { return promoted_page(p, u, n); };
+  const auto other = [&p, &u](int n) { return other_page(p, u, n); };
   Tier tier;
   int page, part;
   if (i < u.tail_items) {
     tier = Tier::fp16, page = u.full, part = i;
   } else if (i < u.items.high) {
     const int n = (i - u.tail_items) / kHighPageItems;
-    tier = Tier::fp16, page = n < u.fp16 ? listed(n) : unlisted_page(p.lists, u, n - u.fp16);
+    tier = Tier::fp16, page = n < u.fp16 ? promoted(n) : other(n - u.fp16);
     part = (i - u.tail_items) % kHighPageItems;
   } else if (i < u.items.high + u.items.planes) {
     i -= u.items.high;
-    tier = Tier::fp4x2, page = listed(u.fp16 + i / kPageItems), part = i % kPageItems;
+    tier = Tier::fp4x2, page = promoted(u.fp16 + i / kPageItems), part = i % kPageItems;
   } else {
     i -= u.items.high + u.items.planes;
     const int n = i / kPageItems, above = u.fp16 + u.fp4x2;
     tier = Tier::fp4, part = i % kPageItems;
-    page = pass == Pass::exchange ? listed(n < above ? n : n + u.fp4)
-           : n < u.fp4            ? listed(above + n)
-                                  : unlisted_page(p.lists, u, n - u.fp4);
+    page = pass == Pass::exchange ? promoted(n < above ? n : n + u.fp4)
+           : n < u.fp4            ? promoted(above + n)
+                                  : other(n - u.fp4);
   }
 
   const bool is_high = tier == Tier::fp16;
   Item item;
   item.word = static_cast<uint32_t>(page * kPageTokens + part * (is_high ? kHighItemTokens : kItemTokens));
   if (pass == Pass::exchange) {
-    if (is_forced(p.force, u, page)) return item;
+    if (u.forced(page)) return item;
     if (tier == Tier::fp4) item.word |= 4;
   }
   item.word |= static_cast<uint32_t>(tier);
@@ -193,12 +257,11 @@ __device__ inline Item item_at(const DecodeArgs& args, Pass pass, const Unit& u,
                   part * cache.layout.high_item_bytes;
   } else {
     item.record = cache.fp4 + record_of(page_id) * cache.layout.fp4_bytes + part * cache.layout.item_bytes;
-    if (p.q_mean != nullptr)
-      item.q_mean = p.q_mean + (int64_t{u.index} * cache.max_pages + page) * p.row_stride + u.first_row;
   }
   // A tail has no summary yet: it borrows the exponent of V of the page before.
   if (cache.summary != nullptr && (page < u.full || page > 0))
     item.summary = cache.summary + record_of(page < u.full ? page_id : table[page - 1]) * cache.canonical.summary_bytes;
+  if (cache.centring && !is_high) item.mean = item.summary + cache.canonical.mean;
   return item;
 }
 

@@ -6,9 +6,9 @@
 
 namespace thriftattn::cuda {
 
-template <class... Parameters>
-cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared_bytes, cudaStream_t stream,
-                         const Parameters&... parameters) {
+// `parameters` point to the kernel's, as for cudaLaunchKernel.
+inline cudaError_t launch_early(const void* kernel, dim3 grid, dim3 block, int shared_bytes, cudaStream_t stream,
+                                void** parameters) {
   int device = 0, major = 0;
   if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
   if (const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
@@ -27,7 +27,15 @@ cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, i
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = major >= 9 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, parameters...);
+  return cudaLaunchKernelExC(&config, kernel, parameters);
+}
+
+// Kernels of one struct of parameters.
+template <class Parameters>
+cudaError_t launch_early(void (*kernel)(Parameters), dim3 grid, dim3 block, int shared_bytes, cudaStream_t stream,
+                         Parameters parameters) {
+  void* pointers[] = {&parameters};
+  return launch_early(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, stream, pointers);
 }
 
 }  // namespace thriftattn::cuda

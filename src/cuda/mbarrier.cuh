@@ -17,7 +17,7 @@ __device__ inline void arrive(uint32_t barrier) {
   asm volatile("{.reg .b64 state;\n mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(barrier) : "memory");
 }
 
-// Until the phase has ended that is under way, if its number is of this parity; no wait if it is not.
+// Until the phase has ended that is under way, if its number is of the parity of `parity`; no wait if it is not.
 __device__ inline void wait(uint32_t barrier, uint32_t parity) {
   uint32_t ended;
   do {
@@ -66,6 +66,9 @@ __device__ void copy_async(uint32_t to, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
 __device__ inline void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Brings the 64 bytes around `from` to L2.
+__device__ inline void prefetch_l2(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
 // An arrival that comes when what copy_async has started in this lane so far is there.
 __device__ inline void arrive_after_copies(uint32_t barrier) {

@@ -1,10 +1,9 @@
 // What the kernels of this backend are given and leave for one another: plain structs over device memory, and one
 // launcher per kernel. A decode step is
 //
-//   rank first    launch_rank  -> lists ->  launch_attend  -> out
-//   fp4_mass      launch_rank  -> forced lists -> launch_attend -> states, page masses -> launch_choose_by_mass ->
-//   lists
-//                 -> launch_exchange -> out
+//   nothing ranked   launch_attend -> out
+//   rank first       launch_rank -> lists -> launch_attend -> out
+//   fp4_mass         launch_attend -> states, page masses -> launch_choose_by_mass -> lists -> launch_exchange -> out
 //
 // and a prefill is launch_rank_prefill -> tiers -> launch_expand -> launch_prefill. Launchers check and return the
 // launch's error and nothing else; everything is asynchronous on the stream given.
@@ -81,13 +80,18 @@ struct Shape {
 // --- decode and verify: a unit is (sequence i, KV head g), u = i * h_kv + g. Its rows are group * s_q of sequence i,
 // --- row h * s_q + r for row r of the group's head h, and have room for row_stride = round_up(group * max_s_q, 4).
 
+// Which pages of a unit are promoted. `forced`: those that are whatever their rank, in the tier that format/selection.h
+// says, which takes no list.
+enum class Promote : int { none, forced, listed };
+
 // The promoted pages of every unit, as page * 4 + tier (tier as in enum Tier).
 struct Lists {
   int k_max;          // room of one unit
   uint32_t* by_page;  // [units, k_max], ascending
   uint32_t* by_tier;  // [units, k_max], those in fp16 first, then those in fp4x2, then those in fp4, then those in
                       // none; ascending within
-  int32_t* counts;    // [units, 8]: listed, then in fp16, in fp4x2, in fp4, in none, wanted but not stored, 0, 0
+  int32_t* counts;    // [units, 8]: promoted, then in fp16, in fp4x2, in fp4, in none, wanted but not stored,
+                      // LayerCache::released as it was (Promote::forced alone), 0
 };
 
 // What a unit may see, as format/selection.h's block_pages says, is computed by each kernel from s_kv and s_q.
@@ -97,14 +101,9 @@ struct RankParams {
   Shape shape;
   Rows<const void*> q;  // [rows, h_q, d]
   Method method;        // resolved: policy, budget, force, storage
-  bool lists_given;     // leave the lists alone: q_mean_log2 alone is wanted
   int row_stride;
-  float* q_mean;  // [units, max_pages, row_stride]: q . k_mean of every full page that is seen, times sm_scale * log2
-                  // e; null without centring
   float* score;   // [units, max_pages]: what the policy says of a page, the maximum over the unit's heads
   float* q_norm;  // [units]: norm of the mean row, the maximum over heads, for a budget of tolerance
-  float* row_weight;  // [units, row_stride]: what a row weighs in the mean over its head, 1 / (the head's rows without
-                      // NaN and Inf); 0 for a row with them. For choose_by_mass; null where nobody asks
   Lists lists;
 };
 
@@ -117,9 +116,10 @@ struct DecodeParams {
   Rows<void*> out;      // [rows, h_q, d_v]
   float* lse;           // [rows, h_q], natural log, or null
   const float* sinks;   // [h_q] or null
-  Lists lists;
+  Promote promote;
+  Force force;
+  Lists lists;  // forced: counts alone, which are written
   int row_stride;
-  const float* q_mean;  // as in RankParams; null without centring
   // Softmax sums of parts of pages, or null where not wanted. mass_parts = 2: [units, max_pages, 2, row_stride], the
   // halves of pages read in fp4 or fp4x2. mass_parts = 8: [units, max_pages, 8, row_stride], eighths of every page that
   // is read; a half leaves its sum in the first of its four and l = 0 in the others. Of pages that are not read, and of
@@ -129,7 +129,6 @@ struct DecodeParams {
   float* row_mass_high;  // [units, row_stride]: share of a row's mass read above fp4, or null
   // fp4_mass: attend leaves its rows' states here instead of writing out; exchange reads them, takes the listed pages
   // that are not forced (attend has read those in their tier) out of them, adds them in their tier, and writes out.
-  Force force;
   float* state_ml;   // [units, row_stride, 4]: m, l, l_high, unused
   float* state_o;    // [units, row_stride, dv]
   void* partials;    // decode.cu's own, decode_partial_bytes() of it
@@ -137,12 +136,13 @@ struct DecodeParams {
 };
 
 struct MassParams {
-  RankParams rank;          // of the launch_rank before: q_norm and row_weight are read, score and lists filled
+  RankParams rank;          // q_norm is read, of the launch_rank before; score and lists are filled
   const float* state_ml;    // as attend left it: m and l of all that a row sees, a learned sink included
   const float2* page_mass;  // as attend left it; of forced pages it is read for budgets of mass and tolerance alone,
   int mass_parts;           // which therefore need 8 parts
 };
 
+// Of a method that ranks. For fp4_mass, of which it knows nothing, q_norm alone.
 cudaError_t launch_rank(const RankParams& params, cudaStream_t stream);
 cudaError_t launch_choose_by_mass(const MassParams& params, cudaStream_t stream);
 
@@ -154,7 +154,6 @@ struct DecodeConfig {
   int warps, slots;
   int shared_bytes;
   int blocks;
-  bool programmatic;  // launches may overlap the end of the kernel before them (sm_90)
 };
 DecodeConfig decode_config(const Problem& problem, const Gpu& gpu);
 int64_t decode_partial_bytes(const Problem& problem, const DecodeConfig& config);

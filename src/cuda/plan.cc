@@ -76,13 +76,11 @@ WorkspaceLayout workspace_layout(const Problem& p, const DecodeConfig& config, i
   take(l.by_tier, pages * 4);
   take(l.score, pages * 4);
   take(l.q_norm, n * 4);
-  if (centred(p)) take(l.q_mean, of_rows * 4);
   if (by_mass(p) || p.stats) {
     l.mass_bytes = of_rows * mass_parts(p) * 8;
     take(l.page_mass, l.mass_bytes);
   }
   if (by_mass(p)) {
-    take(l.row_weight, rows * 4);
     take(l.state_ml, rows * 4 * 4);
     take(l.state_o, rows * device_layout(p.d, p.d_v).dv * 4);
   }

@@ -1,15 +1,13 @@
 // Ranking the pages of a decode or verify step, and choosing among them.
 //
-//   launch_rank            score_kernel   q, summaries -> q_mean (every row's part of its scores), and
-//                                         score (the policy's, of the mean row of a head; the largest of a unit's
-//                                         heads)
+//   launch_rank            score_kernel   q, summaries -> score (the policy's, of the mean row of a head; the largest
+//                                         of a unit's heads)
 //                          choose_kernel  score -> lists
 //   launch_choose_by_mass  mass_kernel    page masses and states that attend left -> score (shares of the softmax)
 //                          choose_kernel  likewise
 //
-// Where nothing is ranked, as before a ranking by mass, choose_kernel lists the forced pages. A unit's pages are dealt
-// to as many CTAs as keep the GPU busy; one CTA chooses for a unit. Each kernel starts early, so that choose_kernel has
-// its unit's place and budget by the time that the scores are there.
+// A unit's pages are dealt to as many CTAs as keep the GPU busy; one CTA chooses for a unit. Each kernel starts early,
+// so that choose_kernel has its unit's place and budget by the time that the scores are there.
 //
 // Binds on DRAM with many sequences (a summary is 272 bytes at d = 128, 3 % of what attend reads), with one on the
 // latency of the steps that follow from one another: lengths, tables and q, summaries; then scores, range, bin, lists.
@@ -23,16 +21,16 @@ namespace {
 
 constexpr int kScoreThreads = 256, kMassThreads = 256, kChooseThreads = 1024;
 constexpr int kScorePages = 128, kMassPages = kMassThreads / 8;  // that a CTA has at once
-constexpr int kRows = 72, kMeans = 16;  // rows of 128 channels, and heads, that a CTA has at once
+constexpr int kMeans = 16;                                       // heads that a CTA has at once
 
 struct RankArgs {
   LayerCache cache;
   Batch batch;
   Shape shape;
   Rows<const void*> q;
-  Choosing how;  // how.ranks: here, or by the kernel that follows
+  Choosing how;
   int row_stride;
-  float *q_mean, *score, *q_norm, *row_weight;
+  float *score, *q_norm;
   Lists lists;
 };
 
@@ -65,73 +63,60 @@ __device__ Candidates candidates_of(const RankArgs& a, const UnitPlace& at) {
 // --- by summaries
 
 struct ScoreShared {
-  float scale[kRows];  // of products of a row
-  float norm[kMeans];  // of a head's mean row
-  bool valid[kMeans];  // whether a head has a row without NaN and Inf
+  float scale[kMeans];  // of products of a head's mean row
+  float norm[kMeans];   // of the row
+  bool valid[kMeans];   // whether the head has a row without NaN and Inf
 };
 
-// The rows of some heads in dynamic shared memory: of each head s_q rows and, where s_q > 1, behind those of all heads
-// their means; and the means in floats, for the policies that need them.
+// The mean rows of some heads in dynamic shared memory, as planes and as floats.
 template <int kSteps>
-struct ScoreRows {
-  static constexpr int kRoom = kRows * 2 / kSteps;
+struct MeanRows {
   Planes<kSteps> planes;
-  Tile<kSteps> means;
+  Tile<kSteps> floats;
 
   static constexpr int bytes() {
-    return Planes<kSteps>::bytes(kRoom) + kMeans * Tile<kSteps>::kStride * static_cast<int>(sizeof(float));
+    return Planes<kSteps>::bytes(kMeans) + kMeans * Tile<kSteps>::kStride * static_cast<int>(sizeof(float));
   }
-  __device__ explicit ScoreRows(uint8_t* memory)
+  __device__ explicit MeanRows(uint8_t* memory)
       : planes{reinterpret_cast<__half*>(memory)},
-        means{reinterpret_cast<float*>(memory + Planes<kSteps>::bytes(kRoom))} {}
+        floats{reinterpret_cast<float*>(memory + Planes<kSteps>::bytes(kMeans))} {}
 };
 
 // Whether somebody asks for q_norm.
 __device__ bool measures(const RankArgs& a) { return a.how.budget.kind == Budget::Kind::tolerance; }
 
-// Brings the rows of the `heads` heads of the group from h0 on, a warp for each head; rows with NaN or Inf become
-// zeros.
+// Brings the mean rows of the `heads` heads of the group from h0 on, a warp for each head, of those without NaN and
+// Inf.
 template <int kSteps>
-__device__ void load_heads(const RankArgs& a, const UnitPlace& at, int h0, int heads, const ScoreRows<kSteps>& to,
+__device__ void load_means(const RankArgs& a, const UnitPlace& at, int h0, int heads, const MeanRows<kSteps>& to,
                            ScoreShared& s) {
   constexpr int kAtOnce = 8 / kSteps;  // rows
-  const int s_q = at.s_q;
   for (int h = warp_id(); h < heads; h += kScoreThreads / 32) {
     RowInWarp<kSteps> mean;
     mean.clear();
-    unsigned finite = 0;
-    for (int r0 = 0; r0 < s_q; r0 += kAtOnce) {
+    int count = 0;
+    for (int r0 = 0; r0 < at.s_q; r0 += kAtOnce) {
       RowInWarp<kSteps> row[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i)
-        if (r0 + i < s_q) row[i].load(a.q, at.first_row + r0 + i, at.g * a.shape.group + h0 + h, a.shape.d);
+        if (r0 + i < at.s_q) row[i].load(a.q, at.first_row + r0 + i, at.g * a.shape.group + h0 + h, a.shape.d);
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        if (r0 + i >= s_q) continue;
-        const bool ok = row[i].finite();
-        if (!ok) row[i].clear();
-        finite |= static_cast<unsigned>(ok) << (r0 + i);
-        const float scale = to.planes.write(h * s_q + r0 + i, row[i]);
-        if (lane_id() == 0) s.scale[h * s_q + r0 + i] = scale;
+        if (r0 + i >= at.s_q || !row[i].finite()) continue;
+        ++count;
         mean.add(row[i]);
       }
     }
-    const int count = __popc(finite);
-    if (s_q > 1) {
-      if (count > 1) mean.divide(static_cast<float>(count));
-      const float scale = to.planes.write(heads * s_q + h, mean);
-      if (lane_id() == 0) s.scale[heads * s_q + h] = scale;
-    }
+    if (count > 1) mean.divide(static_cast<float>(count));
+    const float scale = to.planes.write(h, mean);
 #pragma unroll
-    for (int i = 0; i < 2 * kSteps; ++i) to.means.at(h, mean.channel(i)) = mean.x[i];
+    for (int i = 0; i < 2 * kSteps; ++i) to.floats.at(h, mean.channel(i)) = mean.x[i];
     const float norm = measures(a) ? mean.norm() : 0.0f;
     if (lane_id() == 0) {
+      s.scale[h] = scale;
       s.valid[h] = count > 0;
       s.norm[h] = norm;
     }
-    if (a.row_weight && blockIdx.x == 0 && lane_id() < s_q)
-      a.row_weight[at.u * a.row_stride + (h0 + h) * s_q + lane_id()] =
-          finite >> lane_id() & 1 ? 1.0f / static_cast<float>(count) : 0.0f;
   }
   __syncthreads();
 }
@@ -156,53 +141,41 @@ struct Best {
   }
 };
 
-// Products of all rows of the unit with the summaries of the CTA's pages, as many heads at a time as there is room for.
+// Scores of the CTA's pages, as many heads at a time as there is room for.
 template <int kSteps>
-__device__ void rank_pages(const RankArgs& a, const UnitPlace& at, int ctas, const ScoreRows<kSteps>& to,
-                           ScoreShared& s) {
-  const int s_q = at.s_q, group = a.shape.group, t = static_cast<int>(threadIdx.x);
+__device__ void rank_pages(const RankArgs& a, const UnitPlace& at, const MeanRows<kSteps>& to, ScoreShared& s) {
+  const int group = a.shape.group, t = static_cast<int>(threadIdx.x);
   const PageChunks pages{at.first + static_cast<int>(blockIdx.x) * kScorePages, at.end, kScorePages,
-                         ctas * kScorePages};
-  const int room = min(kMeans, to.kRoom / (s_q + (s_q > 1)));
-  const Policy policy = a.how.ranks ? a.how.policy : Policy::none;
+                         static_cast<int>(gridDim.x) * kScorePages};
+  const Policy policy = a.how.policy;
   const Summaries summaries = summaries_of(a.cache, at.slot, at.g);
-  const float sm_scale = a.shape.sm_scale, log2_scale = sm_scale * 1.44269504f;
+  const float sm_scale = a.shape.sm_scale;
   float* score = a.score + at.u * a.cache.max_pages;
   float q_norm = 0;
   bool any_valid = false;
-  for (int h0 = 0; h0 < group; h0 += room) {
-    const int heads = min(room, group - h0), rows = heads * s_q, means = s_q > 1 ? rows : 0;
+  for (int h0 = 0; h0 < group; h0 += kMeans) {
+    const int heads = min(kMeans, group - h0);
     bool loaded = false;
     const auto prepare = [&] {
       if (loaded) return;
       __syncthreads();  // the heads before are done with
-      load_heads(a, at, h0, heads, to, s);
+      load_means(a, at, h0, heads, to, s);
       loaded = true;
     };
     Best best{s, score, h0 == 0, at.end};
-    if (a.q_mean || policy == Policy::block_mean) {
-      const bool rank = policy == Policy::block_mean;
-      float* q_mean = a.q_mean ? a.q_mean + at.u * a.cache.max_pages * a.row_stride + h0 * s_q : nullptr;
-      for_each_mean_product(
-          summaries, a.cache.canonical, pages, to.planes, rank ? means + heads : rows, prepare,
-          [&](int page, int row, float sum) {
-            if (row >= means + heads && row >= rows) return;
-            sum *= s.scale[row];
-            if (q_mean && row < rows && page < at.end)
-              q_mean[static_cast<int64_t>(page) * a.row_stride + row] = sum * log2_scale;
-            if (rank) best.see(row - means, heads, sum * sm_scale);
-          },
-          [&](int page) {
-            if (rank) best.store(page, 1);
-          });
-    }
     const auto emit = [&](int, int row, float sum) { best.see(row, heads, sum * sm_scale); };
+    const auto emit_mean = [&](int, int row, float sum) {
+      if (row < heads) best.see(row, heads, sum * s.scale[row] * sm_scale);
+    };
     const auto done = [&](int page) { best.store(page, 7); };
+    const auto done_mean = [&](int page) { best.store(page, 1); };
+    if (policy == Policy::block_mean)
+      for_each_mean_product(summaries, a.cache.canonical, pages, to.planes, heads, prepare, emit_mean, done_mean);
     if (policy == Policy::quest)
-      for_each_product<QuestProduct>(summaries, a.cache.canonical, sm_scale, pages, to.means, heads, prepare, emit,
+      for_each_product<QuestProduct>(summaries, a.cache.canonical, sm_scale, pages, to.floats, heads, prepare, emit,
                                      done);
     if (policy == Policy::second_moment)
-      for_each_product<MomentProduct>(summaries, a.cache.canonical, sm_scale, pages, to.means, heads, prepare, emit,
+      for_each_product<MomentProduct>(summaries, a.cache.canonical, sm_scale, pages, to.floats, heads, prepare, emit,
                                       done);
     prepare();  // where nothing was multiplied
     for (int h = 0; h < heads; ++h) {
@@ -225,7 +198,7 @@ __global__ __launch_bounds__(kScoreThreads, kSteps == 2 ? 2 : 1) void score_kern
   wait_for_previous_kernel();
   let_next_kernel_start();
   const UnitPlace at = unit_place(a);
-  if (at.s_q > 0) rank_pages(a, at, static_cast<int>(gridDim.x), ScoreRows<kSteps>(memory), s);
+  if (at.s_q > 0) rank_pages(a, at, MeanRows<kSteps>(memory), s);
 }
 
 // --- by mass
@@ -248,7 +221,6 @@ __global__ __launch_bounds__(kMassThreads) void mass_kernel(const __grid_constan
   const int group = a.shape.group, heads = group > 4 ? 8 : group > 2 ? 4 : group;  // at once
   const int lane = lane_id() % 8, head = lane % heads, part = lane / heads;
   const bool of_all = a.how.budget.kind == Budget::Kind::mass || a.how.budget.kind == Budget::Kind::tolerance;
-  const float* weight = a.row_weight + at.u * a.row_stride;
   const float* state = args.state_ml + at.u * a.row_stride * 4;
   for (int p0 = at.first + static_cast<int>(blockIdx.x) * kMassPages; p0 < at.end;
        p0 += static_cast<int>(gridDim.x) * kMassPages) {
@@ -258,8 +230,10 @@ __global__ __launch_bounds__(kMassThreads) void mass_kernel(const __grid_constan
     float best = 0;
     for (int h = head; h - head < group; h += heads) {
       float share = 0;
+      int finite = 0;  // rows without NaN and Inf, whose sums are numbers
       for (int r = h * at.s_q; wanted && h < group && r < (h + 1) * at.s_q; ++r) {
-        const float m = state[4 * r], factor = __fdividef(weight[r], state[4 * r + 1]);
+        const float m = state[4 * r], l = state[4 * r + 1], factor = __fdividef(1.0f, l);
+        finite += l == l;
         float of_row = 0;
         for (int i = part; i < args.mass_parts; i += 8 / heads) {
           const float2 ml = mass[i * a.row_stride + r];
@@ -267,6 +241,7 @@ __global__ __launch_bounds__(kMassThreads) void mass_kernel(const __grid_constan
         }
         if (factor > 0) share = fmaf(factor, of_row, share);
       }
+      share = __fdividef(share, static_cast<float>(max(finite, 1)));
       for (int i = heads; i < 8; i *= 2) share += __shfl_xor_sync(kAll, share, i);
       best = fmaxf(best, share);
     }
@@ -286,27 +261,22 @@ __global__ __launch_bounds__(kChooseThreads, 1) void choose_kernel(const __grid_
   let_next_kernel_start();
   const UnitPlace at = unit_place(a);
   const Candidates pages = candidates_of(a, at);
-  Cut cut = Cut::none();
-  if (a.how.ranks) {
-    if (threadIdx.x == 0) s.need = pages_wanted(a.how, pages);
-    wait_for_previous_kernel();
-    float* score = a.score + at.u * a.cache.max_pages + at.first;
-    if (at.s_q > 0) cut = choose(a.how, pages, score, keys, a.q_norm[at.u], summaries_of(a.cache, at.slot, at.g), s);
-  }
+  if (threadIdx.x == 0) s.need = pages_wanted(a.how, pages);
+  wait_for_previous_kernel();
   if (at.s_q > 0) {
+    float* score = a.score + at.u * a.cache.max_pages + at.first;
+    const Cut cut = choose(a.how, pages, score, keys, a.q_norm[at.u], summaries_of(a.cache, at.slot, at.g), s);
     uint8_t* tiers = reinterpret_cast<uint8_t*>(keys + (at.end - at.first));
-    write_lists(a.how, pages, cut, a.how.ranks ? keys : nullptr, tiers, a.lists, at.u, lists);
+    write_lists(a.how, pages, cut, keys, tiers, a.lists, at.u, lists);
   } else if (threadIdx.x < 8) {
     a.lists.counts[at.u * 8 + threadIdx.x] = 0;
   }
-  if (!a.how.ranks) wait_for_previous_kernel();  // who waits for this kernel waits for that one too
 }
 
 // --- launching
 
 RankArgs rank_args(const RankParams& p) {
-  return {p.cache, p.batch,  p.shape,      p.q,    choosing(p.method, p.shape, false), p.row_stride, p.q_mean,
-          p.score, p.q_norm, p.row_weight, p.lists};
+  return {p.cache, p.batch, p.shape, p.q, choosing(p.method, p.shape, false), p.row_stride, p.score, p.q_norm, p.lists};
 }
 
 // Full pages that a unit may see, at most.
@@ -341,13 +311,12 @@ cudaError_t launch_choose(const RankParams& p, const RankArgs& args, cudaStream_
 
 cudaError_t launch_rank(const RankParams& params, cudaStream_t stream) {
   if (params.batch.b == 0) return cudaSuccess;
-  RankArgs args = rank_args(params);
-  if (params.lists_given || params.method.policy == Policy::fp4_mass) args.how.ranks = false;
-  const bool wide = params.shape.d > 128;
+  const RankArgs args = rank_args(params);
+  const bool wide = params.shape.d > 128, norms = params.method.policy == Policy::fp4_mass;
   const auto kernel = wide ? score_kernel<4> : score_kernel<2>;
-  const int shared = wide ? ScoreRows<4>::bytes() : ScoreRows<2>::bytes();
-  if (const cudaError_t error = launch_over_pages(kernel, params, kScorePages, 2, kScoreThreads, shared, stream, args);
-      error != cudaSuccess || params.lists_given)
+  const int shared = wide ? MeanRows<4>::bytes() : MeanRows<2>::bytes(), pages = norms ? INT_MAX : kScorePages;
+  if (const cudaError_t error = launch_over_pages(kernel, params, pages, 2, kScoreThreads, shared, stream, args);
+      error != cudaSuccess || norms)
     return error;
   return launch_choose(params, args, stream);
 }

@@ -1,12 +1,12 @@
 // One call of attention on a GPU: checks what the host can know, builds the kernels' parameters and launches them.
 //
+//   decode, nothing to rank           attend
 //   decode, policy that ranks first   rank -> attend
-//   decode, fp4_mass                  rank (the forced pages) -> attend (masses, states) -> choose -> exchange
-//     where the rest is not FP4       rank -> attend (masses) -> choose -> attend
+//   decode, fp4_mass                  attend (masses, states) -> choose -> exchange
+//     where the rest is not FP4       attend (masses) -> choose -> attend
 //   prefill                           rank -> expand -> attend
 //
-// A step that has nothing to rank, no page to force and no mean to add leaves `rank` out. Everything is asynchronous on
-// the caller's stream; lengths, block tables and choices stay on the device.
+// Everything is asynchronous on the caller's stream; lengths, block tables and choices stay on the device.
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -89,20 +89,27 @@ class Launch {
   }
 
   Status decode() {
+    if (w_.given) return attend(decode_params(Promote::listed));
+    if (!promotes(p_.method)) return attend(decode_params(Promote::none));
+    if (!ranks(p_.method)) return attend(decode_params(Promote::forced));
     const RankParams rank = rank_params();
-    const bool choose = promotes(p_.method) && !w_.given;
-    if (choose || rank.q_mean) THRIFTATTN_RETURN_IF_ERROR(check(launch_rank(rank, stream_), "launch_rank"));
-    if (!choose || !by_mass(p_)) return attend(decode_params(false));
+    const bool by_mass = p_.method.policy == Policy::fp4_mass;
+    if (!by_mass || p_.method.budget.kind == Budget::Kind::tolerance)
+      THRIFTATTN_RETURN_IF_ERROR(check(launch_rank(rank, stream_), "launch_rank"));
+    DecodeParams chosen = decode_params(Promote::listed);
+    if (!by_mass) return attend(chosen);
 
-    DecodeParams first = decode_params(true);
+    DecodeParams first = decode_params(Promote::forced);
     first.shape.rest = Tier::fp4;
+    keep_states(first);
     THRIFTATTN_RETURN_IF_ERROR(attend(first));
     const MassParams mass{rank, first.state_ml, first.page_mass, first.mass_parts};
     THRIFTATTN_RETURN_IF_ERROR(check(launch_choose_by_mass(mass, stream_), "launch_choose_by_mass"));
-    if (!exchanges(p_)) return attend(decode_params(false));
-    THRIFTATTN_RETURN_IF_ERROR(check(launch_exchange(first, w_.config, stream_), "launch_exchange"));
+    if (!exchanges(p_)) return attend(chosen);
+    keep_states(chosen);
+    THRIFTATTN_RETURN_IF_ERROR(check(launch_exchange(chosen, w_.config, stream_), "launch_exchange"));
     // The masses are those of the first reading: with the promoted pages in their tier they take another one.
-    return p_.stats ? attend(decode_params(true)) : Status();
+    return p_.stats ? attend(chosen) : Status();
   }
 
   Status prefill() {
@@ -139,12 +146,9 @@ class Launch {
     r.shape = shape_;
     r.q = q_;
     r.method = p_.method;
-    r.lists_given = w_.given || !promotes(p_.method);
     r.row_stride = row_stride(p_);
-    r.q_mean = w_.pointer<float>(w_.at.q_mean);
     r.score = w_.pointer<float>(w_.at.score);
     r.q_norm = w_.pointer<float>(w_.at.q_norm);
-    r.row_weight = w_.pointer<float>(w_.at.row_weight);
     r.lists = w_.lists();
     return r;
   }
@@ -156,8 +160,7 @@ class Launch {
     return check(launch_attend(params, w_.config, stream_), "launch_attend");
   }
 
-  // Of a reading that leaves its states, or of one that writes out.
-  DecodeParams decode_params(bool states) const {
+  DecodeParams decode_params(Promote promote) const {
     DecodeParams d{};
     d.cache = layer_;
     d.batch = batch_;
@@ -166,20 +169,25 @@ class Launch {
     d.out = out_;
     d.lse = p_.stats ? w_.pointer<float>(w_.at.lse) : a_.lse;
     d.sinks = a_.sinks;
+    d.promote = promote;
+    d.force = p_.method.force;
     d.lists = w_.lists();
     d.row_stride = row_stride(p_);
-    d.force = p_.method.force;
-    d.q_mean = w_.pointer<float>(w_.at.q_mean);
     d.mass_parts = mass_parts(p_);
-    if (states || p_.stats) d.page_mass = w_.pointer<float2>(w_.at.page_mass);
-    if (p_.stats) d.row_mass_high = w_.pointer<float>(w_.at.row_mass_high);
-    if (states) {
-      d.state_ml = w_.pointer<float>(w_.at.state_ml);
-      d.state_o = w_.pointer<float>(w_.at.state_o);
+    if (p_.stats) {
+      d.page_mass = w_.pointer<float2>(w_.at.page_mass);
+      d.row_mass_high = w_.pointer<float>(w_.at.row_mass_high);
     }
     d.partials = w_.pointer<void>(w_.at.partials);
     d.tickets = w_.pointer<int32_t>(w_.at.tickets);
     return d;
+  }
+
+  // A reading that leaves masses and states, or an exchange.
+  void keep_states(DecodeParams& d) const {
+    d.page_mass = w_.pointer<float2>(w_.at.page_mass);
+    d.state_ml = w_.pointer<float>(w_.at.state_ml);
+    d.state_o = w_.pointer<float>(w_.at.state_o);
   }
 
   PrefillParams prefill_params() const {

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cuda/choose.cuh"
 #include "cuda/state.h"
 #include "cuda/workspace.h"
 #include "format/params.h"
@@ -131,6 +132,8 @@ class Call {
 
   Status read_lists(Stats* stats) const {
     const int64_t k_max = max_pages(p_), group = p_.h_q / p_.h_kv;
+    const bool forced_alone = !w_.given && promotes(p_.method) && !ranks(p_.method);  // of which there is no list
+    const Choosing how = choosing(p_.method, {}, false);
     std::vector<uint32_t> by_page;
     std::vector<int32_t> counts;
     THRIFTATTN_RETURN_IF_ERROR(download(w_.pointer<uint32_t>(w_.at.by_page), units(p_) * k_max, &by_page));
@@ -140,9 +143,16 @@ class Call {
       stats->pairs += pages.n() * group;
       stats->promoted += counts[u * 8] * group;
       stats->wanted_not_stored += counts[u * 8 + 5] * group;
-      for (int64_t e = 0; e < counts[u * 8]; ++e) {
-        const uint32_t entry = by_page[u * k_max + e];
-        stats->selection.pages.push_back({static_cast<int32_t>(entry / 4), static_cast<Tier>(entry % 4)});
+      if (forced_alone) {
+        const Candidates c = candidates(pages, how.force, layer_, counts[u * 8 + 6]);
+        for (int page = c.first; page < c.end; ++page)
+          if (const Verdict v = judge(how, c, Cut::none(), page, c.forced(page) ? kForcedKey : 1); v.listed)
+            stats->selection.pages.push_back({page, v.tier});
+      } else {
+        for (int64_t e = 0; e < counts[u * 8]; ++e) {
+          const uint32_t entry = by_page[u * k_max + e];
+          stats->selection.pages.push_back({static_cast<int32_t>(entry / 4), static_cast<Tier>(entry % 4)});
+        }
       }
       stats->selection.first.push_back(std::ssize(stats->selection.pages));
     });

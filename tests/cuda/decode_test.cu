@@ -11,6 +11,7 @@
 
 #include "cuda/params.h"
 #include "format/codecs.h"
+#include "format/selection.h"
 
 namespace thriftattn::cuda {
 namespace {
@@ -69,9 +70,11 @@ struct Case {
   Fp4Format format = Fp4Format::nvfp4;
   bool centring = true, page_scale = true;
   bool all_high = true;  // else a ring of sink, recent and tail pages
+  bool residual = true;
   bool causal = true;
   int64_t window = 0;
   float softcap = 0, q_scale = 1, v_scale = 1;
+  double k_shift = 1.5;  // of every seventh channel of K
   bool sinks = false;
   unsigned page_seed = 1;  // of the page ids alone
   // Tier of a listed page, or -1 for pages that are not listed.
@@ -82,6 +85,7 @@ struct Case {
   int blocks = 0, warps = 0;  // 0: as decode_config says
   int mass_parts = 0;
   Force force{};
+  bool forced_alone = false;  // the forced pages are promoted, without a list; else those that are listed
 
   int group() const { return h_q / h_kv; }
   float sm_scale() const { return 1.0f / std::sqrt(static_cast<float>(d)); }
@@ -221,7 +225,7 @@ struct Fixture {
       const uint64_t key = (uint64_t{1} * i * 100003 + j * 64 + t) * 64 + g;
       const bool sink = j == 0 && t == 0;
       for (int n = 0; n < c.d; ++n)
-        p.k_high[t * c.d + n] = to_f16((n % 29 == 3 ? 4 : 1) * normal(3, key, n) + (n % 7 == 0 ? 1.5 : 0));
+        p.k_high[t * c.d + n] = to_f16((n % 29 == 3 ? 4 : 1) * normal(3, key, n) + (n % 7 == 0 ? c.k_shift : 0));
       for (int n = 0; n < c.d_v; ++n)
         p.v_high[t * c.d_v + n] = to_f16(c.v_scale * (sink ? 0.01 : 1) * (normal(4, key, n) + 0.3));
     }
@@ -273,7 +277,12 @@ struct Fixture {
       }
       planes(k, c.d, true, facts.k_exponent, p.k_fp4, p.k_planes);
       planes(p.v_high, c.d_v, false, facts.v_exponent, p.v_fp4, p.v_planes);
-      std::memcpy(&summary[record * canonical.summary_bytes], &facts, sizeof facts);
+      uint8_t* to = &summary[record * canonical.summary_bytes];
+      std::memcpy(to, &facts, sizeof facts);
+      for (int n = 0; c.centring && n < c.d; ++n) {
+        const uint16_t bits = f16_encode(static_cast<float>(p.mean[n]));
+        std::memcpy(to + canonical.mean + 2 * n, &bits, 2);
+      }
     }
     values[{i, j, g}] = std::move(p);
   }
@@ -287,10 +296,16 @@ struct Fixture {
     return static_cast<int>(
         std::min<int64_t>(std::max<int64_t>(0, oldest - c.window + 1) / 64, c.sequences[i].s_kv / 64));
   }
-  // The tier in which a full page is read; `listed` decides, or the rest.
-  Tier tier(int i, int g, int j, bool use_lists = true) const {
-    const int t = use_lists ? c.listed(unit(i, g), j) : -1;
+  // The tier in which a full page is read.
+  Tier tier(int i, int g, int j) const {
+    if (c.forced_alone) return forced(i, j) ? forced_tier(c.rest, has_high(i, j), c.residual) : c.rest;
+    const int t = c.listed(unit(i, g), j);
     return t < 0 ? c.rest : static_cast<Tier>(t);
+  }
+  bool has_high(int i, int j) const { return view().has_high(j, released_pages(c.sequences[i].s_kv)); }
+  bool forced(int i, int j) const {
+    const int first = std::max(0, c.sequences[i].s_kv - c.sequences[i].s_q) / 64;
+    return j < c.force.sink || (j >= first ? c.force.diagonal : j >= first - c.force.previous);
   }
 };
 
@@ -300,7 +315,7 @@ struct Result {
   std::map<std::tuple<int, int, int>, double> mass;  // unit row, page, eighth: log2 of the sum
 };
 
-Result reference(const Fixture& f, bool use_lists = true) {
+Result reference(const Fixture& f) {
   const Case& c = f.c;
   Result r;
   r.out.assign(f.rows * c.h_q * c.d_v, 0), r.bound = r.out;
@@ -325,7 +340,7 @@ Result reference(const Fixture& f, bool use_lists = true) {
           if (c.causal && t > position) continue;
           if (c.window > 0 && std::abs(t - position) >= c.window) continue;
           if (full && j < f.first_page(i)) continue;
-          const Tier tier = full ? f.tier(i, g, j, use_lists) : Tier::fp16;
+          const Tier tier = full ? f.tier(i, g, j) : Tier::fp16;
           if (tier == Tier::none) continue;
           const PageValues& p = f.values.at({i, j, g});
           const Matrix& k = tier == Tier::fp16 ? p.k_high : tier == Tier::fp4x2 ? p.k_planes : p.k_fp4;
@@ -367,6 +382,7 @@ struct Output {
   std::vector<float> out, lse;
   std::vector<float> mass_high;   // [units, row_stride]
   std::vector<float2> page_mass;  // as in DecodeParams
+  std::vector<int32_t> counts;    // of Promote::forced, as in Lists
   bool operator==(const Output& other) const {
     return std::memcmp(out.data(), other.out.data(), out.size() * 4) == 0 &&
            std::memcmp(lse.data(), other.lse.data(), lse.size() * 4) == 0;
@@ -398,11 +414,7 @@ Output run(const Fixture& f, Mode mode = Mode::attend) {
       for (int g = 0; g < c.h_kv; ++g) {
         const int u = f.unit(i, g);
         int n = 0, at = 0;
-        const auto listed = [&](int j) {
-          const int first = std::max(0, c.sequences[i].s_kv - c.sequences[i].s_q) / 64;
-          const bool forced = j < c.force.sink || (j >= first ? c.force.diagonal : j >= first - c.force.previous);
-          return forced_only && !forced ? -1 : c.listed(u, j);
-        };
+        const auto listed = [&](int j) { return forced_only && !f.forced(i, j) ? -1 : c.listed(u, j); };
         for (int j = f.first_page(i); j < c.sequences[i].s_kv / 64; ++j)
           if (listed(j) >= 0) by_page[u * f.max_pages + n++] = static_cast<uint32_t>(j * 4 + listed(j));
         counts[u * 8] = n;
@@ -414,20 +426,6 @@ Output run(const Fixture& f, Mode mode = Mode::attend) {
             }
       }
   };
-  std::vector<float> q_mean(int64_t{units} * f.max_pages * f.row_stride, nan);
-  for (int i = 0; i < b; ++i)
-    for (int g = 0; g < c.h_kv; ++g)
-      for (int j = f.first_page(i); j < c.sequences[i].s_kv / 64; ++j)
-        for (int h = 0; h < c.group(); ++h)
-          for (int row = 0; row < c.sequences[i].s_q; ++row) {
-            const PageValues& p = f.values.at({i, j, g});
-            double s = 0;
-            for (int n = 0; n < c.d; ++n)
-              s += static_cast<double>(f.q[((f.first_row[i] + row) * c.h_q + g * c.group() + h) * c.d + n]) * p.mean[n];
-            q_mean[(int64_t{f.unit(i, g)} * f.max_pages + j) * f.row_stride + h * c.sequences[i].s_q + row] =
-                static_cast<float>(s * c.sm_scale() * kLog2E);
-          }
-
   const size_t element = c.dtype == DType::f32 ? 4 : 2;
   const int64_t q_stride = c.h_q * c.d + 8;  // rows of q and out stand apart, and heads of out are in turn
   std::vector<uint8_t> q(f.rows * q_stride * element, 0xff);
@@ -441,7 +439,7 @@ Output run(const Fixture& f, Mode mode = Mode::attend) {
 
   const OnDevice fp4(f.fp4), residual(f.residual), high(f.high), summary(f.summary), q_device(q);
   const OnDevice table(f.table), lengths(f.lengths), slots(f.slots), s_q(f.s_q), first_row(f.first_row);
-  const OnDevice sinks(f.sinks), mean(q_mean);
+  const OnDevice sinks(f.sinks);
   const OnDevice<uint8_t> out(std::vector<uint8_t>(std::max(1, f.rows * c.h_q * c.d_v) * element, 0xff));
   const OnDevice<float> lse(std::vector<float>(f.rows * c.h_q, nan));
   const OnDevice<float> mass_high(std::vector<float>(units * f.row_stride, nan));
@@ -462,7 +460,7 @@ Output run(const Fixture& f, Mode mode = Mode::attend) {
 
   DecodeParams p{};
   p.cache = f.view();
-  p.cache.fp4 = fp4.get(), p.cache.residual = residual.get(), p.cache.high = high.get();
+  p.cache.fp4 = fp4.get(), p.cache.residual = c.residual ? residual.get() : nullptr, p.cache.high = high.get();
   p.cache.summary = summary.get(), p.cache.block_table = table.get();
   std::vector<int32_t> released_of;
   for (const int32_t s_kv : f.lengths) released_of.push_back(f.released_pages(s_kv));
@@ -475,10 +473,10 @@ Output run(const Fixture& f, Mode mode = Mode::attend) {
   p.lse = lse.get(), p.sinks = c.sinks ? sinks.get() : nullptr;
   p.lists = {f.max_pages, first_page.get(), first_tier.get(), first_counts.get()};
   p.row_stride = f.row_stride;
-  p.q_mean = c.centring ? mean.get() : nullptr;
   p.page_mass = c.mass_parts > 0 ? page_mass.get() : nullptr;
   p.mass_parts = c.mass_parts;
   p.row_mass_high = mass_high.get();
+  p.promote = c.forced_alone ? Promote::forced : Promote::listed;
   p.force = c.force;
   p.partials = partials.get(), p.tickets = tickets.get();
   cudaStream_t stream;
@@ -497,6 +495,7 @@ Output run(const Fixture& f, Mode mode = Mode::attend) {
 
   Output o;
   o.lse = lse.read(), o.mass_high = mass_high.read(), o.page_mass = page_mass.read();
+  o.counts = first_counts.read();
   const std::vector<uint8_t> bytes = out.read();
   o.out.resize(f.rows * c.h_q * c.d_v);
   for (int row = 0; row < f.rows; ++row)
@@ -727,6 +726,55 @@ TEST_F(Decode, PageMasses) {
           }
         }
   }
+}
+
+// q . k_mean takes q unrounded: in 16 bit alone it would be off by 1e-3 here.
+TEST_F(Decode, MeansMeetTheUnroundedQueries) {
+  for (int h_q : {4, 8, 16}) expect_right({.h_q = h_q, .sequences = {{1500, 1}}, .k_shift = 40, .listed = some_planes});
+  expect_right({.h_q = 4, .d = 80, .d_v = 80, .sequences = {{1500, 2}}, .k_shift = 40, .listed = some_planes});
+}
+
+// More than two batches of items for a warp, and several units a CTA.
+TEST_F(Decode, LongUnitsInFewBlocks) {
+  const std::vector<Sequence> sequences = {{9000, 1}, {5000, 2}, {100, 1}, {7000, 1}};
+  for (int blocks : {1, 5})
+    expect_right({.h_q = 4, .h_kv = 1, .sequences = sequences, .listed = mixed, .blocks = blocks});
+}
+
+// Without lists, in the tiers that format/selection.h gives them.
+TEST_F(Decode, ForcedPagesByArithmetic) {
+  const Force forces[] = {{1, true, 1}, {0, false, 0}, {3, false, 2}, {0, true, 0}, {2, true, 20}, {40, true, 3}};
+  for (const Force& force : forces)
+    for (bool all_high : {true, false})
+      for (bool residual : {true, false})
+        for (int64_t window : {0, 500}) {
+          SCOPED_TRACE(testing::Message() << force.sink << " " << force.diagonal << " " << force.previous << " "
+                                          << all_high << " " << residual << " " << window);
+          const Case c{.h_q = 8,
+                       .h_kv = 2,
+                       .sequences = {{64 * 13 + 20}, {64 * 9}, {130, 3}, {64 * 30 + 5, 9}, {40}, {64 * 7 + 1, 2}},
+                       .all_high = all_high,
+                       .residual = residual,
+                       .window = window,
+                       .force = force,
+                       .forced_alone = true};
+          const Fixture f(c);
+          const Output got = run(f);
+          expect_close(f, got, reference(f));
+          for (int i = 0; i < static_cast<int>(c.sequences.size()); ++i) {
+            int high = 0, planes = 0, wanted = 0;
+            for (int j = f.first_page(i); j < c.sequences[i].s_kv / 64; ++j) {
+              if (!f.forced(i, j)) continue;
+              (f.has_high(i, j) ? high : residual ? planes : wanted) += 1;
+            }
+            const int32_t* count = &got.counts[f.unit(i, 1) * 8];
+            EXPECT_EQ(count[0], high + planes);
+            EXPECT_EQ(count[1], high);
+            EXPECT_EQ(count[2], planes);
+            EXPECT_EQ(count[5], wanted);
+            EXPECT_EQ(count[6], f.released_pages(c.sequences[i].s_kv));
+          }
+        }
 }
 
 TEST_F(Decode, ExchangeIsAttentionUnderTheSameLists) {

@@ -38,13 +38,14 @@ def laid_out(draw, shape):
         "inside a larger one": (b + 1, s + 3, h + 1, d + 16),
     }
     tensor = seeded.standard_normal(lies[layout]).astype(dtype)
-    return {
+    view = {
         "packed": lambda t: t,
         "heads first": lambda t: t.transpose(0, 2, 1, 3),
         "every other": lambda t: t[:, ::2],
         "backwards": lambda t: t[:, ::-1],
         "inside a larger one": lambda t: t[1:, 3:, :-1, 16:],
-    }[layout](tensor)
+    }[layout]
+    return lambda place: view(place.put(tensor))
 
 
 @st.composite
@@ -52,7 +53,7 @@ def problems(draw):
     b, h_kv, group = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 4))
     d, d_v = 16 * draw(st.integers(1, 9)), 16 * draw(st.integers(1, 9))
     s_q, s_kv = draw(st.integers(0, 80)), draw(st.sampled_from([0, 1, 2, 63, 64, 65, 127, 130, 200, 257]))
-    sinks = np.linspace(-2, 2, h_kv * group, dtype=np.float32)
+    sinks = lambda place: place.put(np.linspace(-2, 2, h_kv * group, dtype=np.float32))  # noqa: E731
     mask = {
         "causal": draw(st.booleans()),
         "window": draw(st.sampled_from([0, 1, 17, 64, 100])),
@@ -69,38 +70,48 @@ def problems(draw):
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(problems())
-def test_fp16_is_attention_whatever_the_shapes_strides_types_and_masks(problem):
-    q, k, v, mask, phase = problem
-    stored_k, stored_v = (x.astype(np.float16) for x in (k, v))  # what the method keeps, exactly
-    expected, expected_lse = reference(q, stored_k, stored_v, **mask)
-    out, lse = ta.attention(q, k, v, method="fp16", phase=phase, return_lse=True, **mask)
+def test_fp16_is_attention_whatever_the_shapes_strides_types_and_masks(place, problem):
+    *laid, mask, phase = problem
+    q, k, v = (x(place) for x in laid)
+    mask = {**mask, "sinks": mask["sinks"] and mask["sinks"](place)}
+    stored_k, stored_v = (place.get(x).astype(np.float16) for x in (k, v))  # what the method keeps, exactly
+    on_host = {key: place.get(x) if key == "sinks" and x is not None else x for key, x in mask.items()}
+    expected, expected_lse = reference(place.get(q), stored_k, stored_v, **on_host)
+    out, lse = (place.get(x) for x in ta.attention(q, k, v, method="fp16", phase=phase, return_lse=True, **mask))
     assert out.dtype == q.dtype and out.shape == expected.shape and lse.dtype == np.float32
-    tolerance = 1e-5 if q.dtype == np.float32 else 2e-3
+    tolerance = place.tolerance(1e-5 if q.dtype == np.float32 else 2e-3)
     np.testing.assert_allclose(out.astype(np.float64), expected, rtol=tolerance, atol=tolerance)
-    np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
+    tolerance = place.tolerance(1e-5)
+    np.testing.assert_allclose(lse, expected_lse, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 @pytest.mark.parametrize("method", ["thrift:storage=dual", "topk", "quest", "window"])
-def test_promoting_all_pages_is_fp16(method, phase):
-    q, k, v = qkv(s_q=4, s_kv=300)
+def test_promoting_all_pages_is_fp16(place, method, phase):
+    q, k, v = map(place.put, qkv(s_q=4, s_kv=300))
     everything = method + (",budget=1" if ":" in method else ":budget=1")
-    expected = ta.attention(q, k, v, method="fp16", phase=phase)
-    np.testing.assert_allclose(ta.attention(q, k, v, method=everything, phase=phase), expected, atol=2e-4)
+    expected, out = (place.get(ta.attention(q, k, v, method=m, phase=phase)) for m in ("fp16", everything))
+    np.testing.assert_allclose(out, expected, atol=place.tolerance(2e-4))
 
 
-def test_promoted_pages_bring_back_what_fp4_loses():
-    q, k, v = qkv(s_q=1, s_kv=4096)
-    exact = reference(q, k, v)[0]
-    loss = {
-        method: np.abs(ta.attention(q, k, v, method=method, phase="decode") - exact).max()
-        for method in ("fp16", "thrift:budget=0.5", "fp4", "paper-fp4")
-    }
-    assert loss["fp16"] < loss["thrift:budget=0.5"] < loss["fp4"] < 0.05 and loss["paper-fp4"] < 0.1
+def test_promoted_pages_bring_back_what_fp4_loses(place):
+    tensors = qkv(s_q=1, s_kv=4096)
+    exact = reference(*tensors)[0]
+    q, k, v = map(place.put, tensors)
+
+    def loss(method):
+        return np.abs(place.get(ta.attention(q, k, v, method=method, phase="decode")) - exact).max()
+
+    assert loss("fp16") < loss("thrift:budget=0.5") < loss("fp4") < 0.05
+    if place.on_gpu:
+        with pytest.raises(NotImplementedError, match="arithmetic=mma4 has no CUDA kernel"):
+            loss("paper-fp4")
+    else:
+        assert loss("paper-fp4") < 0.1
 
 
-def test_a_given_selection_is_what_is_promoted():
-    q, k, v = qkv(s_q=1, s_kv=640)
+def test_a_given_selection_is_what_is_promoted(place):
+    q, k, v = map(place.put, qkv(s_q=1, s_kv=640))
     _, stats = ta.attention(q, k, v, phase="decode", stats=True)
     _, same = ta.attention(q, k, v, phase="decode", given=stats.selection, stats=True)
     assert same.promoted == stats.promoted > 0
@@ -110,32 +121,39 @@ def test_a_given_selection_is_what_is_promoted():
     np.testing.assert_array_equal(stats.selection.offsets, [0, 2, 3])
     np.testing.assert_array_equal(stats.selection.pages, [1, 4, 7])
     np.testing.assert_array_equal(stats.selection.tiers, [2, 2, 1])
-    assert np.isfinite(out).all()
+    assert np.isfinite(place.get(out)).all()
 
 
-def test_select_is_what_attention_promotes():
-    q, k, v = qkv(b=2, s_q=70, s_kv=640)
-    _, stats = ta.attention(q, k, v, stats=True)
-    selection = ta.select(q, k, v)
+@pytest.mark.parametrize("phase,s_q", [("prefill", 70), ("decode", 5)])
+def test_select_is_what_attention_promotes(place, phase, s_q):
+    tensors = qkv(b=2, s_q=s_q, s_kv=640)
+    _, stats = ta.attention(*tensors, phase=phase, stats=True)
+    selection = ta.select(*map(place.put, tensors), phase=phase)
     np.testing.assert_array_equal(selection.pages, stats.selection.pages)
     np.testing.assert_array_equal(selection.offsets, stats.selection.offsets)
+    q, k, v = map(place.put, tensors)
+    if place.on_gpu and phase == "prefill":
+        with pytest.raises(NotImplementedError, match="stats of a prefill"):
+            ta.attention(q, k, v, stats=True)
+    out = ta.attention(q, k, v, phase=phase)
+    np.testing.assert_array_equal(place.get(ta.attention(q, k, v, phase=phase, given=selection)), place.get(out))
 
 
-def test_stats_account_for_all_mass():
-    q, k, v = qkv(b=2, s_q=3, s_kv=640)
+def test_stats_account_for_all_mass(place):
+    q, k, v = map(place.put, qkv(b=2, s_q=3, s_kv=640))
     _, stats = ta.attention(q, k, v, phase="decode", stats=True)
     assert stats.page_mass.shape[:2] == (2, 2)
     np.testing.assert_allclose(stats.page_mass.sum(axis=-1), 1, rtol=1e-3)
     assert 0 < stats.mass_above_fp4 <= 1 and stats.wanted_not_stored == 0
 
 
-def test_out_is_written_where_it_lies():
-    q, k, v = qkv(b=2)
-    larger = np.full((2, 5, 4, 96), np.nan, np.float32)
+def test_out_is_written_where_it_lies(place):
+    q, k, v = map(place.put, qkv(b=2))
+    larger = place.put(np.full((2, 5, 4, 96), np.nan, np.float32))
     out = larger[..., 32:]
     assert ta.attention(q, k, v, out=out) is out
-    np.testing.assert_array_equal(out, ta.attention(q, k, v))
-    assert np.isnan(larger[..., :32]).all()
+    np.testing.assert_array_equal(place.get(out), place.get(ta.attention(q, k, v)))
+    assert np.isnan(place.get(larger)[..., :32]).all()
 
 
 @pytest.mark.parametrize("fmt,block", [("nvfp4", 16), ("mxfp4", 32)])
@@ -152,11 +170,13 @@ def test_quantize_keeps_what_the_format_can_say(fmt, block):
     assert np.abs(twice.transpose(1, 0, 2) - y).max() < np.abs(y).max() / 4
 
 
-def test_plan_says_what_would_run_or_why_nothing_would():
-    plan = ta.plan("thrift", s_kv=16384, h_q=32, h_kv=8, d=128)
-    assert plan.backend == "cpu" and plan.kernel in str(plan) and plan.threads == ta.threads()
+def test_plan_says_what_would_run_or_why_nothing_would(place):
+    shape = {"s_kv": 16384, "h_q": 32, "h_kv": 8, "d": 128, "device": place.device}
+    plan = ta.plan("thrift", **shape)
+    assert plan.backend == place.device.split(":")[0] and plan.kernel in str(plan)
+    assert place.on_gpu or plan.threads == ta.threads()
     with pytest.raises(NotImplementedError, match="mma8"):
-        ta.plan("thrift:arithmetic=mma8", s_kv=16384, h_q=32, h_kv=8, d=128)
+        ta.plan("thrift:arithmetic=mma8", **shape)
 
 
 def test_method_options_feed_back():
@@ -183,6 +203,19 @@ def on_device(array, device):
     return Elsewhere()
 
 
+@pytest.mark.skipif(bool(ta.gpus()), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_named():
+    q, k, v = (on_device(x, 2) for x in qkv())
+    with pytest.raises(ValueError, match="device cuda:0: .*(no CUDA backend|no GPU can be used)"):
+        ta.attention(q, k, v)
+    for make in (lambda: ta.KvCache("thrift", h_kv=2, d=64, device="cuda:0"),
+                 lambda: ta.plan(s_kv=99, h_q=1, h_kv=1, d=64, device="cuda")):
+        with pytest.raises(ValueError, match="device cuda:0: "):
+            make()
+    with pytest.raises(ValueError, match="device 'gpu' is not known"):
+        ta.KvCache("thrift", h_kv=2, d=64, device="gpu")
+
+
 def read_only(array):
     array = array.copy()
     array.flags.writeable = False
@@ -201,7 +234,9 @@ MISTAKES = {
     "group": (lambda q, k, v: ((q[:, :, :3], k, v), {}), ValueError, "h_q 3 is not a multiple of h_kv 2"),
     "head size": (lambda q, k, v: ((q[..., :20], k[..., :20], v), {}), ValueError, "20 is not supported"),
     "rows": (lambda q, k, v: ((np.repeat(q, 4, 1), k, v), {"phase": "decode"}), ValueError, "max_s_q 20"),
-    "device": (lambda q, k, v: ((on_device(q, 2), k, v), {}), ValueError, "q is on cuda:0"),
+    "devices": (lambda q, k, v: ((on_device(q, 2), k, v), {}), ValueError, "q is on cuda:0, k on cpu"),
+    "device": (lambda q, k, v: ((on_device(q, 10), k, v), {}), ValueError, "q is on DLPack device 10:0"),
+    "stream": (lambda q, k, v: ((q, k, v), {"stream": 7}), ValueError, "stream: the tensors are on the CPU"),
     "NaN": (lambda q, k, v: ((q, k * np.float32(np.nan), v), {}), ValueError, "k"),
     "range": (lambda q, k, v: ((q, k, v * np.float32(1e6)), {}), ValueError, "v"),
     "method": (lambda q, k, v: ((q, k, v), {"method": "thirft"}), ValueError, "'thirft' is not known: fp16, fp4"),

@@ -13,36 +13,36 @@ def normal(*shape):
     return torch.randn(*shape, generator=generator)
 
 
-def qkv(s_q=20, s_kv=200, d_v=32):
-    return normal(2, s_q, 4, 64), normal(2, s_kv, 2, 64), normal(2, s_kv, 2, d_v)
+def qkv(device, s_q=20, s_kv=200, d_v=32):
+    return [x.to(device) for x in (normal(2, s_q, 4, 64), normal(2, s_kv, 2, 64), normal(2, s_kv, 2, d_v))]
 
 
-def test_the_operators_keep_pytorchs_rules():
-    torch.library.opcheck(torch.ops.thriftattn.attention, (*qkv(),), {"window": 50})
+def test_the_operators_keep_pytorchs_rules(device):
+    torch.library.opcheck(torch.ops.thriftattn.attention, (*qkv(device),), {"window": 50})
 
 
-def test_a_graph_stays_whole():
+def test_a_graph_stays_whole(device):
     def block(q, k, v):
         out, lse = torch.ops.thriftattn.attention(2 * q, k, v, method="thrift", softcap=30.0)
         return out.flatten(2) + lse.sum(-1, keepdim=True)
 
-    q, k, v = qkv()
+    q, k, v = qkv(device)
     torch.testing.assert_close(torch.compile(block, fullgraph=True, backend="aot_eager")(q, k, v), block(q, k, v))
 
 
-def test_steps_of_a_cache_in_a_whole_graph():
+def test_steps_of_a_cache_in_a_whole_graph(device):
     def block(cache, seqs, q, k, v):
         first = torch.ops.thriftattn.step(cache, seqs, q, k, v, window=100)
         return first + torch.ops.thriftattn.step(cache, seqs, q, k, v, window=100).tanh()  # a step more, not the same
 
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    caches = [ta.KvCache("thrift", h_kv=2, d=64) for _ in range(2)]
+    caches = [ta.KvCache("thrift", h_kv=2, d=64, device=device) for _ in range(2)]
     for cache in caches:
         for _ in range(2):
             cache.new_sequence()
     states = [thriftattn.torch.state(cache) for cache in caches]
     for s in (16, 1, 1):
-        q, k, v = normal(2, s, 4, 64), normal(2, s, 2, 64), normal(2, s, 2, 64)
+        q, k, v = (normal(2, s, heads, 64).to(device) for heads in (4, 2, 2))
         a = compiled(states[0], [0, 1], q, k, v)
         b = block(states[1], [0, 1], q, k, v)
         torch.testing.assert_close(a, b)
