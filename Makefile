@@ -86,7 +86,7 @@ build/venv/with-tests: PACKAGES = cmake scikit-build-core nanobind transformers 
 # Kernels for GPUs, which take minutes, are compiled here only where they are insisted on.
 python: build/venv/with-tests
 	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) build/venv/bin/pip install --quiet --no-build-isolation --no-deps . \
-	  -C cmake.define.THRIFTATTN_CUDA=$(if $(filter ON,$(CUDA)),ON,OFF)
+	  -C cmake.define.THRIFTATTN_CUDA=$(if $(filter ON,$(CUDA)),ON,OFF) -C cmake.define.THRIFTATTN_UNITY=ON
 
 test-python: python
 	build/venv/bin/python -m pytest -q

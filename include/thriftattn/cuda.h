@@ -105,7 +105,9 @@ class THRIFTATTN_API Cache {
   Result<int64_t> length(SeqId seq, Stream stream) const;
   Result<Faults> faults(Stream stream, bool clear = false);
 
-  MemoryUse bytes() const;  // of the pages that sequences hold now
+  // Of the pages that sequences hold, in the forms that they keep between steps. All that is taken from the device is
+  // more: free pages, and room for the 16-bit form of what a step of max_append tokens fills.
+  MemoryUse bytes() const;
   int64_t reserved_bytes() const;
 
   struct State;

@@ -548,16 +548,17 @@ Result<Faults> Cache::faults(Stream stream, bool clear) {
 MemoryUse Cache::bytes() const {
   const State& s = *state_;
   const int64_t pages = std::ssize(s.users) - std::ssize(s.free_pages);
-  int64_t entries = 0, live = 0;  // of block tables; sequences
+  int64_t entries = 0, live = 0, kept = 0;  // of block tables; sequences; their pages that stay in 16 bit
   for (const State::Sequence& q : s.sequences) {
     entries += std::ssize(q.pages);
     live += q.live;
+    kept += std::min<int64_t>(std::ssize(q.pages), s.sink + s.recent + 1);
   }
   const int64_t heads = int64_t{s.config.layers} * s.config.h_kv;
   MemoryUse use;
   use.codes = s.fp4 ? heads * pages * s.layout.fp4_bytes : 0;
   use.residual = s.residual ? heads * pages * s.layout.fp4_bytes : 0;
-  use.high = heads * (s.all_high ? pages : live * s.ring_pages) * s.layout.high_bytes;
+  use.high = heads * (s.all_high ? pages : kept) * s.layout.high_bytes;
   use.summaries = s.summary ? heads * pages * s.canonical.summary_bytes : 0;
   use.tables = (live * 6 + entries) * int64_t{sizeof(int32_t)};
   return use;

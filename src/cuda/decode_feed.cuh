@@ -100,7 +100,7 @@ class Feed {
       notes_[(made_ + lane) % kNotes].mean = nullptr;
     }
     planes_ = __ballot_sync(~0u, second_plane);
-    __syncwarp();
+    __syncwarp();  // a lane may read another's note next
     made_ += batch_;
     at_ += 32 * warps;
     return true;

@@ -321,7 +321,7 @@ __device__ inline bool next_segment(const DecodeArgs& args, const Share& share, 
 __device__ inline void copy_segment(Segment& to, const Segment& from) {
   constexpr int kWords = sizeof(Segment) / 4;
   static_assert(sizeof(Segment) % 4 == 0);
-  __syncwarp();  // all lanes are done with what was there
+  __syncwarp();  // a lane may have read what is written here
   for (int i = threadIdx.x % 32; i < kWords; i += 32)
     reinterpret_cast<uint32_t*>(&to)[i] = reinterpret_cast<const uint32_t*>(&from)[i];
   __syncwarp();

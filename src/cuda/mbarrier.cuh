@@ -35,10 +35,15 @@ __device__ inline void wait(uint32_t barrier, uint32_t parity) {
   } while (ended == 0);
 }
 
+// Puts what this thread has read or written in shared memory before bulk copies, which take another way there, that
+// begin once it has synchronised with whoever starts them.
+__device__ inline void before_bulk_copies() {
 #if __CUDA_ARCH__ >= 900
-// Puts what this thread did in shared memory, and saw done there, before the bulk copies that it starts from here on.
-__device__ inline void before_bulk_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
 
+#if __CUDA_ARCH__ >= 900
 // An arrival that announces bytes.
 __device__ inline void arrive_expecting(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");

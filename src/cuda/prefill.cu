@@ -85,9 +85,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(const __grid_
   if (a.cache.layout.dk != D || a.cache.layout.dv != D)
     for (int i = threadIdx.x * 16; i < a.stages * Tile<D>::kPlaceBytes; i += blockDim.x * 16)
       *reinterpret_cast<uint4*>(ring + i) = uint4{};
-#if __CUDA_ARCH__ >= 900
   before_bulk_copies();
-#endif
   __syncthreads();
   const Work& work = c.work;
   if (work.units <= 0) return;
@@ -130,6 +128,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(const __grid_
       refill += warps;
       turn = warps - 1;
     }
+    before_bulk_copies();
     arrive(shared_address(&c.empty[stage]));
     if (++stage == a.stages) {
       stage = 0;

@@ -117,7 +117,6 @@ __device__ inline void look_up(const Attend& a, Control& c, int lane) {
 __device__ inline void copy_to_ring(uint32_t to, const uint8_t* from, int bytes, int all_bytes, uint32_t barrier,
                                     int lane) {
 #if __CUDA_ARCH__ >= 900
-  before_bulk_copies();
   if (lane == 0) arrive_expecting(barrier, all_bytes);
   __syncwarp();
   if (bytes > 0) copy_bulk(to, from, bytes, barrier);

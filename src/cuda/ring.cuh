@@ -20,9 +20,7 @@ class Ring {
   __device__ Ring(uint8_t* slots, int slot_bytes) : slots_(slots), slot_bytes_(slot_bytes) {
     if (threadIdx.x % 32 == 0) {
       for (uint32_t i = 0; i < kRingSlots; ++i) init_barrier(barrier(slot(i)), kArrivals);
-#if __CUDA_ARCH__ >= 900
       before_bulk_copies();
-#endif
     }
     __syncwarp();
   }
@@ -52,6 +50,7 @@ class Ring {
   }
   // The warp has read `n` slots.
   __device__ void release(uint32_t n) {
+    before_bulk_copies();
     __syncwarp();
     read_ += n;
   }

@@ -136,6 +136,31 @@ TEST_F(CudaCache, SequencesOfABatchGrowEachByItsOwn) {
   for (size_t i = 0; i < 4; ++i) expect_equal(*gpu, seqs[i], *cpu, hosts[i], stream, "sequence " + std::to_string(i));
 }
 
+// Between steps the same pages have a 16-bit form, whatever room a step needs. (A tail's place in the other pools is
+// taken here, not there.)
+TEST_F(CudaCache, HighBytesAreThoseOfTheCpu) {
+  for (const Storage storage : kStorages) {
+    const CacheConfig config = config_of(storage);
+    auto cpu = KvCache::create(config);
+    auto gpu = Cache::create(config, {2, 64 * 40, 0, 64 * 40}, 0);
+    ASSERT_TRUE(cpu.ok() && gpu.ok());
+    const SeqId host = cpu->new_sequence(), seq = *gpu->new_sequence(stream);
+    constexpr int64_t kTokens = 64 * 20 + 5;
+    std::mt19937 random(5);
+    Tensor k(kTokens, config.h_kv, config.d), v(kTokens, config.h_kv, config.d_v);
+    k.fill(random);
+    v.fill(random);
+    ASSERT_OK(k.send(stream));
+    ASSERT_OK(v.send(stream));
+    ASSERT_OK(gpu->reserve(seq, kTokens, stream));
+    ASSERT_OK(step(*gpu, seq, k.device(0, kTokens), v.device(0, kTokens), stream));
+    ASSERT_OK(step(*cpu, host, k.host(0, kTokens), v.host(0, kTokens)));
+    const MemoryUse ours = gpu->bytes(), theirs = cpu->bytes();
+    EXPECT_EQ(ours.high, theirs.high) << to_string(storage);
+    EXPECT_GT(gpu->reserved_bytes(), ours.total());
+  }
+}
+
 TEST_F(CudaCache, FreedPagesServeOthers) {
   const CacheConfig config = config_of(Storage::residual, 32, 32);
   auto cpu = KvCache::create(config);
