@@ -309,9 +309,10 @@ __device__ Cut choose(const Choosing& how, const Candidates& c, float* score, ui
   if (total < need || (weigh_page.form == Weighing::one && total == need)) return Cut::all();
 
   while (low < high) {
-    // Bins of equal width in score, or, where that is not finite, in key.
+    // Bins of equal width in score, or in key, where that is not finite or the scores are shares: most are tiny, and
+    // the keys of positive numbers go with their logarithms.
     const float bottom = score_of(low), scale = 255.9f / (score_of(high) - bottom);
-    const bool by_score = scale > 0 && scale < INFINITY;
+    const bool by_score = bottom < 0 && scale > 0 && scale < INFINITY;
     const int shift = max(0, 24 - __clz(static_cast<int>(high - low)));
     const auto bin_of = [&](uint32_t key) {
       const uint32_t up = by_score ? __float2uint_rz((score_of(key) - bottom) * scale) : (key - low) >> shift;
@@ -362,11 +363,11 @@ struct ListShared {
   int wanted;                      // but not stored
 };
 
-// Writes the lists and counts of unit u. Each warp goes through pages of
-// its own, first counting, then writing. tiers, in shared memory, has room for all pages.
+// Writes the lists and counts of unit u. Each warp goes through pages of its own, first counting, then writing. Keys
+// become tiers.
 template <int kThreads>
-__device__ void write_lists(const Choosing& how, const Candidates& c, const Cut& cut, const uint32_t* keys,
-                            uint8_t* tiers, const Lists& lists, int64_t u, ListShared<kThreads>& s) {
+__device__ void write_lists(const Choosing& how, const Candidates& c, const Cut& cut, uint32_t* keys,
+                            const Lists& lists, int64_t u, ListShared<kThreads>& s) {
   constexpr int kWarps = kThreads / 32;
   const int n = c.end - c.first, strips = (n + 31) / 32, per_warp = (strips + kWarps - 1) / kWarps;
   const int first = warp_id() * per_warp * 32, end = min(n, first + per_warp * 32);
@@ -378,7 +379,7 @@ __device__ void write_lists(const Choosing& how, const Candidates& c, const Cut&
     Verdict v = {Tier::none, false, false};
     if (i < end) {
       v = judge(how, c, cut, c.first + i, keys[i]);
-      tiers[i] = v.listed ? static_cast<uint8_t>(v.tier) : 0;
+      keys[i] = v.listed ? static_cast<uint32_t>(v.tier) : 0;
     }
     count += __popc(__ballot_sync(kAll, v.listed && v.tier == Tier::fp16));
     count += __popc(__ballot_sync(kAll, v.listed && v.tier == Tier::fp4x2)) << 16;
@@ -393,7 +394,7 @@ __device__ void write_lists(const Choosing& how, const Candidates& c, const Cut&
   uint32_t* by_tier = lists.by_tier + u * lists.k_max;
   for (int i0 = first; i0 < end; i0 += 32) {
     const int i = i0 + lane_id();
-    const uint32_t tier = i < end ? tiers[i] : 0;
+    const uint32_t tier = i < end ? keys[i] : 0;
     const unsigned listed = __ballot_sync(kAll, tier != 0);
     if (listed == 0) continue;
     const bool high = tier == static_cast<uint32_t>(Tier::fp16);

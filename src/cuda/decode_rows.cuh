@@ -487,10 +487,10 @@ class DecodeRows {
     for (int r = 0; r < kRows; ++r) {
       const float mass = sum_tokens(sum[r]);
       if (!speaks_for_rows() || row(r) >= unit.rows) continue;
-      float2* to = p.page_mass + unit.first_row + row(r) +
-                   ((int64_t{unit.index} * p.cache.max_pages + page) * p.mass_parts + part) * p.row_stride;
+      float* to = p.page_mass + unit.first_row + row(r) +
+                  ((int64_t{unit.index} * p.cache.max_pages + page) * p.mass_parts + part) * p.row_stride;
 #pragma unroll 1
-      for (int i = 0; i < spread; ++i) to[int64_t{i} * p.row_stride] = {m[r] + exponent, i == 0 ? mass : 0.0f};
+      for (int i = 0; i < spread; ++i) to[int64_t{i} * p.row_stride] = i == 0 ? m[r] + exponent + __log2f(mass) : NAN;
     }
   }
 

@@ -120,11 +120,11 @@ struct DecodeParams {
   Force force;
   Lists lists;  // forced: counts alone, which are written
   int row_stride;
-  // Softmax sums of parts of pages, or null where not wanted. mass_parts = 2: [units, max_pages, 2, row_stride], the
-  // halves of pages read in fp4 or fp4x2. mass_parts = 8: [units, max_pages, 8, row_stride], eighths of every page that
-  // is read; a half leaves its sum in the first of its four and l = 0 in the others. Of pages that are not read, and of
-  // eighths without tokens, nothing is written.
-  float2* page_mass;
+  // Log2 of softmax sums of parts of pages, or null where not wanted. mass_parts = 2: [units, max_pages, 2,
+  // row_stride], the halves of pages read in fp4 or fp4x2. mass_parts = 8: [units, max_pages, 8, row_stride], eighths
+  // of every page that is read; a half leaves its sum in the first of its four and NaN, which stands for nothing, in
+  // the others. Of pages that are not read, and of eighths without tokens, nothing is written.
+  float* page_mass;
   int mass_parts;
   float* row_mass_high;  // [units, row_stride]: share of a row's mass read above fp4, or null
   // fp4_mass: attend leaves its rows' states here instead of writing out; exchange reads them, takes the listed pages
@@ -136,10 +136,10 @@ struct DecodeParams {
 };
 
 struct MassParams {
-  RankParams rank;          // q_norm is read, of the launch_rank before; score and lists are filled
-  const float* state_ml;    // as attend left it: m and l of all that a row sees, a learned sink included
-  const float2* page_mass;  // as attend left it; of forced pages it is read for budgets of mass and tolerance alone,
-  int mass_parts;           // which therefore need 8 parts
+  RankParams rank;         // q_norm is read, of the launch_rank before; score and lists are filled
+  const float* state_ml;   // as attend left it: m and l of all that a row sees, a learned sink included
+  const float* page_mass;  // as attend left it; of forced pages it is read for budgets of mass and tolerance alone,
+  int mass_parts;          // which therefore need 8 parts
 };
 
 // Of a method that ranks. For fp4_mass, of which it knows nothing, q_norm alone.

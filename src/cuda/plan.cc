@@ -77,7 +77,7 @@ WorkspaceLayout workspace_layout(const Problem& p, const DecodeConfig& config, i
   take(l.score, pages * 4);
   take(l.q_norm, n * 4);
   if (by_mass(p) || p.stats) {
-    l.mass_bytes = of_rows * mass_parts(p) * 8;
+    l.mass_bytes = of_rows * mass_parts(p) * 4;
     take(l.page_mass, l.mass_bytes);
   }
   if (by_mass(p)) {

@@ -13,15 +13,16 @@
 // latency of the steps that follow from one another: lengths, tables and q, summaries; then scores, range, bin, lists.
 #include "cuda/choose.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/mass_scores.cuh"
 #include "cuda/mma.cuh"
 #include "cuda/page_scores.cuh"
 
 namespace thriftattn::cuda {
 namespace {
 
-constexpr int kScoreThreads = 256, kMassThreads = 256, kChooseThreads = 1024;
-constexpr int kScorePages = 128, kMassPages = kMassThreads / 8;  // that a CTA has at once
-constexpr int kMeans = 16;                                       // heads that a CTA has at once
+constexpr int kScoreThreads = 256, kMassThreads = 64, kChooseThreads = 1024;
+constexpr int kScorePages = 128;  // that a CTA has at once
+constexpr int kMeans = 16;        // heads that a CTA has at once
 
 struct RankArgs {
   LayerCache cache;
@@ -205,48 +206,28 @@ __global__ __launch_bounds__(kScoreThreads, kSteps == 2 ? 2 : 1) void score_kern
 
 struct MassArgs {
   RankArgs rank;
-  const float* state_ml;
-  const float2* page_mass;
+  const float *state_ml, *page_mass;
   int mass_parts;
 };
 
-// Eight lanes have a page: as many as there are heads take a head each, the others its other parts.
 __global__ __launch_bounds__(kMassThreads) void mass_kernel(const __grid_constant__ MassArgs args) {
+  extern __shared__ RowShare row[];  // [row_stride]
   wait_for_previous_kernel();
   let_next_kernel_start();
   const RankArgs& a = args.rank;
   const UnitPlace at = unit_place(a);
   if (at.s_q == 0) return;
+  const int rows = a.shape.group * at.s_q;
+  load_row_shares(args.state_ml + at.u * a.row_stride * 4, rows, at.s_q, row);
+  __syncthreads();
   const ForcedPages forced = forced_pages(a.how.force, at.block);
-  const int group = a.shape.group, heads = group > 4 ? 8 : group > 2 ? 4 : group;  // at once
-  const int lane = lane_id() % 8, head = lane % heads, part = lane / heads;
   const bool of_all = a.how.budget.kind == Budget::Kind::mass || a.how.budget.kind == Budget::Kind::tolerance;
-  const float* state = args.state_ml + at.u * a.row_stride * 4;
-  for (int p0 = at.first + static_cast<int>(blockIdx.x) * kMassPages; p0 < at.end;
-       p0 += static_cast<int>(gridDim.x) * kMassPages) {
-    const int page = p0 + static_cast<int>(threadIdx.x) / 8;
-    const bool wanted = page < at.end && (of_all || !forced.has(page));
-    const float2* mass = args.page_mass + (at.u * a.cache.max_pages + page) * args.mass_parts * a.row_stride;
-    float best = 0;
-    for (int h = head; h - head < group; h += heads) {
-      float share = 0;
-      int finite = 0;  // rows without NaN and Inf, whose sums are numbers
-      for (int r = h * at.s_q; wanted && h < group && r < (h + 1) * at.s_q; ++r) {
-        const float m = state[4 * r], l = state[4 * r + 1], factor = __fdividef(1.0f, l);
-        finite += l == l;
-        float of_row = 0;
-        for (int i = part; i < args.mass_parts; i += 8 / heads) {
-          const float2 ml = mass[i * a.row_stride + r];
-          if (ml.y != 0) of_row = fmaf(ml.y, exp2_fast(ml.x - m), of_row);
-        }
-        if (factor > 0) share = fmaf(factor, of_row, share);
-      }
-      share = __fdividef(share, static_cast<float>(max(finite, 1)));
-      for (int i = heads; i < 8; i *= 2) share += __shfl_xor_sync(kAll, share, i);
-      best = fmaxf(best, share);
-    }
-    for (int i = 1; i < heads; i *= 2) best = fmaxf(best, __shfl_xor_sync(kAll, best, i));
-    if (wanted && lane == 0) a.score[at.u * a.cache.max_pages + page] = best;
+  const int first = at.first + static_cast<int>(blockIdx.x * kMassThreads + threadIdx.x);
+  for (int page = first; page < at.end; page += static_cast<int>(gridDim.x) * kMassThreads) {
+    if (!of_all && forced.has(page)) continue;
+    const int64_t i = at.u * a.cache.max_pages + page;
+    a.score[i] = mass_score(args.page_mass + i * args.mass_parts * a.row_stride, args.mass_parts, a.row_stride, row,
+                            rows, at.s_q);
   }
 }
 
@@ -258,7 +239,7 @@ __global__ __launch_bounds__(kMassThreads) void mass_kernel(const __grid_constan
 __global__ __launch_bounds__(kChooseThreads, 1) void choose_kernel(const __grid_constant__ RankArgs a) {
   __shared__ ChooseShared<kChooseThreads> s;
   __shared__ ListShared<kChooseThreads> lists;
-  extern __shared__ uint32_t keys[];  // of the pages seen, then their tiers
+  extern __shared__ uint32_t keys[];  // of the pages seen
   const UnitPlace at = unit_place(a);
   const Candidates pages = candidates_of(a, at);
   if (threadIdx.x == 0) s.need = pages_wanted(a.how, pages);
@@ -266,8 +247,7 @@ __global__ __launch_bounds__(kChooseThreads, 1) void choose_kernel(const __grid_
   if (at.s_q > 0) {
     float* score = a.score + at.u * a.cache.max_pages + at.first;
     const Cut cut = choose(a.how, pages, score, keys, a.q_norm[at.u], summaries_of(a.cache, at.slot, at.g), s);
-    uint8_t* tiers = reinterpret_cast<uint8_t*>(keys + (at.end - at.first));
-    write_lists(a.how, pages, cut, keys, tiers, a.lists, at.u, lists);
+    write_lists(a.how, pages, cut, keys, a.lists, at.u, lists);
   } else if (threadIdx.x < 8) {
     a.lists.counts[at.u * 8 + threadIdx.x] = 0;
   }
@@ -304,7 +284,7 @@ cudaError_t launch_over_pages(void (*kernel)(Args), const RankParams& p, int pag
 
 cudaError_t launch_choose(const RankParams& p, const RankArgs& args, cudaStream_t stream) {
   const dim3 grid(1, static_cast<unsigned>(p.shape.h_kv), static_cast<unsigned>(p.batch.b));
-  return launch_early(choose_kernel, grid, kChooseThreads, static_cast<int>(most_seen(p)) * 5, stream, args);
+  return launch_early(choose_kernel, grid, kChooseThreads, static_cast<int>(most_seen(p)) * 4, stream, args);
 }
 
 }  // namespace
@@ -325,7 +305,8 @@ cudaError_t launch_choose_by_mass(const MassParams& params, cudaStream_t stream)
   if (params.rank.batch.b == 0) return cudaSuccess;
   const MassArgs args = {rank_args(params.rank), params.state_ml, params.page_mass, params.mass_parts};
   if (const cudaError_t error =
-          launch_over_pages(mass_kernel, params.rank, kMassPages, 8, kMassThreads, 0, stream, args);
+          launch_over_pages(mass_kernel, params.rank, kMassThreads, 16, kMassThreads,
+                            params.rank.row_stride * static_cast<int>(sizeof(RowShare)), stream, args);
       error != cudaSuccess)
     return error;
   return launch_choose(params.rank, args.rank, stream);

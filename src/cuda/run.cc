@@ -154,9 +154,9 @@ class Launch {
   }
 
   Status attend(const DecodeParams& params) const {
-    if (params.page_mass && params.mass_parts == 8)  // of what is not read nothing is written
+    if (params.page_mass && params.mass_parts == 8)  // of what is not read nothing is written: NaN
       THRIFTATTN_RETURN_IF_ERROR(check(
-          cudaMemsetAsync(params.page_mass, 0, static_cast<size_t>(w_.at.mass_bytes), stream_), "cudaMemsetAsync"));
+          cudaMemsetAsync(params.page_mass, 0xff, static_cast<size_t>(w_.at.mass_bytes), stream_), "cudaMemsetAsync"));
     return check(launch_attend(params, w_.config, stream_), "launch_attend");
   }
 
@@ -175,7 +175,7 @@ class Launch {
     d.row_stride = row_stride(p_);
     d.mass_parts = mass_parts(p_);
     if (p_.stats) {
-      d.page_mass = w_.pointer<float2>(w_.at.page_mass);
+      d.page_mass = w_.pointer<float>(w_.at.page_mass);
       d.row_mass_high = w_.pointer<float>(w_.at.row_mass_high);
     }
     d.partials = w_.pointer<void>(w_.at.partials);
@@ -185,7 +185,7 @@ class Launch {
 
   // A reading that leaves masses and states, or an exchange.
   void keep_states(DecodeParams& d) const {
-    d.page_mass = w_.pointer<float2>(w_.at.page_mass);
+    d.page_mass = w_.pointer<float>(w_.at.page_mass);
     d.state_ml = w_.pointer<float>(w_.at.state_ml);
     d.state_o = w_.pointer<float>(w_.at.state_o);
   }

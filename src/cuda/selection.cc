@@ -216,12 +216,11 @@ class Call {
     const int64_t summary_bytes = layer_.summary ? layer_.canonical.summary_bytes : 0;
     int64_t rows = 0;
     for (const int64_t n : s_q()) rows += n;
-    std::vector<float2> page_mass;
-    std::vector<float> high, lse;
+    std::vector<float> page_mass, high, lse;
     std::vector<uint8_t> q, summaries;
     std::vector<int32_t> block_table;
     THRIFTATTN_RETURN_IF_ERROR(
-        download(w_.pointer<float2>(w_.at.page_mass), units(p_) * table * parts * stride, &page_mass));
+        download(w_.pointer<float>(w_.at.page_mass), units(p_) * table * parts * stride, &page_mass));
     THRIFTATTN_RETURN_IF_ERROR(download(w_.pointer<float>(w_.at.row_mass_high), units(p_) * stride, &high));
     THRIFTATTN_RETURN_IF_ERROR(download(w_.pointer<float>(w_.at.lse), rows * p_.h_q, &lse));
     THRIFTATTN_RETURN_IF_ERROR(download(w_.pointer<uint8_t>(w_.at.q), rows * p_.h_q * p_.d * size_of(w_.q_dtype), &q));
@@ -254,8 +253,8 @@ class Call {
             mass_high += high[unit * stride + row];
             for (int64_t p = block.first_visible; p < end_page; ++p) {
               for (int part = 0; part < parts; ++part) {
-                const float2 ml = page_mass[((unit * table + p) * parts + part) * stride + row];
-                if (ml.y > 0) mass[p] += ml.y * std::exp2(ml.x - log2_sum);
+                const float x = page_mass[((unit * table + p) * parts + part) * stride + row];
+                if (!std::isnan(x)) mass[p] += std::exp2(x - log2_sum);
               }
             }
           }

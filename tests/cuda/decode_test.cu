@@ -380,9 +380,9 @@ Result reference(const Fixture& f) {
 
 struct Output {
   std::vector<float> out, lse;
-  std::vector<float> mass_high;   // [units, row_stride]
-  std::vector<float2> page_mass;  // as in DecodeParams
-  std::vector<int32_t> counts;    // of Promote::forced, as in Lists
+  std::vector<float> mass_high;  // [units, row_stride]
+  std::vector<float> page_mass;  // as in DecodeParams
+  std::vector<int32_t> counts;   // of Promote::forced, as in Lists
   bool operator==(const Output& other) const {
     return std::memcmp(out.data(), other.out.data(), out.size() * 4) == 0 &&
            std::memcmp(lse.data(), other.lse.data(), lse.size() * 4) == 0;
@@ -445,8 +445,8 @@ Output run(const Fixture& f, Mode mode = Mode::attend) {
   const OnDevice<float> mass_high(std::vector<float>(units * f.row_stride, nan));
   const OnDevice<float> state_ml(std::vector<float>(units * f.row_stride * 4, nan));
   const OnDevice<float> state_o(std::vector<float>(units * f.row_stride * f.layout.dv, nan));
-  const OnDevice<float2> page_mass(
-      std::vector<float2>(int64_t{units} * f.max_pages * std::max(1, c.mass_parts) * f.row_stride, float2{0, 0}));
+  const OnDevice<float> page_mass(
+      std::vector<float>(int64_t{units} * f.max_pages * std::max(1, c.mass_parts) * f.row_stride, nan));
   const OnDevice<uint8_t> partials(std::vector<uint8_t>(decode_partial_bytes(problem, config), 0xff));
   const OnDevice<int32_t> tickets(std::vector<int32_t>(units * config.tiles, 0));
   std::vector<uint32_t> by_page, by_tier;
@@ -714,9 +714,9 @@ TEST_F(Decode, PageMasses) {
           for (int row = 0; row < c.group() * c.sequences[i].s_q; ++row) {
             double mass = 0, exact = 0;
             for (int part = 0; part < parts; ++part) {
-              const float2 x =
+              const float x =
                   got.page_mass[((int64_t{f.unit(i, g)} * f.max_pages + j) * parts + part) * f.row_stride + row];
-              if (x.y != 0) mass += std::ldexp(static_cast<double>(x.y), static_cast<int>(x.x));
+              if (!std::isnan(x)) mass += std::exp2(static_cast<double>(x));
             }
             for (int part = 0; part < 8; ++part) {
               const auto at = want.mass.find({f.unit(i, g) * f.row_stride + row, j, part});

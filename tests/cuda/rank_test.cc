@@ -316,7 +316,7 @@ TEST(CudaRank, ChoosesByMassAsTheCpu) {
       const bool of_all =
           w.chosen().budget.kind == Budget::Kind::mass || w.chosen().budget.kind == Budget::Kind::tolerance;
       const size_t parts = of_all ? 8 : 2;
-      std::vector<float2> mass(static_cast<size_t>(r.units) * pages * parts * rows, {NAN, NAN});
+      std::vector<float> mass(static_cast<size_t>(r.units) * pages * parts * rows, NAN);
       std::vector<float> state(static_cast<size_t>(r.units) * rows * 4, NAN);
       std::mt19937 random(5);
       std::normal_distribution<float> normal;
@@ -341,11 +341,10 @@ TEST(CudaRank, ChoosesByMassAsTheCpu) {
               if (parts == 2 && f.forced[p]) continue;  // read in 16 bit, which leaves no halves
               const size_t page = u * pages + static_cast<size_t>(f.block.first_visible) + p;
               for (size_t part = 0; part < parts; ++part) {
-                float2& ml = mass[(page * parts + part) * rows + row];
-                ml = {3 * normal(random), 1 + std::fabs(normal(random))};
-                if (p % 11 == 5 || (p % 3 == 0 && part % 4 > 0)) ml = {NAN, 0};  // nothing is seen there
-                if (!ok) ml = {NAN, NAN};
-                if (ml.y != 0) of_row[p] += static_cast<double>(ml.y) * std::exp2(static_cast<double>(ml.x));
+                float& x = mass[(page * parts + part) * rows + row];
+                x = 3 * normal(random);
+                if (p % 11 == 5 || (p % 3 == 0 && part % 4 > 0)) x = NAN;  // nothing is seen there
+                if (ok && !std::isnan(x)) of_row[p] += std::exp2(static_cast<double>(x));
               }
               sum += of_row[p];
             }
@@ -359,7 +358,7 @@ TEST(CudaRank, ChoosesByMassAsTheCpu) {
             f.rank[p] = std::max(f.rank[p], share[p] / static_cast<double>(finite));
         }
       }
-      const OnDevice<float2> page_mass(mass);
+      const OnDevice<float> page_mass(mass);
       const OnDevice<float> state_ml(state);
       const cuda::MassParams params = {r.params, state_ml.get(), page_mass.get(), static_cast<int>(parts)};
       std::vector<uint32_t> once;
