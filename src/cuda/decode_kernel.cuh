@@ -69,10 +69,13 @@ __global__ void __launch_bounds__(32 * max_warps(D, N), 1) decode_kernel(const _
   // and write, none of which lets another kernel start before its own end, so they are there; lists may be made by the
   // kernel ahead, which did, as q, pages and states may be.
   const bool reads_lists = args.p.promote == Promote::listed;
-  if (reads_lists) wait_for_previous_kernel();
+  const auto follow = [] {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+  };
+  if (reads_lists) follow();
   const bool has_share = find_share(args, reinterpret_cast<int64_t*>(shared + layout.scan), share, first_segment);
-  if (!reads_lists) wait_for_previous_kernel();
-  let_next_kernel_start();
+  if (!reads_lists) follow();
   if (!has_share) return;
   Feed<N> feed(args, device, share, segments[2 * warp + 1], notes);
   feed.start(first_segment);
