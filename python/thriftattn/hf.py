@@ -21,10 +21,15 @@ import logging
 import types
 
 import torch
+import transformers
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from . import MAX_DECODE_ROWS, KvCache, MemoryUse, Stats, gpus, method_options
+
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24):
+    # Before, models take their cache by another name, and leave out what they do not know.
+    raise ImportError(f"thriftattn.hf needs transformers 5.24 or later, and this is {transformers.__version__}")
 
 __all__ = ["ThriftCache", "disable", "enable"]
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
 def test_example_runs(example, tmp_path):
     if "transformers" in example.read_text():
-        pytest.importorskip("transformers")
+        pytest.importorskip("transformers", minversion="5.24")
     done = subprocess.run(
         [sys.executable, example], cwd=tmp_path, env=os.environ, capture_output=True, text=True
     )
@@ -21,7 +21,8 @@ def test_example_runs(example, tmp_path):
 
 @pytest.mark.parametrize("notebook", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda path: path.name)
 def test_notebook_runs(notebook):
-    for needed in ("transformers", "matplotlib", "ipykernel"):
+    pytest.importorskip("transformers", minversion="5.24")
+    for needed in ("matplotlib", "ipykernel"):
         pytest.importorskip(needed)
     nbclient = pytest.importorskip("nbclient")
     nbformat = pytest.importorskip("nbformat")
