@@ -42,24 +42,33 @@ struct Unpacked {
   VI16 pair[4];  // depths (0, 2), (1, 3), (4, 6), (5, 7) of eight
 };
 
-#if HWY_TARGET <= HWY_AVX3
+inline constexpr float kCodeUnit = 512;  // byte lookups put the doubled code into the high half of a word
 
-// The word of a code: twice its value.
-inline constexpr float kCodeUnit = 2;
+#if HWY_TARGET == HWY_AVX3_DL
 
-// A lookup reads the low five bits of a word: the table stands there twice, so the fifth, of the next code, is ignored.
+// A byte lookup reads the low six bits of a byte: the table stands there four times, so the upper two, of the next
+// code, are ignored. A lookup of words would give the word of a code at once, but takes Intel two instructions.
 HWY_INLINE Unpacked unpack(VU codes) {
-  HWY_ALIGN static constexpr int16_t kTwice[32] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12,
-                                                   0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+  HWY_ALIGN static constexpr uint8_t kTwice[64] = {0, 1, 2, 3, 4, 6, 8, 12, 0, 255, 254, 253, 252, 250, 248, 244,
+                                                   0, 1, 2, 3, 4, 6, 8, 12, 0, 255, 254, 253, 252, 250, 248, 244,
+                                                   0, 1, 2, 3, 4, 6, 8, 12, 0, 255, 254, 253, 252, 250, 248, 244,
+                                                   0, 1, 2, 3, 4, 6, 8, 12, 0, 255, 254, 253, 252, 250, 248, 244};
   const __m512i table = _mm512_load_si512(kTwice);
-  const auto lookup = [table](VU x) HWY_ATTR { return VI16{_mm512_permutexvar_epi16(x.raw, table)}; };
-  return {lookup(codes), lookup(hn::ShiftRight<8>(codes)), lookup(hn::ShiftRight<4>(codes)),
-          lookup(hn::ShiftRight<12>(codes))};
+  const auto lookup = [table](VU x)
+                          HWY_ATTR { return VI16{_mm512_maskz_permutexvar_epi8(0xaaaaaaaaaaaaaaaa, x.raw, table)}; };
+  return {lookup(hn::ShiftLeft<8>(codes)), lookup(codes), lookup(hn::ShiftLeft<4>(codes)),
+          lookup(hn::ShiftRight<4>(codes))};
+}
+
+// sum + the products of both words of each lane of `a` with those at x. 16 depths of |word| <= 3072 and |x| <= 32767
+// stay below 2^31.
+HWY_INLINE VI dot(VI sum, VI16 a, const int16_t* x) {
+  // Highway's name of this target implies VNNI, its list of compiler options does not.
+  asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum.raw) : "v"(a.raw), "m"(*reinterpret_cast<const int16_t(*)[2]>(x)));
+  return sum;
 }
 
 #else
-
-inline constexpr float kCodeUnit = 512;  // byte lookups put the doubled code into the high half of a word
 
 HWY_INLINE Unpacked unpack(VU codes) {
   HWY_ALIGN static constexpr uint8_t kTwice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, 255, 254, 253, 252, 250, 248, 244};
@@ -76,23 +85,21 @@ HWY_INLINE Unpacked unpack(VU codes) {
           hn::BitCast(di16, hn::ShiftLeft<8>(high)), hn::BitCast(di16, hn::And(high, high_byte))};
 }
 
-#endif
-
-// sum + the products of both words of each lane. 16 depths of |word| <= 3072 and |x| <= 32767 stay below 2^31.
-HWY_INLINE VI dot(VI sum, VI16 a, VI16 x) {
-#if HWY_TARGET == HWY_AVX3_DL
-  // Highway's name of this target implies VNNI, its list of compiler options does not.
-  asm("vpdpwssd %2, %1, %0" : "+v"(sum.raw) : "v"(a.raw), "v"(x.raw));
-  return sum;
-#elif HWY_TARGET <= HWY_AVX2
+HWY_INLINE VI dot(VI sum, VI16 a, const int16_t* x) {
+  int32_t pair;
+  std::memcpy(&pair, x, sizeof(pair));
+  const VI16 both = hn::BitCast(DI16(), hn::Set(DI(), pair));
+#if HWY_TARGET <= HWY_AVX2
   VI unused = sum;
-  return hn::ReorderWidenMulAccumulate(DI(), a, x, sum, unused);
+  return hn::ReorderWidenMulAccumulate(DI(), a, both, sum, unused);
 #else
   VI other = hn::Zero(DI());
-  const VI one = hn::ReorderWidenMulAccumulate(DI(), a, x, hn::Zero(DI()), other);
+  const VI one = hn::ReorderWidenMulAccumulate(DI(), a, both, hn::Zero(DI()), other);
   return hn::Add(sum, hn::RearrangeToOddPlusEven(one, other));
 #endif
 }
+
+#endif
 
 // --- the scales
 
@@ -145,7 +152,7 @@ inline constexpr int kMaxProductRows = 8;
 template <int R, int C>
 HWY_INLINE void add_product_lanes(const PlaneLayout& plane, Fp4Format format, const uint8_t* codes,
                                   const uint8_t* scales, int lane, const int16_t* x, const float* factor,
-                                  const float* start, float* out, const Ahead& ahead) {
+                                  const float* start, float* out, const uint8_t* next) {
   const DF df;
   const DI di;
   const DU du;
@@ -159,8 +166,7 @@ HWY_INLINE void add_product_lanes(const PlaneLayout& plane, Fp4Format format, co
     scale_at[c] = scales + plane.scale_offset(0, lane + c * n);
     for (int r = 0; r < R; ++r) sum[r][c] = hn::Zero(df);
   }
-  const int16_t* pairs = x;
-  for (int cell = 0; cell < plane.depth / 16; ++cell, pairs += 16) {
+  for (int cell = 0; cell < plane.depth / 16; ++cell, x += 16) {
     VI exact[R][C];
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < C; ++c) exact[r][c] = hn::Zero(di);
@@ -168,16 +174,13 @@ HWY_INLINE void add_product_lanes(const PlaneLayout& plane, Fp4Format format, co
       Unpacked u[C];
       for (int c = 0; c < C; ++c) {
         const int64_t at = code_at[c] + cell * 128 + half * 64;
-        ahead.touch(at);
+        __builtin_prefetch(next + at, 0, 2);
         u[c] = unpack(hn::LoadU(du, reinterpret_cast<const uint32_t*>(codes + at)));
       }
       for (int j = 0; j < 4; ++j)
-        for (int r = 0; r < R; ++r) {
-          int32_t pair;
-          std::memcpy(&pair, pairs + static_cast<int64_t>(r) * plane.depth + 8 * half + 2 * j, sizeof(pair));
-          const VI16 both = hn::BitCast(DI16(), hn::Set(di, pair));
-          for (int c = 0; c < C; ++c) exact[r][c] = dot(exact[r][c], u[c].pair[j], both);
-        }
+        for (int r = 0; r < R; ++r)
+          for (int c = 0; c < C; ++c)
+            exact[r][c] = dot(exact[r][c], u[c].pair[j], x + static_cast<int64_t>(r) * plane.depth + 8 * half + 2 * j);
     }
     for (int c = 0; c < C; ++c) {
       const VF scale = load_scale_units(format, scale_at[c] + (cell >> group_shift) * 16);
@@ -199,11 +202,12 @@ void add_product_rows(const PlaneLayout& plane, Fp4Format format, const uint8_t*
   constexpr int kRegisters = HWY_MAX_BYTES >= 64 ? 8 : 4;
   constexpr int C = R >= kRegisters ? 1 : R * 4 <= kRegisters ? 4 : 2;
   const int n = static_cast<int>(hn::Lanes(DF()));
+  const uint8_t* next = ahead.bytes > 0 ? ahead.at : codes;  // never fewer bytes than here
   int lane = 0;
   for (; lane + C * n <= plane.lanes; lane += C * n)
-    add_product_lanes<R, C>(plane, format, codes, scales, lane, x, factor, start, out, ahead);
+    add_product_lanes<R, C>(plane, format, codes, scales, lane, x, factor, start, out, next);
   for (; lane < plane.lanes; lane += n)
-    add_product_lanes<R, 1>(plane, format, codes, scales, lane, x, factor, start, out, ahead);
+    add_product_lanes<R, 1>(plane, format, codes, scales, lane, x, factor, start, out, next);
   for (int64_t at = 0; at < plane.scale_bytes(); at += 64) ahead.touch(plane.code_bytes() + at);
 }
 
