@@ -121,11 +121,19 @@ HWY_INLINE VF load_scale_units(Fp4Format format, const uint8_t* scales) {
 
 // --- x
 
-// Where depth r of a row stands in a row of pairs: depths (0, 2), (1, 3), (4, 6), (5, 7) of every eight.
-inline int pair_position(int r) { return r / 8 * 8 + r % 8 / 4 * 4 + r % 2 * 2 + r % 4 / 2; }
+// x in words of 16 bits stands in groups of four rows, padded: [rows / 4][depth / 2][4 rows][2], so that a product
+// finds its pairs at fixed distances from one pointer. A pair is two depths of one row that a lookup puts into one
+// lane: (0, 2) or (1, 3) of four; those of 16 depths stand in the order (0, 2), (4, 6), (8, 10), (12, 14), (1, 3), ...
+inline constexpr int kPairRows = 4, kCellWords = 16 * kPairRows;
 
-// Rounds e[64], |e| <= 1, to pairs of 16 bits.
-HWY_INLINE void pack_pairs(const float* e, int16_t* pairs) {
+// Where depth r of a row stands.
+inline int64_t word_position(int row, int r, int depth) {
+  const int pair = r / 16 * 8 + r % 2 * 4 + r % 16 / 4;
+  return int64_t{row / kPairRows} * kPairRows * depth + (pair * kPairRows + row % kPairRows) * 2 + r % 4 / 2;
+}
+
+// Rounds e[rows, 64], |e| <= 1, to words, for up to four rows; those missing become the last one.
+HWY_INLINE void pack_rows(const float* e, int rows, int16_t* words) {
   const DF df;
   const DI di;
   const hn::Repartition<uint64_t, DI> du64;
@@ -133,13 +141,18 @@ HWY_INLINE void pack_pairs(const float* e, int16_t* pairs) {
   // Added to 1.5 * 2^23, a number below 2^22 is rounded to the lowest bits of the sum.
   const VF unit = hn::Set(df, 32767.0f), rounder = hn::Set(df, 0x1.8p23f);
   const VI low = hn::Set(di, 0xffff);
-  const auto halves = [&](int64_t at) HWY_ATTR {  // (0, 2) and (1, 3) of each four in the lower half of 128 bits
-    const VI x = hn::BitCast(di, hn::MulAdd(hn::LoadU(df, e + at), unit, rounder));
-    return hn::BitCast(du64, hn::Or(hn::And(x, low), hn::ShiftLeft<16>(hn::Shuffle1032(x))));
-  };
-  for (int64_t i = 0; i < kPageTokens; i += 2 * n) {
-    const auto both = hn::ConcatEven(du64, halves(i + n), halves(i));
-    hn::StoreU(hn::BitCast(di, both), di, reinterpret_cast<int32_t*>(pairs + i));
+  const float* row[kPairRows];
+  for (int r = 0; r < kPairRows; ++r) row[r] = e + std::min(r, rows - 1) * kPageTokens;
+  for (int64_t i = 0; i < kPageTokens; i += n) {
+    const auto pairs = [&](int r) HWY_ATTR {  // (0, 2) and (1, 3) of each four in the lower half of 128 bits
+      const VI x = hn::BitCast(di, hn::MulAdd(hn::LoadU(df, row[r] + i), unit, rounder));
+      return hn::Or(hn::And(x, low), hn::ShiftLeft<16>(hn::Shuffle1032(x)));
+    };
+    const auto first = hn::BitCast(du64, hn::InterleaveLower(di, pairs(0), pairs(1)));
+    const auto last = hn::BitCast(du64, hn::InterleaveLower(di, pairs(2), pairs(3)));
+    int16_t* to = words + word_position(0, static_cast<int>(i), kPageTokens);
+    hn::StoreU(hn::BitCast(DI16(), hn::InterleaveLower(du64, first, last)), DI16(), to);
+    hn::StoreU(hn::BitCast(DI16(), hn::InterleaveUpper(du64, first, last)), DI16(), to + kCellWords / 2);
   }
 }
 
@@ -166,7 +179,7 @@ HWY_INLINE void add_product_lanes(const PlaneLayout& plane, Fp4Format format, co
     scale_at[c] = scales + plane.scale_offset(0, lane + c * n);
     for (int r = 0; r < R; ++r) sum[r][c] = hn::Zero(df);
   }
-  for (int cell = 0; cell < plane.depth / 16; ++cell, x += 16) {
+  for (int cell = 0; cell < plane.depth / 16; ++cell, x += kCellWords) {
     VI exact[R][C];
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < C; ++c) exact[r][c] = hn::Zero(di);
@@ -178,9 +191,11 @@ HWY_INLINE void add_product_lanes(const PlaneLayout& plane, Fp4Format format, co
         u[c] = unpack(hn::LoadU(du, reinterpret_cast<const uint32_t*>(codes + at)));
       }
       for (int j = 0; j < 4; ++j)
-        for (int r = 0; r < R; ++r)
-          for (int c = 0; c < C; ++c)
-            exact[r][c] = dot(exact[r][c], u[c].pair[j], x + static_cast<int64_t>(r) * plane.depth + 8 * half + 2 * j);
+        for (int r = 0; r < R; ++r) {
+          const int16_t* pair = x + r / kPairRows * kPairRows * plane.depth +
+                                ((j % 2 * 4 + half * 2 + j / 2) * kPairRows + r % kPairRows) * 2;
+          for (int c = 0; c < C; ++c) exact[r][c] = dot(exact[r][c], u[c].pair[j], pair);
+        }
     }
     for (int c = 0; c < C; ++c) {
       const VF scale = load_scale_units(format, scale_at[c] + (cell >> group_shift) * 16);
@@ -215,7 +230,7 @@ void add_product_rows(const PlaneLayout& plane, Fp4Format format, const uint8_t*
 inline int padded_rows(int rows) { return rows > 4 ? 8 : rows > 2 ? 4 : rows; }
 
 // out[r, lane] = base + factor[r] * sum over depth of code[depth, lane] * scale * x[r, depth], for padded_rows(rows)
-// rows of plane.depth pairs and plane.lanes floats; base is start[r], or what `out` holds where start is null. `codes`
+// rows of plane.depth words and plane.lanes floats; base is start[r], or what `out` holds where start is null. `codes`
 // are followed by their scales.
 inline void add_product(const PlaneLayout& plane, Fp4Format format, const uint8_t* codes, int rows, const int16_t* x,
                         const float* factor, const float* start, float* out, const Ahead& ahead) {

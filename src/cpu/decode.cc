@@ -179,17 +179,12 @@ void add_plane_values(const BlockTask& t, const PageRef& page, int plane, int fi
                       const float* weight, const Ahead& ahead) {
   const PageLayout& l = *t.layout;
   const float unit = scale_unit(t.format) / kCodeUnit / 32767.0f * pow2(-summary_of(page).v_exponent[plane]);
-  HWY_ALIGN int16_t pairs[kRows * kPageTokens];
+  HWY_ALIGN int16_t words[kRows * kPageTokens];
   float factor[kRows];
-  for (int r = 0; r < padded_rows(n); ++r) {
-    factor[r] = r < n ? weight[r] * unit : 0.0f;
-    if (r < n) {
-      pack_pairs(e + r * kPageTokens, pairs + r * kPageTokens);
-    } else {
-      std::fill_n(pairs + r * kPageTokens, kPageTokens, int16_t{0});
-    }
-  }
-  add_product(l.v, t.format, plane_of(page, plane) + l.v_codes, n, pairs, factor, nullptr,
+  for (int r = 0; r < padded_rows(n); ++r) factor[r] = r < n ? weight[r] * unit : 0.0f;
+  for (int r = 0; r < n; r += kPairRows)
+    pack_rows(e + r * kPageTokens, std::min(n - r, kPairRows), words + r * kPageTokens);
+  add_product(l.v, t.format, plane_of(page, plane) + l.v_codes, n, words, factor, nullptr,
               t.state.o + static_cast<int64_t>(first) * l.d_v, ahead);
 }
 
@@ -336,8 +331,7 @@ void quantize_q(const PageLayout& layout, int rows, const float* q, int16_t* q16
     if (largest < 1e-30f) continue;  // its reciprocal would overflow, its scores are zero in FP32
     q_unit[r] = largest / 32767.0f;
     for (int c = 0; c < layout.d; ++c)
-      q16[static_cast<int64_t>(r) * depth + pair_position(c)] =
-          static_cast<int16_t>(std::lrintf(x[c] / largest * 32767.0f));
+      q16[word_position(r, c, depth)] = static_cast<int16_t>(std::lrintf(x[c] / largest * 32767.0f));
   }
 }
 

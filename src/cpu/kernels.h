@@ -67,9 +67,8 @@ struct BlockTask {
   float *page_m, *page_l;
   int64_t page_stride;
 
-  // Decode steps in kv4: q as integers of 16 bits, in the order of pair_position, rows padded to a multiple of 8 by
-  // zeros; row r is q16 * q_unit[r].
-  const int16_t* q16;   // [rows, layout->k.depth]
+  // Decode steps in kv4: q as integers of 16 bits, rows padded to a multiple of 8 by zeros; row r is q16 * q_unit[r].
+  const int16_t* q16;   // rows * layout->k.depth, in the order of word_position
   const float* q_unit;  // [rows]
 };
 
