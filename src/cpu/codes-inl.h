@@ -91,7 +91,10 @@ HWY_INLINE VI dot(VI sum, VI16 a, const int16_t* x) {
   const VI16 both = hn::BitCast(DI16(), hn::Set(DI(), pair));
 #if HWY_TARGET <= HWY_AVX2
   VI unused = sum;
-  return hn::ReorderWidenMulAccumulate(DI(), a, both, sum, unused);
+  sum = hn::ReorderWidenMulAccumulate(DI(), a, both, sum, unused);
+  // Sums of integers may be regrouped, and g++ makes a tree of them whose leaves do not fit the registers.
+  asm("" : "+v"(sum.raw));
+  return sum;
 #else
   VI other = hn::Zero(DI());
   const VI one = hn::ReorderWidenMulAccumulate(DI(), a, both, hn::Zero(DI()), other);
