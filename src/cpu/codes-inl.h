@@ -226,7 +226,7 @@ void add_product_rows(const PlaneLayout& plane, Fp4Format format, const uint8_t*
     add_product_lanes<R, C>(plane, format, codes, scales, lane, x, factor, start, out, next);
   for (; lane < plane.lanes; lane += n)
     add_product_lanes<R, 1>(plane, format, codes, scales, lane, x, factor, start, out, next);
-  for (int64_t at = 0; at < plane.scale_bytes(); at += 64) ahead.touch(plane.code_bytes() + at);
+  for (int64_t at = plane.code_bytes(); at < ahead.bytes; at += 64) ahead.touch(at);
 }
 
 // Rows that a product of `rows` rows computes: the next of 1, 2, 4, 8. Those added must be there in x, factor and out.

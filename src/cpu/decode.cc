@@ -33,23 +33,31 @@ namespace HWY_NAMESPACE {
 
 constexpr int kRows = kMaxProductRows;
 
-// Where the parts of a page lie that is read next.
+const uint8_t* plane_of(const PageRef& page, int plane) { return plane == 0 ? page.fp4 : page.residual; }
+
+// Where the parts of a page lie that is read next: of each plane, or of the 16-bit form in the place of the first.
 struct Next {
-  Ahead k, v, mean, residual;
+  Ahead k[2], v[2], mean;
 };
 
 Next next_page(const BlockTask& t, int64_t p, Tier tier) {
   const PageRef& page = t.pages[p];
   const PageLayout& l = *t.layout;
-  if (tier == Tier::none) return {};
+  Next next;
+  if (tier == Tier::none) return next;
   if (tier == Tier::fp16) {
     const auto* high = reinterpret_cast<const uint8_t*>(page.high);
-    return {{high, 2 * l.high_v}, {high + 2 * l.high_v, l.high_bytes - 2 * l.high_v}, {}, {}};
+    next.k[0] = {high, 2 * l.high_v};
+    next.v[0] = {high + 2 * l.high_v, l.high_bytes - 2 * l.high_v};
+    return next;
   }
-  return {{page.fp4 + l.k_codes, l.k.bytes()},
-          {page.fp4 + l.v_codes, l.v.bytes()},
-          {page.summary, l.summary_bytes},
-          {page.residual, tier == Tier::fp4x2 ? l.fp4_bytes : 0}};
+  for (int plane = 0; plane < (tier == Tier::fp4x2 ? 2 : 1); ++plane) {
+    const uint8_t* record = plane_of(page, plane);
+    next.k[plane] = {record + l.k_codes, l.v_codes - l.k_codes};
+    next.v[plane] = {record + l.v_codes, l.fp4_bytes - l.v_codes};
+  }
+  next.mean = {page.summary, l.summary_bytes};
+  return next;
 }
 
 // start[r] = q[r] . mean, in FP32, for n rows; up to three more are written.
@@ -58,8 +66,6 @@ void mean_starts(const BlockTask& t, const uint16_t* mean, int first, int n, flo
     dot_four(t.q + static_cast<int64_t>(first + r0) * t.layout->d, std::min(4, n - r0), t.high_dtype, mean, t.layout->d,
              start + r0);
 }
-
-const uint8_t* plane_of(const PageRef& page, int plane) { return plane == 0 ? page.fp4 : page.residual; }
 
 // s[n, 64] = products of rows [first, first + n) with one plane of a page's keys, plus start[n], or plus s where start
 // is null.
@@ -73,6 +79,14 @@ void add_plane_scores(const BlockTask& t, const PageRef& page, int plane, int fi
               factor, start, s, ahead);
 }
 
+// s[n, 64] = products of rows [first, first + n) with the first plane of a page's keys and with their mean.
+void first_plane_scores(const BlockTask& t, const PageRef& page, int first, int n, const Next& next, float* s) {
+  next.mean.touch_all();
+  float start[kRows] = {};
+  if (t.centring) mean_starts(t, mean_of(t, page), first, n, start);
+  add_plane_scores(t, page, 0, first, n, start, next.k[0], s);
+}
+
 // s[n, 64] = products of rows [first, first + n) with the keys of page p.
 void score_rows(const BlockTask& t, int64_t p, Tier tier, int first, int n, const Next& next, float* s) {
   const PageLayout& l = *t.layout;
@@ -80,18 +94,19 @@ void score_rows(const BlockTask& t, int64_t p, Tier tier, int first, int n, cons
   if (tier == Tier::fp16) {
     const float* q = t.q + static_cast<int64_t>(first) * l.d;
     if (t.high_dtype == DType::f16) {
-      multiply<High<DType::f16>>(n, l.d, kPageTokens, q, l.d, page.high, kPageTokens, s, kPageTokens, false, next.k);
+      multiply<High<DType::f16>>(n, l.d, kPageTokens, q, l.d, page.high, kPageTokens, s, kPageTokens, false, next.k[0]);
     } else {
-      multiply<High<DType::bf16>>(n, l.d, kPageTokens, q, l.d, page.high, kPageTokens, s, kPageTokens, false, next.k);
+      multiply<High<DType::bf16>>(n, l.d, kPageTokens, q, l.d, page.high, kPageTokens, s, kPageTokens, false,
+                                  next.k[0]);
     }
     return;
   }
-  next.residual.touch_all();
-  next.mean.touch_all();
-  float start[kRows] = {};
-  if (t.centring) mean_starts(t, mean_of(t, page), first, n, start);
-  add_plane_scores(t, page, 0, first, n, start, next.k, s);
-  if (tier == Tier::fp4x2) add_plane_scores(t, page, 1, first, n, nullptr, {}, s);
+  first_plane_scores(t, page, first, n, next, s);
+  if (tier == Tier::fp4x2) {
+    add_plane_scores(t, page, 1, first, n, nullptr, next.k[1], s);
+  } else {
+    next.k[1].touch_all();
+  }
 }
 
 // The softmax of one page for up to kRows rows: its maximum, and the sum of e = 2^(s - m).
@@ -199,14 +214,18 @@ void add_values(const BlockTask& t, int64_t p, Tier tier, int first, int n, floa
       for (int i = 0; i < kPageTokens; ++i) e[r * kPageTokens + i] *= weight[r];
     const uint16_t* v = page.high + l.high_v;
     if (t.high_dtype == DType::f16) {
-      multiply<High<DType::f16>>(n, tokens, l.d_v, e, kPageTokens, v, l.d_v, o, l.d_v, true, next.v);
+      multiply<High<DType::f16>>(n, tokens, l.d_v, e, kPageTokens, v, l.d_v, o, l.d_v, true, next.v[0]);
     } else {
-      multiply<High<DType::bf16>>(n, tokens, l.d_v, e, kPageTokens, v, l.d_v, o, l.d_v, true, next.v);
+      multiply<High<DType::bf16>>(n, tokens, l.d_v, e, kPageTokens, v, l.d_v, o, l.d_v, true, next.v[0]);
     }
     return;
   }
-  add_plane_values(t, page, 0, first, n, e, weight, next.v);
-  if (tier == Tier::fp4x2) add_plane_values(t, page, 1, first, n, e, weight, {});
+  add_plane_values(t, page, 0, first, n, e, weight, next.v[0]);
+  if (tier == Tier::fp4x2) {
+    add_plane_values(t, page, 1, first, n, e, weight, next.v[1]);
+  } else {
+    next.v[1].touch_all();
+  }
 }
 
 // Adds page p, read in `tier`, to the state of all rows.
@@ -223,8 +242,9 @@ void attend_page(const BlockTask& t, int64_t p, Tier tier, const Next& next) {
   }
 }
 
-// Takes page p out of the state as it was read in fp4, and adds it in `tier`.
-void exchange_page(const BlockTask& t, int64_t p, Tier tier, const Next& next) {
+// Takes page p out of the state as it was read in fp4, and adds it in `tier`. `next`: the planes that follow;
+// `next_high`: the 16-bit form.
+void exchange_page(const BlockTask& t, int64_t p, Tier tier, const Next& next, const Next& next_high) {
   HWY_ALIGN float low[kRows * kPageTokens], high[kRows * kPageTokens];
   HWY_ALIGN float low_weight[16], high_weight[16], shrink[16];
   PageSoftmax low_page, high_page;
@@ -232,12 +252,13 @@ void exchange_page(const BlockTask& t, int64_t p, Tier tier, const Next& next) {
   unreported.page_m = unreported.page_l = nullptr;
   for (int first = 0; first < t.rows; first += kRows) {
     const int n = std::min(kRows, t.rows - first);
-    score_rows(t, p, Tier::fp4, first, n, next, low);
     if (tier == Tier::fp4x2) {
+      first_plane_scores(t, t.pages[p], first, n, next, low);
       std::copy_n(low, padded_rows(n) * kPageTokens, high);
-      add_plane_scores(t, t.pages[p], 1, first, n, nullptr, {}, high);
+      add_plane_scores(t, t.pages[p], 1, first, n, nullptr, next.k[1], high);
     } else {
-      score_rows(t, p, tier, first, n, {}, high);
+      score_rows(t, p, Tier::fp4, first, n, next, low);
+      score_rows(t, p, tier, first, n, next_high, high);
     }
     page_softmax(unreported, p, first, n, low, low_page);
     page_softmax(t, p, first, n, high, high_page);
@@ -246,11 +267,11 @@ void exchange_page(const BlockTask& t, int64_t p, Tier tier, const Next& next) {
     for (int r = 0; r < n; ++r) low_weight[r] *= shrink[r];
     if (tier != Tier::fp4x2) {
       add_values(t, p, Tier::fp4, first, n, low, low_weight, next);
-      add_values(t, p, tier, first, n, high, high_weight, {});
+      add_values(t, p, tier, first, n, high, high_weight, next_high);
       continue;
     }
     // Both read the first plane: once, with the difference of what they weigh.
-    add_plane_values(t, t.pages[p], 1, first, n, high, high_weight, {});
+    add_plane_values(t, t.pages[p], 1, first, n, high, high_weight, next.v[1]);
     for (int r = 0; r < n; ++r) {
       const float most = std::max(-low_weight[r], high_weight[r]);
       const float from_low = most > 0 ? low_weight[r] / most : 0.0f,
@@ -258,7 +279,7 @@ void exchange_page(const BlockTask& t, int64_t p, Tier tier, const Next& next) {
       for (int i = r * kPageTokens; i < (r + 1) * kPageTokens; ++i) low[i] = low[i] * from_low + high[i] * from_high;
       low_weight[r] = most;
     }
-    add_plane_values(t, t.pages[p], 0, first, n, low, low_weight, next.v);
+    add_plane_values(t, t.pages[p], 0, first, n, low, low_weight, next.v[0]);
   }
 }
 
@@ -312,11 +333,15 @@ void decode_scores(std::span<const BlockTask> tasks) {
 
 void exchange(const BlockTask& t) {
   const std::span<const Promoted> pages = t.promoted[0];
-  for (size_t i = 0; i < pages.size(); ++i)
-    exchange_page(t, pages[i].page, pages[i].tier,
-                  i + 1 < pages.size()
-                      ? next_page(t, pages[i + 1].page, pages[i + 1].tier == Tier::fp4x2 ? Tier::fp4x2 : Tier::fp4)
-                      : Next{});
+  for (size_t i = 0; i < pages.size(); ++i) {
+    Next next, next_high;
+    if (i + 1 < pages.size()) {
+      const auto [page, tier] = pages[i + 1];
+      next = next_page(t, page, tier == Tier::fp4x2 ? tier : Tier::fp4);
+      if (tier == Tier::fp16) next_high = next_page(t, page, tier);
+    }
+    exchange_page(t, pages[i].page, pages[i].tier, next, next_high);
+  }
 }
 
 void quantize_q(const PageLayout& layout, int rows, const float* q, int16_t* q16, float* q_unit) {
