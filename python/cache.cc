@@ -21,13 +21,6 @@ Batch of_cache(nb::handle object, const char* name, std::initializer_list<const 
   return t;
 }
 
-// Device memory of other frameworks than PyTorch and CuPy knows no stream: it is given back when it is written.
-bool must_wait(nb::handle like, Device device) {
-  if (device.is_cpu()) return false;
-  const Framework framework = framework_of(like);
-  return framework != Framework::torch && framework != Framework::cupy;
-}
-
 }  // namespace
 
 Cache::Cache(const Method& method, const CacheConfig& config, Device device, const Room& room)
@@ -55,7 +48,7 @@ nb::object Cache::attend(std::span<const SeqId> seqs, int layer, const Form& for
   Batch rows = of_cache(q, "q", kAxes, device_, std::ssize(seqs));
   // A prefill that is neither given nor asked for anything beside out takes sequences one by one.
   if (!device_.is_cpu() && (form.phase == Phase::decode || extras.given || extras.stats))
-    rows = in_rows_on_gpu(std::move(rows), q, "q", kAxes);
+    rows = in_rows_on_gpu(std::move(rows), q, "q", kAxes, extras.stream);
   const int64_t s_q = rows.first.tokens, h_q = rows.first.heads;
   std::optional<Tensor> sinks;
   if (!extras.sinks.is_none()) {
@@ -101,7 +94,7 @@ Selection Cache::select(std::span<const SeqId> seqs, int layer, const Form& form
   Call call{seqs, layer, form, method, rows, {}};
   Written scratch;
   if (!device_.is_cpu()) {
-    rows = in_rows_on_gpu(std::move(rows), q, "q", kAxes);
+    rows = in_rows_on_gpu(std::move(rows), q, "q", kAxes, stream);
     scratch = written(nb::none(), "out", {rows.b, rows.first.tokens, rows.first.heads, config().d_v}, rows.first.dtype,
                       q, device_);
     call.q = rows;

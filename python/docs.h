@@ -70,19 +70,21 @@ Raises:
 
 inline constexpr char kQuantize[] = R"(x in FP4, in blocks along the last axis.
 
-Bit for bit what the cache does to a block, its page scale and centring apart. A NaN makes its block NaN; infinities
-saturate.
+Bit for bit what the cache does to a block, its page scale and centring apart, wherever x is. A NaN makes its block NaN;
+infinities saturate. On a GPU the work is queued on PyTorch's or CuPy's current stream, and x that is not contiguous is
+copied by them first.
 
 Args:
-    x: On the CPU, [..., n] of float32, float16 or bfloat16; n is a multiple of the block.
+    x: [..., n] of float32, float16 or bfloat16; n is a multiple of the block.
     format: "nvfp4": E2M1 codes, a UE4M3 scale for every 16; "mxfp4": E2M1 codes, an E8M0 scale for every 32.
     scales: "6", or "4over6": the better of two scales for each block of nvfp4.
 
 Returns:
-    (codes, scales): uint8 [..., n / 2], two codes in a byte, the first in its low half; uint8 [..., n / block].
+    (codes, scales), where x is: uint8 [..., n / 2], two codes in a byte, the first in its low half; uint8
+    [..., n / block].
 )";
 
-inline constexpr char kDequantize[] = R"(float32 [..., n] of what quantize() gave.
+inline constexpr char kDequantize[] = R"(float32 [..., n] of what quantize() gave, on the same device.
 
 Args:
     codes: uint8 [..., n / 2].

@@ -92,6 +92,28 @@ Tensor any_tensor(nb::handle object, const char* name) {
   return t;
 }
 
+bool is_packed(const nb::ndarray<nb::ro>& array) {
+  int64_t packed = 1;
+  for (size_t axis = array.ndim(); axis-- > 0; packed *= static_cast<int64_t>(array.shape(axis)))
+    if (array.shape(axis) > 1 && array.stride(axis) != packed) return array.size() == 0;
+  return true;
+}
+
+// The contiguous copy of a tensor of a GPU that `framework` makes.
+nb::object packed_copy(nb::handle object, const char* name, const nb::ndarray<nb::ro>& array, Framework framework) {
+  switch (framework) {
+    case Framework::torch:
+      return object.attr("contiguous")();
+    case Framework::cupy: {
+      const CupyDevice there({array.device_id()});
+      return nb::module_::import_("cupy").attr("ascontiguousarray")(object);
+    }
+    default:
+      value_error(fmt::format("{}: strides [{}] have gaps: pass a contiguous copy", name,
+                              fmt::join(array.stride_ptr(), array.stride_ptr() + array.ndim(), ", ")));
+  }
+}
+
 // Device memory and the object that frees it.
 std::pair<void*, nb::object> take_on_gpu(size_t bytes, Device device) {
 #ifdef THRIFTATTN_PYTHON_CUDA
@@ -186,15 +208,17 @@ Batch batch(nb::handle object, const char* name, std::initializer_list<const cha
   return result;
 }
 
-Batch in_rows_on_gpu(Batch t, nb::handle object, const char* name, std::initializer_list<const char*> axes) {
+Tensor packed_on_gpu(Tensor t, nb::handle object, const char* name) {
+  if (t.device.is_cpu() || is_packed(t.array)) return t;
+  t.array = nb::cast<nb::ndarray<nb::ro>>(packed_copy(object, name, t.array, framework_of(object)));
+  return t;
+}
+
+Batch in_rows_on_gpu(Batch t, nb::handle object, const char* name, std::initializer_list<const char*> axes,
+                     nb::handle stream) {
   if (t.in_rows()) return t;
-  const Framework framework = framework_of(object);
-  if (framework == Framework::torch) return batch(object.attr("contiguous")(), name, axes);
-  if (framework == Framework::cupy)
-    return batch(nb::module_::import_("cupy").attr("ascontiguousarray")(object), name, axes);
-  value_error(
-      fmt::format("{}: strides [{}] do not lead from row to row: pass a contiguous copy", name,
-                  fmt::join(t.tensor.array.stride_ptr(), t.tensor.array.stride_ptr() + t.tensor.array.ndim(), ", ")));
+  const Framework framework = stream.is_none() ? framework_of(object) : Framework::other;
+  return batch(packed_copy(object, name, t.tensor.array, framework), name, axes);
 }
 
 Output::Output(const std::vector<size_t>& shape, nb::dlpack::dtype dtype, nb::handle like, Device device) {

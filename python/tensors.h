@@ -66,8 +66,13 @@ struct Batch : Sequences {
 };
 Batch batch(nb::handle object, const char* name, std::initializer_list<const char*> axes);
 
-// The same tensor in rows: itself, or the contiguous copy that PyTorch or CuPy makes on a GPU. Others raise ValueError.
-Batch in_rows_on_gpu(Batch tensor, nb::handle object, const char* name, std::initializer_list<const char*> axes);
+// The same tensor with its elements one after another, where it is on a GPU: itself, or the copy that PyTorch or CuPy
+// makes on its current stream. Others raise ValueError.
+Tensor packed_on_gpu(Tensor tensor, nb::handle object, const char* name);
+
+// The same tensor in rows, in the same way; where `stream` names another one, nothing is copied and ValueError raised.
+Batch in_rows_on_gpu(Batch tensor, nb::handle object, const char* name, std::initializer_list<const char*> axes,
+                     nb::handle stream);
 
 // A new tensor of the framework of `like` (NumPy for others on the CPU; on a GPU an object that speaks DLPack), on
 // `device`. What it holds is what the caller writes to it.
