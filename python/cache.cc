@@ -81,10 +81,11 @@ nb::object Cache::attend(std::span<const SeqId> seqs, int layer, const Form& for
   stats.b = rows.b;
   stats.h_kv = config().h_kv;
   stats.pages = stats.b == 0 ? 0 : std::ssize(stats.page_mass) / (stats.b * stats.h_kv);
-  if (lse && extras.stats) return nb::make_tuple(out.tensor, lse->release(), std::move(stats));
-  if (lse) return nb::make_tuple(out.tensor, lse->release());
-  if (extras.stats) return nb::make_tuple(out.tensor, std::move(stats));
-  return out.tensor;
+  nb::object tensor = out.tensor.release();
+  if (lse && extras.stats) return nb::make_tuple(tensor, lse->release(), std::move(stats));
+  if (lse) return nb::make_tuple(tensor, lse->release());
+  if (extras.stats) return nb::make_tuple(tensor, std::move(stats));
+  return tensor;
 }
 
 Selection Cache::select(std::span<const SeqId> seqs, int layer, const Form& form, const Method& method, nb::handle q,
@@ -92,13 +93,13 @@ Selection Cache::select(std::span<const SeqId> seqs, int layer, const Form& form
   static constexpr std::initializer_list<const char*> kAxes = {"b", "s_q", "h_q", "d"};
   Batch rows = of_cache(q, "q", kAxes, device_, std::ssize(seqs));
   Call call{seqs, layer, form, method, rows, {}};
-  Written scratch;
+  std::optional<Written> scratch;
   if (!device_.is_cpu()) {
     rows = in_rows_on_gpu(std::move(rows), q, "q", kAxes, stream);
-    scratch = written(nb::none(), "out", {rows.b, rows.first.tokens, rows.first.heads, config().d_v}, rows.first.dtype,
-                      q, device_);
+    scratch.emplace(written(nb::none(), "out", {rows.b, rows.first.tokens, rows.first.heads, config().d_v},
+                            rows.first.dtype, q, device_));
     call.q = rows;
-    call.out = scratch.view;
+    call.out = scratch->view;
   }
   const cuda::Stream order = stream_of(stream, q, device_);
   return value_or_raise(in_turn([&]() -> Result<Selection> {

@@ -80,8 +80,8 @@ Args:
     scales: "6", or "4over6": the better of two scales for each block of nvfp4.
 
 Returns:
-    (codes, scales), where x is: uint8 [..., n / 2], two codes in a byte, the first in its low half; uint8
-    [..., n / block].
+    (codes, scales): uint8 [..., n / 2], two codes in a byte, the first in its low half, and uint8 [..., n / block], both
+    where x is.
 )";
 
 inline constexpr char kDequantize[] = R"(float32 [..., n] of what quantize() gave, on the same device.

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <functional>
+#include <new>
 #include <numeric>
 #include <tuple>
 
@@ -221,42 +222,42 @@ Batch in_rows_on_gpu(Batch t, nb::handle object, const char* name, std::initiali
   return batch(packed_copy(object, name, t.tensor.array, framework), name, axes);
 }
 
-Output::Output(const std::vector<size_t>& shape, nb::dlpack::dtype dtype, nb::handle like, Device device) {
-  const Framework framework = framework_of(like);
-  if (!device.is_cpu() && framework == Framework::torch) {
+Output::Output(const std::vector<size_t>& shape, nb::dlpack::dtype dtype, nb::handle like, Device device)
+    : shape_(shape), dtype_(dtype), framework_(framework_of(like)), device_(device) {
+  if (!device.is_cpu() && framework_ == Framework::torch) {
     const nb::object type = nb::module_::import_("torch").attr(dtype_name(dtype).c_str());
     tensor_ = like.attr("new_empty")(shape, "dtype"_a = type);
     data_ = reinterpret_cast<void*>(nb::cast<uintptr_t>(tensor_.attr("data_ptr")()));
     return;
   }
-  if (!device.is_cpu() && framework == Framework::cupy) {
+  if (!device.is_cpu() && framework_ == Framework::cupy) {
     const CupyDevice there(device);
     tensor_ = nb::module_::import_("cupy").attr("empty")(shape, dtype_name(dtype).c_str());
     data_ = reinterpret_cast<void*>(nb::cast<uintptr_t>(tensor_.attr("data").attr("ptr")));
     return;
   }
   const size_t bytes = std::accumulate(shape.begin(), shape.end(), size_t{1}, std::multiplies<>()) * dtype.bits / 8;
-  nb::object owner;
   if (device.is_cpu()) {
-    data_ = new char[bytes];
-    owner = nb::capsule(data_, [](void* p) noexcept { delete[] static_cast<char*>(p); });
+    constexpr std::align_val_t kAligned{64};  // what JAX takes without a copy
+    data_ = operator new(bytes, kAligned);
+    owner_ = nb::capsule(data_, [](void* p) noexcept { operator delete(p, kAligned); });
   } else {
-    std::tie(data_, owner) = take_on_gpu(bytes, device);
+    std::tie(data_, owner_) = take_on_gpu(bytes, device);
   }
+}
+
+nb::object Output::release() {
+  if (tensor_.is_valid()) return std::move(tensor_);
   const auto give = [&](auto as) {
     using Array = decltype(as);
-    const int type = device.is_cpu() ? nb::device::cpu::value : nb::device::cuda::value;
-    return nb::cast(Array(data_, shape.size(), shape.data(), owner, nullptr, dtype, type, std::max(0, device.gpu)));
+    const int type = device_.is_cpu() ? nb::device::cpu::value : nb::device::cuda::value;
+    return nb::cast(
+        Array(data_, shape_.size(), shape_.data(), std::move(owner_), nullptr, dtype_, type, std::max(0, device_.gpu)));
   };
-  if (framework == Framework::jax) {
-    tensor_ = give(nb::ndarray<nb::jax>());
-  } else if (!device.is_cpu()) {
-    tensor_ = give(nb::ndarray<>());
-  } else if (framework == Framework::torch) {
-    tensor_ = give(nb::ndarray<nb::pytorch>());
-  } else {
-    tensor_ = give(nb::ndarray<nb::numpy>());
-  }
+  if (framework_ == Framework::jax) return give(nb::ndarray<nb::jax>());
+  if (!device_.is_cpu()) return give(nb::ndarray<>());
+  if (framework_ == Framework::torch) return give(nb::ndarray<nb::pytorch>());
+  return give(nb::ndarray<nb::numpy>());
 }
 
 nb::dlpack::dtype dlpack_type(DType type) {
@@ -270,7 +271,7 @@ Written written(nb::handle out, const char* name, const std::vector<int64_t>& sh
   if (out.is_none()) {
     Output fresh({shape.begin(), shape.end()}, dlpack_type(dtype), like, device);
     void* data = fresh.data<void>();
-    return {fresh.release(), {data, dtype, rows, h_q, d_v, h_q * d_v, d_v}};
+    return {std::move(fresh), {data, dtype, rows, h_q, d_v, h_q * d_v, d_v}};
   }
   const Batch t = batch(out, name, {"b", "s_q", "h_q", "d_v"});
   check_device(t.tensor, name, "q", device);
@@ -285,7 +286,7 @@ Written written(nb::handle out, const char* name, const std::vector<int64_t>& sh
   if (!t.in_rows() || overlaps(view))
     value_error(fmt::format("{}: strides {} overlap or do not lead from row to row: pass a contiguous tensor", name,
                             std::vector<int64_t>(writable.stride_ptr(), writable.stride_ptr() + writable.ndim())));
-  return {nb::borrow(out),
+  return {Output(nb::borrow(out)),
           {writable.data(), view.dtype, view.tokens, view.heads, view.channels, view.token_stride, view.head_stride}};
 }
 

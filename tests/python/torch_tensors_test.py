@@ -72,11 +72,15 @@ def test_jax_arrays_come_and_go(device):
     except RuntimeError:
         pytest.skip("JAX has no such device")
     tensors = qkv(device=device)
-    out, lse = ta.attention(*(jax.device_put(x.cpu().numpy(), where) for x in tensors), return_lse=True)
-    assert isinstance(out, jax.Array) and out.devices() == {where}
-    expected = ta.attention(*tensors, return_lse=True)
-    for ours, theirs in zip((out, lse), expected):
-        np.testing.assert_array_equal(np.asarray(ours), theirs.cpu().numpy())
+    expected = [*ta.attention(*tensors, return_lse=True), *ta.quantize(tensors[1])]
+    expected.append(ta.dequantize(*expected[2:]))
+    for _ in range(20):  # JAX takes some memory as it is and copies other
+        q, k, v = (jax.device_put(x.cpu().numpy(), where) for x in tensors)
+        results = [*ta.attention(q, k, v, return_lse=True), *ta.quantize(k)]
+        results.append(ta.dequantize(*results[2:]))
+        for ours, theirs in zip(results, expected):
+            assert isinstance(ours, jax.Array) and ours.devices() == {where}
+            np.testing.assert_array_equal(np.asarray(ours), theirs.cpu().numpy())
 
 
 def test_every_gpu_is_served_and_the_current_one_stays():
@@ -109,19 +113,11 @@ def test_ten_thousand_gpu_calls_leak_nothing():
     if not ta.gpus() or not torch.cuda.is_available():
         pytest.skip("no GPU, or a build without CUDA")
     q, k, v = (x[:, :70] for x in qkv(torch.float16, "cuda"))
-    cache = ta.KvCache("thrift", h_kv=2, d=64, device="cuda:0")
 
     def calls(n):
-        for i in range(n):
-            if i % 10 == 0:  # which makes a cache and gives it back
-                ta.attention(q, k, v, return_lse=True)
-                continue
-            seqs = [cache.new_sequence() for _ in range(2)]
-            cache.append(seqs, k, v)
-            cache.attend(seqs, q, return_lse=True, phase="prefill")
+        for _ in range(n):
+            ta.attention(q, k, v, return_lse=True)  # makes a cache and gives it back
             ta.dequantize(*ta.quantize(k))
-            for seq in seqs:
-                cache.free(seq)
         torch.cuda.synchronize()
         return torch.cuda.mem_get_info()[0], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
