@@ -20,7 +20,7 @@ Args:
     method: "name[:key=value,...]", see methods().
     phase: "prefill" selects pages per query head for blocks of 64 rows; "decode" per KV head for all rows, 16 at most.
     window: A row sees keys less than this many positions away alone; 0: all.
-    sm_scale: 0: 1 / sqrt(d).
+    sm_scale: None: 1 / sqrt(d).
     softcap: A scaled score s becomes softcap * tanh(s / softcap); 0: it stays.
     sinks: float32 [h_q], a logit per head that takes mass and brings no value.
     compute: "bfloat16" allows factors of a prefill's products to be rounded to it, where the machine gains by it.

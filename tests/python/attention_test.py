@@ -57,7 +57,7 @@ def problems(draw):
     mask = {
         "causal": draw(st.booleans()),
         "window": draw(st.sampled_from([0, 1, 17, 64, 100])),
-        "sm_scale": draw(st.sampled_from([0.0, 0.05, -0.2])),
+        "sm_scale": draw(st.sampled_from([None, 0.05, -0.2])),
         "softcap": draw(st.sampled_from([0.0, 2.0])),
         "sinks": draw(st.sampled_from([None, sinks])),
     }
