@@ -36,9 +36,11 @@ void Cache::append(std::span<const SeqId> seqs, int layer, nb::handle k, nb::han
   const Batch keys = of_cache(k, "k", {"b", "s", "h_kv", "d"}, device_, std::ssize(seqs));
   const Batch values = of_cache(v, "v", {"b", "s", "h_kv", "d_v"}, device_, std::ssize(seqs));
   const cuda::Stream order = stream_of(stream, k, device_);
+  const bool wait = must_wait(k, device_) || must_wait(v, device_);
   check(in_turn([&]() -> Status {
     THRIFTATTN_RETURN_IF_ERROR(store_->order_on(order));
-    return store_->append(seqs, layer, keys, values);
+    THRIFTATTN_RETURN_IF_ERROR(store_->append(seqs, layer, keys, values));
+    return wait ? store_->wait() : Status();
   }));
 }
 

@@ -43,7 +43,8 @@ class CupyDevice {
 // default stream for all others, who must bring their tensors there (tensors.cc).
 cuda::Stream current_stream(nb::handle like, Device device);
 
-// Device memory of other frameworks than PyTorch and CuPy knows no stream: it is given back when it is written.
+// Memory of other frameworks than PyTorch and CuPy knows no stream: calls that read or write it on a GPU wait until
+// they are done with it.
 bool must_wait(nb::handle like, Device device);
 Status wait_for(cuda::Stream stream, Device device);
 

@@ -30,7 +30,7 @@ Args:
     stats: Give Stats too; on a GPU in phase "decode" alone.
     stream: On a GPU: where to compute. None: PyTorch's or CuPy's current stream, for tensors of theirs; the legacy
         default stream for others, which their makers are asked to have them ready on. Or the address of a cudaStream_t,
-        or a stream of PyTorch or CuPy, on which the tensors are then ready.
+        or a stream of PyTorch or CuPy, on which the tensors are then ready; they must live until its work is done.
 
 Returns:
     out, of q's type, framework and device; followed, where asked for, by lse, float32 [b, s_q, h_q], natural logarithm, and by
@@ -80,8 +80,8 @@ Args:
     scales: "6", or "4over6": the better of two scales for each block of nvfp4.
 
 Returns:
-    (codes, scales): uint8 [..., n / 2], two codes in a byte, the first in its low half, and uint8 [..., n / block], both
-    where x is.
+    (codes, scales): uint8 [..., n / 2], two codes in a byte, the first in its low half, and uint8 [..., n / block],
+    both where x is.
 )";
 
 inline constexpr char kDequantize[] = R"(float32 [..., n] of what quantize() gave, on the same device.
@@ -101,9 +101,10 @@ be brought to the same length before the next step. A page of 64 tokens is encod
 Methods raise ValueError for what the caller got wrong, NotImplementedError for what no storage here serves, and
 MemoryError where max_bytes or the machine is at its end. Threads may share a cache: their calls take turns.
 
-On a GPU append() and attend() queue their work on a stream (attention() says which) and return; a call on another stream
-than the last waits for the last one's work. All layers take the same tokens in the same steps. save(), load(), read(),
-fork(), truncate() and a cache that grows wait for the device. What it cannot find out without waiting, check() tells.
+On a GPU append() and attend() queue their work on a stream (attention() says which) and return, unless their tensors are
+of other frameworks than PyTorch and CuPy; a call on another stream than the last waits for the last one's work. All
+layers take the same tokens in the same steps. save(), load(), read(), fork(), truncate() and a cache that grows wait for
+the device. What it cannot find out without waiting, check() tells.
 )";
 
 inline constexpr char kCacheInit[] = R"(An empty cache.

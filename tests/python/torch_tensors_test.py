@@ -81,6 +81,16 @@ def test_jax_arrays_come_and_go(device):
         for ours, theirs in zip(results, expected):
             assert isinstance(ours, jax.Array) and ours.devices() == {where}
             np.testing.assert_array_equal(np.asarray(ours), theirs.cpu().numpy())
+    outs = []
+    for put in (lambda x: x, lambda x: jax.device_put(x.cpu().numpy(), where)):  # of JAX, nothing outlives its call
+        cache = ta.KvCache("thrift", h_kv=2, d=64, device=device)
+        seqs = [cache.new_sequence() for _ in range(2)]
+        q, k, v = tensors
+        for _ in range(3):
+            cache.append(seqs, put(k), put(v))
+            out = cache.attend(seqs, put(q), phase="prefill")
+        outs.append(np.asarray(out) if isinstance(out, jax.Array) else out.cpu().numpy())
+    np.testing.assert_array_equal(*outs)
 
 
 def test_every_gpu_is_served_and_the_current_one_stays():
