@@ -35,7 +35,7 @@ def test_out_is_the_callers_tensor(device):
     assert ta.attention(q, k, v, out=out) is out and torch.equal(out, ta.attention(q, k, v))
 
 
-def test_work_goes_to_the_current_stream_or_the_one_given():
+def test_gpu_work_goes_to_the_current_stream_or_the_one_given():
     if not ta.gpus() or not torch.cuda.is_available():
         pytest.skip("no GPU, or a build without CUDA")
     cache = ta.KvCache("thrift", h_kv=2, d=64, device="cuda:0", max_sequences=4, max_tokens=4096)
@@ -158,7 +158,7 @@ def test_quantize_takes_every_type_where_it_lies(device, dtype):
     assert torch.equal(ta.dequantize(*ta.quantize(half)), ta.dequantize(*ta.quantize(half.clone())))
 
 
-def test_quantize_works_on_the_current_stream():
+def test_gpu_codes_are_made_on_the_current_stream():
     if not ta.gpus() or not torch.cuda.is_available():
         pytest.skip("no GPU, or a build without CUDA")
     x = torch.randn(64, 4096, device="cuda")
