@@ -70,7 +70,7 @@ Batch batch(nb::handle object, const char* name, std::initializer_list<const cha
 // makes on its current stream. Others raise ValueError.
 Tensor packed_on_gpu(Tensor tensor, nb::handle object, const char* name);
 
-// The same tensor in rows, in the same way; where `stream` names another one, nothing is copied and ValueError raised.
+// The same tensor in rows, in the same way; where `stream` is not None nothing is copied, and ValueError raised.
 Batch in_rows_on_gpu(Batch tensor, nb::handle object, const char* name, std::initializer_list<const char*> axes,
                      nb::handle stream);
 

@@ -4,9 +4,9 @@
 //                scale and the block's codes, two in a byte
 //   dequantize   a thread reads a byte of codes and its scale, writes two values
 //
-// Encoding is bound by instructions, a division a value (0.9 to 1.4 TB/s read and written on an H100, whose memory gives
-// 3.1), decoding by its stores (1.7). What a thread reads of a block lies in one or two lines, which stay in L1 while it
-// comes back for the next value.
+// Encoding is bound by instructions, a division a value (0.9 to 1.4 TB/s read and written on an H100, whose memory
+// gives 3.1), decoding by its stores (1.7). What a thread reads of a block lies in one or two lines, which stay in L1
+// while it comes back for the next value.
 #include <cuda_fp16.h>
 
 #include "cuda/params.h"
