@@ -1,14 +1,15 @@
 // Products of FP4 planes with 16-bit integers, where the codes stay integers: E2M1 doubled is one of 0, +-1, +-2, +-3,
 // +-4, +-6, +-8, +-12. Included once per target by decode.cc.
 //
-//   64 bytes = 128 codes --4 word lookups--> 4 registers of int16 pairs --dot with a broadcast pair of x--> int32
+//   64 bytes = 128 codes --4 byte lookups--> 4 registers of int16 pairs --dot with pairs of x in all lanes--> int32
 //   int32 sum of 16 depths --to float, times the scale of its lane--> float sum
 //
 // One unpacking serves all rows of x. The sums of a scale group are exact, so that every target gives the same numbers
 // up to the order of the float sums. Per 256 codes and four rows, AVX-512 with VNNI takes 32 dot products, 8 lookups, 6
-// shifts, 4 conversions and 4 FMAs: 0.21 instructions per code, a fifth of what turning the codes into floats takes.
-// x in one 16-bit piece or in two 8-bit ones costs the same number of dot products (vpdpwssd takes half as many codes
-// as vpdpbusd); one piece needs no joining and no correction of a bias.
+// shifts, 4 conversions and 4 FMAs, and 4 for a scale: 58 on the two ports that Intel has for them, 74 instructions in
+// all, a fifth of what turning the codes into floats takes. x in one 16-bit piece or in two 8-bit ones costs the same
+// number of dot products (vpdpwssd takes half as many codes as vpdpbusd); one piece needs no joining and no correction
+// of a bias.
 #if defined(THRIFTATTN_CPU_CODES_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef THRIFTATTN_CPU_CODES_INL_H_
 #undef THRIFTATTN_CPU_CODES_INL_H_

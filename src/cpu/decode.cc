@@ -7,9 +7,10 @@
 // are loaded. Pages come nearly in the order in which they lie in memory, that of all KV heads of a page before the
 // next: a few pages of one head, whose state and q then stay in L1, and the same of the next head.
 //
-// What binds it: an FP4 page of d = 128 is 9216 bytes and, for four rows, about 4,000 vector instructions, of which
-// 2048 are integer dot products. Both take about as long; prefetching the next record while this one is multiplied is
-// what lets them overlap. A 16-bit page is 32 KB and 10,000 instructions: memory binds.
+// What binds it: an FP4 page of d = 128 is 9216 bytes and, for four rows, about 4,400 vector instructions, of which
+// 2048 are integer dot products. These take longer than the bytes, the more so where another thread shares the core;
+// prefetching the next record while this one is multiplied is what lets them overlap. A 16-bit page is 32 KB and 10,000
+// instructions: memory binds.
 //
 // A page is a softmax of its own, with its own maximum, that is merged into the row's state: what it adds does not
 // depend on what was read before. So a page can be taken out of a state again, up to the rounding of p: that is how
