@@ -7,7 +7,8 @@
 //   attend     tail, pages in fp16 | pages in fp4x2 | pages in fp4
 //   exchange   pages in fp16 | pages in fp4x2 | all of these and those in none once more in fp4, to be taken out
 //
-// Items weigh what they bring in bytes, 8 : 18 : 9 whatever d is; a unit weighs something in itself, before its items.
+// Items weigh what they bring in bytes, 8 : 18 : 9 whatever d is, but one in two planes half as much again, since its
+// warp has nothing under way while it computes; a unit weighs something in itself, before its items.
 // The weights of all units, one after another, are cut into equal parts, one for each CTA, which takes the items that
 // begin in its part: a unit may be cut anywhere and a CTA may hold many units. Every CTA adds up the same weights.
 #pragma once
@@ -30,7 +31,7 @@ struct DecodeArgs {
   int mxfp4;
 };
 
-inline constexpr int kHighWeight = 8, kPlanesWeight = 18, kFp4Weight = 9;
+inline constexpr int kHighWeight = 8, kPlanesWeight = 27, kFp4Weight = 9;
 inline constexpr int kUnitWeight = 400;  // q, merge and results take a CTA as long as four items for every warp
 inline constexpr int kPageItems = kPageTokens / kItemTokens, kHighPageItems = kPageTokens / kHighItemTokens;
 
@@ -105,7 +106,8 @@ __device__ inline Seen seen_by(const Shape& shape, int s_q, int s_kv, int r) {
   return {static_cast<int>(max(first, int64_t{0})), static_cast<int>(min(max(end, int64_t{0}), int64_t{s_kv}))};
 }
 
-__device__ inline Unit unit_at(const DecodeArgs& args, Pass pass, int number) {
+// All of a unit that lengths say.
+__device__ inline Unit seen_unit(const DecodeArgs& args, int number) {
   const DecodeParams& p = args.p;
   Unit u;
   u.index = number / args.tiles;
@@ -132,7 +134,12 @@ __device__ inline Unit unit_at(const DecodeArgs& args, Pass pass, int number) {
   u.near_end = seen(forced.end, u.near_first);
   u.lost_first = p.cache.all_high ? u.full : p.cache.sink;
   u.lost_end = p.cache.all_high ? u.full : max(p.cache.sink, p.cache.released[u.slot]);
+  return u;
+}
 
+// Adds what is promoted, and so the items.
+__device__ inline void add_items(const DecodeArgs& args, Pass pass, Unit& u) {
+  const DecodeParams& p = args.p;
   int in_none = 0;
   u.fp16 = u.fp4x2 = u.fp4 = 0;
   if (p.promote == Promote::listed) {
@@ -148,7 +155,8 @@ __device__ inline Unit unit_at(const DecodeArgs& args, Pass pass, int number) {
 
   const bool reads_tail = pass != Pass::exchange;
   u.tail_items = reads_tail ? (u.s_kv % kPageTokens + kHighItemTokens - 1) / kHighItemTokens : 0;
-  if (u.rows == 0) return u;
+  u.items = {};
+  if (u.rows == 0) return;
   const int rest = reads_tail ? u.full - u.first_page - u.promoted : 0;
   const bool high_rest = p.shape.rest == Tier::fp16;
   u.items.high = u.tail_items + kHighPageItems * (u.fp16 + (high_rest ? rest : 0));
@@ -156,6 +164,11 @@ __device__ inline Unit unit_at(const DecodeArgs& args, Pass pass, int number) {
   u.items.fp4 = kPageItems * (pass == Pass::exchange      ? u.fp16 + u.fp4x2 + in_none
                               : p.shape.rest == Tier::fp4 ? u.fp4 + rest
                                                           : u.fp4);
+}
+
+__device__ inline Unit unit_at(const DecodeArgs& args, Pass pass, int number) {
+  Unit u = seen_unit(args, number);
+  add_items(args, pass, u);
   return u;
 }
 
@@ -173,9 +186,14 @@ struct Item {
   __device__ static int token(uint32_t word) { return static_cast<int>(word & 0x3ffffff8u); }
 };
 
+// The n-th page in the order of reading, where there is a list.
+__device__ inline int listed_page(const DecodeParams& p, const Unit& u, int n) {
+  return static_cast<int>(p.lists.order[int64_t{u.index} * p.lists.max_pages + n] >> 2);
+}
+
 // The n-th promoted page, by tier.
 __device__ inline int promoted_page(const DecodeParams& p, const Unit& u, int n) {
-  if (p.promote == Promote::listed) return static_cast<int>(p.lists.by_tier[int64_t{u.index} * p.lists.k_max + n] >> 2);
+  if (p.promote == Promote::listed) return listed_page(p, u, n);
   const bool high = n < u.fp16;
   int page = u.first_page + (high ? n : n - u.fp16);
 #pragma unroll 1
@@ -191,26 +209,14 @@ __device__ inline int promoted_page(const DecodeParams& p, const Unit& u, int n)
 
 // The n-th full page that is seen and not promoted.
 __device__ inline int other_page(const DecodeParams& p, const Unit& u, int n) {
-  if (p.promote != Promote::listed) {
-    int page = u.first_page + n;
+  if (p.promote == Promote::listed) return listed_page(p, u, u.promoted + n);
+  int page = u.first_page + n;
 #pragma unroll 1
-    for (int k = 0; k < kForcedRuns && u.promoted > 0; ++k) {
-      const ForcedRun run = forced_run(u, k);
-      if ((run.high || u.fp4x2 > 0) && page >= run.first) page += run.count();
-    }
-    return page;
+  for (int k = 0; k < kForcedRuns && u.promoted > 0; ++k) {
+    const ForcedRun run = forced_run(u, k);
+    if ((run.high || u.fp4x2 > 0) && page >= run.first) page += run.count();
   }
-  const Lists& lists = p.lists;
-  const uint32_t* by_page = lists.by_page + int64_t{u.index} * lists.k_max;
-  int low = 0, high = u.promoted;  // listed pages before it
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    if (static_cast<int>(by_page[middle] >> 2) - u.first_page - middle > n)
-      high = middle;
-    else
-      low = middle + 1;
-  }
-  return u.first_page + n + low;
+  return page;
 }
 
 // Item i of a unit.
@@ -353,8 +359,10 @@ __device__ inline Scan block_scan(int64_t x, int64_t* sums) {
 
 // The CTA's share and its first segment, by the whole CTA, into shared memory; false where it has no part: there is
 // less to do than CTAs, or all that falls to it is a unit's own weight. Units are weighed as many at a time as there
-// are threads, all of them first, then, if there are more, again as far as the CTA's part begins.
-__device__ inline bool find_share(const DecodeArgs& args, int64_t* sums, Share& share, Segment& segment) {
+// are threads, all of them first, then, if there are more, again as far as the CTA's part begins. `wait` is called once
+// by all threads, before anything that is read is not a length.
+template <class Wait>
+__device__ bool find_share(const DecodeArgs& args, int64_t* sums, Share& share, Segment& segment, const Wait& wait) {
   const int units = args.p.batch.b * args.p.shape.h_kv * args.tiles;
   const int threads = static_cast<int>(blockDim.x);
   int64_t total = 0, before = 0;
@@ -364,8 +372,10 @@ __device__ inline bool find_share(const DecodeArgs& args, int64_t* sums, Share& 
     const int number = first + static_cast<int>(threadIdx.x);
     Unit unit;
     int weight = 0;
+    if (number < units) unit = seen_unit(args, number);
+    if (first == 0 && mine.part == 0) wait();
     if (number < units) {
-      unit = unit_at(args, args.pass, number);
+      add_items(args, args.pass, unit);
       weight = unit.items.weight();
     }
     const Scan scan = block_scan(weight, sums);
