@@ -42,7 +42,7 @@ THRIFTATTN_HD constexpr SharedLayout shared_layout(const DeviceLayout& layout, i
   s.merge = s.queries + queries_bytes(columns, layout.dk);
   s.scan = static_cast<int>(
       round_up(s.merge + merge_layout(warps, columns, layout.dv, blocks).floats * static_cast<int>(sizeof(float)), 16));
-  s.share = s.scan + warps * 8;
+  s.share = s.scan + static_cast<int>(round_up(warps * 4, 8));
   s.segments = s.share + static_cast<int>(sizeof(Share));
   s.bytes = s.segments + (2 * warps + 1) * static_cast<int>(sizeof(Segment));
   return s;
@@ -69,14 +69,13 @@ __global__ void __launch_bounds__(32 * max_warps(D, N), 1) decode_kernel(const _
   // cut and write, none of which lets another kernel start before its own end, so they are there; lists may be made by
   // the kernel ahead, which did, as q, pages and states may be.
   const bool reads_lists = args.p.promote == Promote::listed;
-  const auto follow = [](bool now) {
-    if (!now) return;
+  const auto follow = [] {
     wait_for_previous_kernel();
     let_next_kernel_start();
   };
-  const bool has_share = find_share(args, reinterpret_cast<int64_t*>(shared + layout.scan), share, first_segment,
-                                    [&] { follow(reads_lists); });
-  follow(!reads_lists);
+  if (reads_lists) follow();
+  const bool has_share = find_share(args, reinterpret_cast<uint32_t*>(shared + layout.scan), share, first_segment);
+  if (!reads_lists) follow();
   if (!has_share) return;
   Feed<N> feed(args, device, share, segments[2 * warp + 1], notes);
   feed.start(first_segment);

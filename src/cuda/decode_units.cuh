@@ -7,10 +7,10 @@
 //   attend     tail, pages in fp16 | pages in fp4x2 | pages in fp4
 //   exchange   pages in fp16 | pages in fp4x2 | all of these and those in none once more in fp4, to be taken out
 //
-// Items weigh what they bring in bytes, 8 : 18 : 9 whatever d is, but one in two planes half as much again, since its
-// warp has nothing under way while it computes; a unit weighs something in itself, before its items.
-// The weights of all units, one after another, are cut into equal parts, one for each CTA, which takes the items that
-// begin in its part: a unit may be cut anywhere and a CTA may hold many units. Every CTA adds up the same weights.
+// Items weigh what they bring in bytes, 8 : 18 : 9 whatever d is, but of attend's those in two planes half as much
+// again: a CTA that has many of them is so much later; a unit weighs something in itself, before its items. The weights
+// of all units, one after another, are cut into equal parts, one for each CTA, which takes the items that begin in its
+// part: a unit may be cut anywhere and a CTA may hold many units. Every CTA adds up the same weights.
 #pragma once
 
 #include <cstdint>
@@ -31,25 +31,28 @@ struct DecodeArgs {
   int mxfp4;
 };
 
-inline constexpr int kHighWeight = 8, kPlanesWeight = 27, kFp4Weight = 9;
+inline constexpr int kHighWeight = 8, kFp4Weight = 9;
+inline constexpr int kPlanesWeight = 27, kExchangedPlanesWeight = 18;
 inline constexpr int kUnitWeight = 400;  // q, merge and results take a CTA as long as four items for every warp
 inline constexpr int kPageItems = kPageTokens / kItemTokens, kHighPageItems = kPageTokens / kHighItemTokens;
 
 struct Items {
   int high = 0, planes = 0, fp4 = 0;  // in 16 bit, in fp4x2, in fp4
+  bool exchanged = false;
 
-  __device__ int weight() const { return kUnitWeight + high * kHighWeight + planes * kPlanesWeight + fp4 * kFp4Weight; }
+  __device__ int planes_weight() const { return exchanged ? kExchangedPlanesWeight : kPlanesWeight; }
+  __device__ int weight() const {
+    return kUnitWeight + high * kHighWeight + planes * planes_weight() + fp4 * kFp4Weight;
+  }
   __device__ int count() const { return high + planes + fp4; }
   // How many items begin before `at`, which lies in the unit.
   __device__ int before(int64_t at) const {
-    int w = max(0, static_cast<int>(at) - kUnitWeight);
-    const auto take = [&w](int count, int each) {
-      const int n = min(count, (w + each - 1) / each);
-      w = max(0, w - count * each);
-      return n;
-    };
-    const int of_high = take(high, kHighWeight), of_planes = take(planes, kPlanesWeight);
-    return of_high + of_planes + take(fp4, kFp4Weight);
+    const int w = static_cast<int>(at) - kUnitWeight;
+    const auto begun = [](int w, int each) { return (max(0, w) + each - 1) / each; };
+    const int w_planes = w - high * kHighWeight, w_fp4 = w_planes - planes * planes_weight();
+    return min(high, begun(w, kHighWeight)) +
+           min(planes, exchanged ? begun(w_planes, kExchangedPlanesWeight) : begun(w_planes, kPlanesWeight)) +
+           min(fp4, begun(w_fp4, kFp4Weight));
   }
 };
 
@@ -57,6 +60,7 @@ struct Unit {
   int index;           // sequence * h_kv + head
   int sequence, head;  // head: KV head
   int slot;
+  int first_token;      // row of q and out of the sequence's first token
   int first_row, rows;  // of the tile, among the unit's rows; rows may be 0
   int s_q, s_kv;
   int first_page, full;  // full pages that some row sees: [first_page, full)
@@ -67,7 +71,8 @@ struct Unit {
   // Tokens that every row sees: [first_common, end_common). An item within needs no mask.
   int first_common, end_common;
 
-  // The forced pages, [first_page, sink_end) and [near_first, near_end), and those that have lost their 16-bit form.
+  // The forced pages, [first_page, sink_end) and [near_first, near_end), and those that have lost their 16-bit form;
+  // left out by an attend that reads lists.
   int sink_end, near_first, near_end;
   int lost_first, lost_end;
 
@@ -100,14 +105,13 @@ struct Seen {
   int first, end;
 };
 __device__ inline Seen seen_by(const Shape& shape, int s_q, int s_kv, int r) {
-  const int64_t position = s_kv - s_q + r;
-  const int64_t first = shape.window > 0 ? position - shape.window + 1 : 0;
-  const int64_t end = shape.causal ? position + 1 : shape.window > 0 ? position + shape.window : s_kv;
-  return {static_cast<int>(max(first, int64_t{0})), static_cast<int>(min(max(end, int64_t{0}), int64_t{s_kv}))};
+  const int position = s_kv - s_q + r, window = static_cast<int>(min(shape.window, int64_t{1} << 30));
+  const int first = window > 0 ? position - window + 1 : 0;
+  const int end = shape.causal ? position + 1 : window > 0 ? position + window : s_kv;
+  return {max(first, 0), min(max(end, 0), s_kv)};
 }
 
-// All of a unit that lengths say.
-__device__ inline Unit seen_unit(const DecodeArgs& args, int number) {
+__device__ inline Unit unit_at(const DecodeArgs& args, Pass pass, int number) {
   const DecodeParams& p = args.p;
   Unit u;
   u.index = number / args.tiles;
@@ -115,6 +119,7 @@ __device__ inline Unit seen_unit(const DecodeArgs& args, int number) {
   u.head = u.index % p.shape.h_kv;
   u.slot = p.batch.slot[u.sequence];
   u.s_q = p.batch.s_q[u.sequence];
+  u.first_token = p.batch.first_row[u.sequence];
   u.s_kv = p.cache.s_kv[u.slot];
   u.first_row = number % args.tiles * args.columns;
   u.rows = max(0, min(args.columns, p.shape.group * u.s_q - u.first_row));
@@ -124,22 +129,19 @@ __device__ inline Unit seen_unit(const DecodeArgs& args, int number) {
   u.first_common = newest.first;
   u.end_common = oldest.end;
 
-  const ForcedPages forced =
-      forced_pages(p.force, block_pages(u.s_kv - u.s_q, u.s_kv - 1, u.s_kv, {p.shape.causal, p.shape.window}));
-  const auto seen = [&u](int64_t page, int from) {
-    return static_cast<int>(max(min(page, int64_t{u.full}), int64_t{from}));
-  };
-  u.sink_end = seen(forced.sink_end, u.first_page);
-  u.near_first = seen(forced.first, u.sink_end);
-  u.near_end = seen(forced.end, u.near_first);
-  u.lost_first = p.cache.all_high ? u.full : p.cache.sink;
-  u.lost_end = p.cache.all_high ? u.full : max(p.cache.sink, p.cache.released[u.slot]);
-  return u;
-}
+  if (p.promote == Promote::forced || pass == Pass::exchange) {
+    const ForcedPages forced =
+        forced_pages(p.force, block_pages(u.s_kv - u.s_q, u.s_kv - 1, u.s_kv, {p.shape.causal, p.shape.window}));
+    const auto seen = [&u](int64_t page, int from) {
+      return static_cast<int>(max(min(page, int64_t{u.full}), int64_t{from}));
+    };
+    u.sink_end = seen(forced.sink_end, u.first_page);
+    u.near_first = seen(forced.first, u.sink_end);
+    u.near_end = seen(forced.end, u.near_first);
+    u.lost_first = p.cache.all_high ? u.full : p.cache.sink;
+    u.lost_end = p.cache.all_high ? u.full : max(p.cache.sink, p.cache.released[u.slot]);
+  }
 
-// Adds what is promoted, and so the items.
-__device__ inline void add_items(const DecodeArgs& args, Pass pass, Unit& u) {
-  const DecodeParams& p = args.p;
   int in_none = 0;
   u.fp16 = u.fp4x2 = u.fp4 = 0;
   if (p.promote == Promote::listed) {
@@ -155,8 +157,8 @@ __device__ inline void add_items(const DecodeArgs& args, Pass pass, Unit& u) {
 
   const bool reads_tail = pass != Pass::exchange;
   u.tail_items = reads_tail ? (u.s_kv % kPageTokens + kHighItemTokens - 1) / kHighItemTokens : 0;
-  u.items = {};
-  if (u.rows == 0) return;
+  if (u.rows == 0) return u;
+  u.items.exchanged = pass == Pass::exchange;
   const int rest = reads_tail ? u.full - u.first_page - u.promoted : 0;
   const bool high_rest = p.shape.rest == Tier::fp16;
   u.items.high = u.tail_items + kHighPageItems * (u.fp16 + (high_rest ? rest : 0));
@@ -164,11 +166,6 @@ __device__ inline void add_items(const DecodeArgs& args, Pass pass, Unit& u) {
   u.items.fp4 = kPageItems * (pass == Pass::exchange      ? u.fp16 + u.fp4x2 + in_none
                               : p.shape.rest == Tier::fp4 ? u.fp4 + rest
                                                           : u.fp4);
-}
-
-__device__ inline Unit unit_at(const DecodeArgs& args, Pass pass, int number) {
-  Unit u = seen_unit(args, number);
-  add_items(args, pass, u);
   return u;
 }
 
@@ -334,35 +331,28 @@ __device__ inline void copy_segment(Segment& to, const Segment& from) {
 }
 
 struct Scan {
-  int64_t before, total;
+  uint32_t before, total;
 };
-// Of one number a thread; sums: room for one of each warp.
-__device__ inline Scan block_scan(int64_t x, int64_t* sums) {
+// Of one number a thread; sums: room for one of each warp, which may be used again behind another barrier. (The weights
+// of as many units as a CTA has threads are below 2^32.)
+__device__ inline Scan block_scan(uint32_t x, uint32_t* sums) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  int64_t up_to = x;
+  uint32_t up_to = x;
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
-    const int64_t other = __shfl_up_sync(~0u, up_to, step);
+    const uint32_t other = __shfl_up_sync(~0u, up_to, step);
     if (lane >= step) up_to += other;
   }
   if (lane == 31) sums[warp] = up_to;
   __syncthreads();
-  Scan scan{up_to - x, 0};
-#pragma unroll 4
-  for (int w = 0; w < warps; ++w) {
-    if (w < warp) scan.before += sums[w];
-    scan.total += sums[w];
-  }
-  __syncthreads();
-  return scan;
+  const uint32_t of_warp = lane < warps ? sums[lane] : 0;
+  return {up_to - x + __reduce_add_sync(~0u, lane < warp ? of_warp : 0), __reduce_add_sync(~0u, of_warp)};
 }
 
 // The CTA's share and its first segment, by the whole CTA, into shared memory; false where it has no part: there is
 // less to do than CTAs, or all that falls to it is a unit's own weight. Units are weighed as many at a time as there
-// are threads, all of them first, then, if there are more, again as far as the CTA's part begins. `wait` is called once
-// by all threads, before anything that is read is not a length.
-template <class Wait>
-__device__ bool find_share(const DecodeArgs& args, int64_t* sums, Share& share, Segment& segment, const Wait& wait) {
+// are threads, all of them first, then, if there are more, again as far as the CTA's part begins.
+__device__ inline bool find_share(const DecodeArgs& args, uint32_t* sums, Share& share, Segment& segment) {
   const int units = args.p.batch.b * args.p.shape.h_kv * args.tiles;
   const int threads = static_cast<int>(blockDim.x);
   int64_t total = 0, before = 0;
@@ -372,19 +362,19 @@ __device__ bool find_share(const DecodeArgs& args, int64_t* sums, Share& share, 
     const int number = first + static_cast<int>(threadIdx.x);
     Unit unit;
     int weight = 0;
-    if (number < units) unit = seen_unit(args, number);
-    if (first == 0 && mine.part == 0) wait();
     if (number < units) {
-      add_items(args, args.pass, unit);
+      unit = unit_at(args, args.pass, number);
       weight = unit.items.weight();
     }
+    if (first > 0 || mine.part != 0) __syncthreads();  // the scan before is done with its sums
     const Scan scan = block_scan(weight, sums);
     if (mine.part == 0) {
       total += scan.total;
       first += threads;
       if (first < units) continue;
       const int64_t least = int64_t{threads} / 32 * kFp4Weight;  // an item for every warp
-      mine.part = max((total + gridDim.x - 1) / gridDim.x, least);
+      const int64_t rounded = total + gridDim.x - 1;
+      mine.part = max(rounded >> 32 == 0 ? static_cast<uint32_t>(rounded) / gridDim.x : rounded / gridDim.x, least);
       mine.begin = mine.part * blockIdx.x;
       mine.end = min(mine.begin + mine.part, total);
       if (mine.begin >= total) return false;
