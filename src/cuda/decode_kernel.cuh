@@ -116,8 +116,7 @@ __global__ void __launch_bounds__(32 * max_warps(D, N), 1) decode_kernel(const _
   int i = 0, end = 0, to_fill = kRingSlots;  // the warp's next item of the segment, where they end, slots
   while (true) {
 #pragma unroll 1
-    do feed.fill(ring);
-    while (--to_fill > 0);
+    for (; to_fill > 0; --to_fill) feed.fill(ring);
     if (i >= end) {
       do {
         if (begun) {
@@ -135,7 +134,7 @@ __global__ void __launch_bounds__(32 * max_warps(D, N), 1) decode_kernel(const _
       if (to_fill > 0) continue;
     }
     to_fill = rows.read(ring, segment);
-    i += warps;
+    if (to_fill > 0) i += warps;
   }
 }
 

@@ -5,12 +5,14 @@
 // order:
 //
 //   attend     tail, pages in fp16 | pages in fp4x2 | pages in fp4
-//   exchange   pages in fp16 | pages in fp4x2 | all of these and those in none once more in fp4, to be taken out
+//   exchange   pages in fp16 | pages in fp4x2, what they were in fp4 taken out | those in fp16 and none once more in
+//   fp4,
+//              to be taken out
 //
-// Items weigh what they bring in bytes, 8 : 18 : 9 whatever d is, but of attend's those in two planes half as much
-// again: a CTA that has many of them is so much later; a unit weighs something in itself, before its items. The weights
-// of all units, one after another, are cut into equal parts, one for each CTA, which takes the items that begin in its
-// part: a unit may be cut anywhere and a CTA may hold many units. Every CTA adds up the same weights.
+// Items weigh what they bring in bytes, 8 : 18 : 9 whatever d is, but those in two planes half as much again: a CTA
+// that has many of them is so much later. A unit weighs something in itself, before its items. The weights of all
+// units, one after another, are cut into equal parts, one for each CTA, which takes the items that begin in its part: a
+// unit may be cut anywhere and a CTA may hold many units. Every CTA adds up the same weights.
 #pragma once
 
 #include <cstdint>
@@ -31,27 +33,21 @@ struct DecodeArgs {
   int mxfp4;
 };
 
-inline constexpr int kHighWeight = 8, kFp4Weight = 9;
-inline constexpr int kPlanesWeight = 27, kExchangedPlanesWeight = 18;
+inline constexpr int kHighWeight = 8, kPlanesWeight = 27, kFp4Weight = 9;
 inline constexpr int kUnitWeight = 400;  // q, merge and results take a CTA as long as four items for every warp
 inline constexpr int kPageItems = kPageTokens / kItemTokens, kHighPageItems = kPageTokens / kHighItemTokens;
 
 struct Items {
   int high = 0, planes = 0, fp4 = 0;  // in 16 bit, in fp4x2, in fp4
-  bool exchanged = false;
 
-  __device__ int planes_weight() const { return exchanged ? kExchangedPlanesWeight : kPlanesWeight; }
-  __device__ int weight() const {
-    return kUnitWeight + high * kHighWeight + planes * planes_weight() + fp4 * kFp4Weight;
-  }
+  __device__ int weight() const { return kUnitWeight + high * kHighWeight + planes * kPlanesWeight + fp4 * kFp4Weight; }
   __device__ int count() const { return high + planes + fp4; }
   // How many items begin before `at`, which lies in the unit.
   __device__ int before(int64_t at) const {
     const int w = static_cast<int>(at) - kUnitWeight;
     const auto begun = [](int w, int each) { return (max(0, w) + each - 1) / each; };
-    const int w_planes = w - high * kHighWeight, w_fp4 = w_planes - planes * planes_weight();
-    return min(high, begun(w, kHighWeight)) +
-           min(planes, exchanged ? begun(w_planes, kExchangedPlanesWeight) : begun(w_planes, kPlanesWeight)) +
+    const int w_planes = w - high * kHighWeight, w_fp4 = w_planes - planes * kPlanesWeight;
+    return min(high, begun(w, kHighWeight)) + min(planes, begun(w_planes, kPlanesWeight)) +
            min(fp4, begun(w_fp4, kFp4Weight));
   }
 };
@@ -158,28 +154,29 @@ __device__ inline Unit unit_at(const DecodeArgs& args, Pass pass, int number) {
   const bool reads_tail = pass != Pass::exchange;
   u.tail_items = reads_tail ? (u.s_kv % kPageTokens + kHighItemTokens - 1) / kHighItemTokens : 0;
   if (u.rows == 0) return u;
-  u.items.exchanged = pass == Pass::exchange;
   const int rest = reads_tail ? u.full - u.first_page - u.promoted : 0;
   const bool high_rest = p.shape.rest == Tier::fp16;
   u.items.high = u.tail_items + kHighPageItems * (u.fp16 + (high_rest ? rest : 0));
   u.items.planes = kPageItems * u.fp4x2;
-  u.items.fp4 = kPageItems * (pass == Pass::exchange      ? u.fp16 + u.fp4x2 + in_none
+  u.items.fp4 = kPageItems * (pass == Pass::exchange      ? u.fp16 + in_none
                               : p.shape.rest == Tier::fp4 ? u.fp4 + rest
                                                           : u.fp4);
   return u;
 }
 
-// One item: its first token, the tier to read it in (none: nothing to do) and whether it is to be taken out; where its
+// One item: its first token, the tier to read it in (none: nothing to do) and whether fp4 is to be taken out; where its
 // record lies (of the first plane, for fp4x2), its page's summary and, where its scores start from it, k_mean; each or
 // null.
 struct Item {
-  uint32_t word = 0;  // first token | tier | taken out ? 4 : 0
+  static constexpr uint32_t kTakenOut = 4;
+
+  uint32_t word = 0;  // first token | kTakenOut | tier
   const uint8_t* record = nullptr;
   const uint8_t* summary = nullptr;
   const uint8_t* mean = nullptr;
 
   __device__ static Tier tier(uint32_t word) { return static_cast<Tier>(word & 3); }
-  __device__ static bool taken_out(uint32_t word) { return word & 4; }
+  __device__ static bool taken_out(uint32_t word) { return word & kTakenOut; }
   __device__ static int token(uint32_t word) { return static_cast<int>(word & 0x3ffffff8u); }
 };
 
@@ -236,7 +233,7 @@ __device__ inline Item item_at(const DecodeArgs& args, Pass pass, const Unit& u,
     i -= u.items.high + u.items.planes;
     const int n = i / kPageItems, above = u.fp16 + u.fp4x2;
     tier = Tier::fp4, part = i % kPageItems;
-    page = pass == Pass::exchange ? promoted(n < above ? n : n + u.fp4)
+    page = pass == Pass::exchange ? promoted(n < u.fp16 ? n : n + u.fp4x2 + u.fp4)
            : n < u.fp4            ? promoted(above + n)
                                   : other(n - u.fp4);
   }
@@ -246,7 +243,7 @@ __device__ inline Item item_at(const DecodeArgs& args, Pass pass, const Unit& u,
   item.word = static_cast<uint32_t>(page * kPageTokens + part * (is_high ? kHighItemTokens : kItemTokens));
   if (pass == Pass::exchange) {
     if (u.forced(page)) return item;
-    if (tier == Tier::fp4) item.word |= 4;
+    if (!is_high) item.word |= Item::kTakenOut;
   }
   item.word |= static_cast<uint32_t>(tier);
 
