@@ -7,7 +7,7 @@
 //   attend     tail, pages in fp16 | pages in fp4x2 | pages in fp4
 //   exchange   pages in fp16 | pages in fp4x2 | all of these and those in none once more in fp4, to be taken out
 //
-// Where an exchange has many items for each warp, a page in fp4x2 is read once for both.
+// An exchange may also read pages in fp4x2 once for both (DecodeConfig::exchanges_at_once).
 //
 // Items weigh what they bring in bytes, 8 : 18 : 9 whatever d is, but those in two planes half as much again where
 // there are many for a CTA: it is so much later. A unit weighs something in itself, before its items. The weights of
@@ -26,7 +26,7 @@ enum class Pass : int { attend, exchange, again };  // again: attend's items onc
 
 struct DecodeArgs {
   DecodeParams p;
-  int columns, tiles;
+  int columns, tiles, exchanges_at_once;
   Pass pass;
   float score_scale, softcap;  // sm_scale and softcap times log2 e
   float code_scale;            // score_scale of products with codes
@@ -34,7 +34,6 @@ struct DecodeArgs {
 };
 
 inline constexpr int kHighWeight = 8, kPlanesWeight = 27, kFewPlanesWeight = 18, kFp4Weight = 9;
-inline constexpr int kManyItems = 4;     // of a warp: with fewer it rather waits for a page twice than reads it longer
 inline constexpr int kUnitWeight = 400;  // q, merge and results take a CTA as long as four items for every warp
 inline constexpr int kPageItems = kPageTokens / kItemTokens, kHighPageItems = kPageTokens / kHighItemTokens;
 
@@ -164,8 +163,7 @@ __device__ inline Unit unit_at(const DecodeArgs& args, Pass pass, int number) {
   const bool high_rest = p.shape.rest == Tier::fp16;
   u.items.high = u.tail_items + kHighPageItems * (u.fp16 + (high_rest ? rest : 0));
   u.items.planes = kPageItems * u.fp4x2;
-  u.items.few_planes = pass == Pass::exchange && int64_t{u.items.planes} * p.batch.b * p.shape.h_kv * args.tiles <
-                                                     int64_t{kManyItems} * gridDim.x * (blockDim.x / 32);
+  u.items.few_planes = pass == Pass::exchange && !args.exchanges_at_once;
   u.items.fp4 = kPageItems * (pass == Pass::exchange      ? u.fp16 + (u.items.few_planes ? u.fp4x2 : 0) + in_none
                               : p.shape.rest == Tier::fp4 ? u.fp4 + rest
                                                           : u.fp4);
