@@ -363,7 +363,7 @@ struct ListShared {
   int wanted;                      // but not stored
 };
 
-// Writes the lists and counts of unit u. Each warp goes through pages of its own, first counting, then writing. Keys
+// Writes the order and counts of unit u. Each warp goes through pages of its own, first counting, then writing. Keys
 // become tiers.
 template <int kThreads>
 __device__ void write_lists(const Choosing& how, const Candidates& c, const Cut& cut, uint32_t* keys,
@@ -389,28 +389,26 @@ __device__ void write_lists(const Choosing& how, const Candidates& c, const Cut&
   __syncthreads();
   const uint32_t of_warp = lane_id() < kWarps ? s.counts[lane_id()] : 0;
   uint32_t before = __reduce_add_sync(kAll, lane_id() < warp_id() ? of_warp : 0);
-  const uint32_t all = __reduce_add_sync(kAll, of_warp), highs_in_all = all & 0xffff;
-  uint32_t* by_page = lists.by_page + u * lists.k_max;
-  uint32_t* by_tier = lists.by_tier + u * lists.k_max;
+  const uint32_t all = __reduce_add_sync(kAll, of_warp), highs_in_all = all & 0xffff, pairs_in_all = all >> 16;
+  uint32_t* order = lists.order + u * lists.max_pages;
   for (int i0 = first; i0 < end; i0 += 32) {
     const int i = i0 + lane_id();
     const uint32_t tier = i < end ? keys[i] : 0;
-    const unsigned listed = __ballot_sync(kAll, tier != 0);
-    if (listed == 0) continue;
     const bool high = tier == static_cast<uint32_t>(Tier::fp16);
-    const unsigned highs = __ballot_sync(kAll, high), pairs = listed & ~highs;
-    if (tier != 0) {
+    const unsigned highs = __ballot_sync(kAll, high), pairs = __ballot_sync(kAll, tier != 0) & ~highs;
+    if (i < end) {
       const uint32_t highs_before = (before & 0xffff) + __popc(highs & lanes_before());
       const uint32_t pairs_before = (before >> 16) + __popc(pairs & lanes_before());
-      const uint32_t entry = static_cast<uint32_t>(c.first + i) * 4 + tier;
-      by_page[highs_before + pairs_before] = entry;
-      by_tier[high ? highs_before : highs_in_all + pairs_before] = entry;
+      const uint32_t at = high        ? highs_before
+                          : tier != 0 ? highs_in_all + pairs_before
+                                      : highs_in_all + pairs_in_all + i - highs_before - pairs_before;
+      order[at] = static_cast<uint32_t>(c.first + i) * 4 + (tier != 0 ? tier : static_cast<uint32_t>(how.rest));
     }
     before += __popc(highs) + (__popc(pairs) << 16);
   }
   if (threadIdx.x == 0) {
     int4* counts = reinterpret_cast<int4*>(lists.counts + u * 8);
-    const int high = static_cast<int>(highs_in_all), pairs = static_cast<int>(all >> 16);
+    const int high = static_cast<int>(highs_in_all), pairs = static_cast<int>(pairs_in_all);
     counts[0] = {high + pairs, high, pairs, 0};
     counts[1] = {0, s.wanted, 0, 0};
   }

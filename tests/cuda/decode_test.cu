@@ -83,6 +83,7 @@ struct Case {
   int loud_page = -1;  // its FP4 K is far off: the score of the first row is `loud` too high
   double loud = 0;
   int blocks = 0, warps = 0;  // 0: as decode_config says
+  bool at_once = false;       // DecodeConfig::exchanges_at_once
   int mass_parts = 0;
   Force force{};
   bool forced_alone = false;  // the forced pages are promoted, without a list; else those that are listed
@@ -404,26 +405,25 @@ Output run(const Fixture& f, Mode mode = Mode::attend) {
   DecodeConfig config = decode_config(problem, this_gpu());
   if (c.blocks > 0) config.blocks = c.blocks;
   if (c.warps > 0) config.warps = c.warps;
+  config.exchanges_at_once = c.at_once;
 
   // Lists: of the whole selection, or of the forced pages alone.
-  const auto make_lists = [&](bool forced_only, std::vector<uint32_t>& by_page, std::vector<uint32_t>& by_tier,
-                              std::vector<int32_t>& counts) {
-    by_page.assign(units * f.max_pages, ~0u), by_tier = by_page;
+  const auto make_lists = [&](bool forced_only, std::vector<uint32_t>& order, std::vector<int32_t>& counts) {
+    order.assign(units * f.max_pages, ~0u);
     counts.assign(units * 8, 0);
     for (int i = 0; i < b; ++i)
       for (int g = 0; g < c.h_kv; ++g) {
         const int u = f.unit(i, g);
-        int n = 0, at = 0;
+        int at = 0;
         const auto listed = [&](int j) { return forced_only && !f.forced(i, j) ? -1 : c.listed(u, j); };
-        for (int j = f.first_page(i); j < c.sequences[i].s_kv / 64; ++j)
-          if (listed(j) >= 0) by_page[u * f.max_pages + n++] = static_cast<uint32_t>(j * 4 + listed(j));
-        counts[u * 8] = n;
-        for (int t = 3; t >= 0; --t)
+        for (int t = 3; t >= -1; --t) {
           for (int j = f.first_page(i); j < c.sequences[i].s_kv / 64; ++j)
             if (listed(j) == t) {
-              by_tier[u * f.max_pages + at++] = static_cast<uint32_t>(j * 4 + t);
-              ++counts[u * 8 + 4 - t];
+              order[u * f.max_pages + at++] = static_cast<uint32_t>(j * 4 + (t < 0 ? static_cast<int>(c.rest) : t));
+              if (t >= 0) ++counts[u * 8 + 4 - t];
             }
+          if (t == 0) counts[u * 8] = at;
+        }
       }
   };
   const size_t element = c.dtype == DType::f32 ? 4 : 2;
@@ -449,13 +449,13 @@ Output run(const Fixture& f, Mode mode = Mode::attend) {
       std::vector<float>(int64_t{units} * f.max_pages * std::max(1, c.mass_parts) * f.row_stride, nan));
   const OnDevice<uint8_t> partials(std::vector<uint8_t>(decode_partial_bytes(problem, config), 0xff));
   const OnDevice<int32_t> tickets(std::vector<int32_t>(units * config.tiles, 0));
-  std::vector<uint32_t> by_page, by_tier;
+  std::vector<uint32_t> order;
   std::vector<int32_t> counts;
-  make_lists(mode == Mode::exchange, by_page, by_tier, counts);
-  const OnDevice first_page(by_page), first_tier(by_tier);
+  make_lists(mode == Mode::exchange, order, counts);
+  const OnDevice first_order(order);
   const OnDevice first_counts(counts);
-  make_lists(false, by_page, by_tier, counts);
-  const OnDevice all_page(by_page), all_tier(by_tier);
+  make_lists(false, order, counts);
+  const OnDevice all_order(order);
   const OnDevice all_counts(counts);
 
   DecodeParams p{};
@@ -471,7 +471,7 @@ Output run(const Fixture& f, Mode mode = Mode::attend) {
   p.q = {q_device.get(), c.dtype, q_stride, c.d};
   p.out = {out.get(), c.dtype, c.d_v, static_cast<int64_t>(f.rows) * c.d_v};
   p.lse = lse.get(), p.sinks = c.sinks ? sinks.get() : nullptr;
-  p.lists = {f.max_pages, first_page.get(), first_tier.get(), first_counts.get()};
+  p.lists = {f.max_pages, first_order.get(), first_counts.get()};
   p.row_stride = f.row_stride;
   p.page_mass = c.mass_parts > 0 ? page_mass.get() : nullptr;
   p.mass_parts = c.mass_parts;
@@ -484,7 +484,7 @@ Output run(const Fixture& f, Mode mode = Mode::attend) {
   if (mode == Mode::exchange) {
     p.state_ml = state_ml.get(), p.state_o = state_o.get();
     check(launch_attend(p, config, stream));
-    p.lists = {f.max_pages, all_page.get(), all_tier.get(), all_counts.get()};
+    p.lists = {f.max_pages, all_order.get(), all_counts.get()};
     check(launch_exchange(p, config, stream));
   } else {
     check(launch_attend(p, config, stream));
@@ -778,21 +778,23 @@ TEST_F(Decode, ForcedPagesByArithmetic) {
 }
 
 TEST_F(Decode, ExchangeIsAttentionUnderTheSameLists) {
-  for (int d : {128, 64}) {
-    Case c{.h_q = 8,
-           .h_kv = 2,
-           .d = d,
-           .d_v = d,
-           .sequences = {{2000}, {300, 3}, {40}},
-           .listed = mixed,
-           .force = {1, true, 1}};
-    expect_right(c, Mode::exchange);
-    c.sinks = true;
-    expect_right(c, Mode::exchange);
-    c.blocks = 3;
-    const Fixture f(c);
-    EXPECT_TRUE(run(f, Mode::exchange) == run(f, Mode::exchange));
-  }
+  for (int d : {128, 64})
+    for (bool at_once : {false, true}) {
+      Case c{.h_q = 8,
+             .h_kv = 2,
+             .d = d,
+             .d_v = d,
+             .sequences = {{2000}, {300, 3}, {40}},
+             .listed = mixed,
+             .at_once = at_once,
+             .force = {1, true, 1}};
+      expect_right(c, Mode::exchange);
+      c.sinks = true;
+      expect_right(c, Mode::exchange);
+      c.blocks = 3;
+      const Fixture f(c);
+      EXPECT_TRUE(run(f, Mode::exchange) == run(f, Mode::exchange));
+    }
 }
 
 // A page whose FP4 scores are far too high holds all of a row's mass until it is exchanged.
@@ -803,9 +805,11 @@ TEST_F(Decode, ExchangeOfALoudPage) {
       Case c{.h_q = 4, .sequences = {{1500}}, .loud_page = 7, .loud = loud};
       c.listed = tier == 2 ? [](int, int page) { return page == 7 || page == 20 ? 2 : -1; }
                            : [](int, int page) { return page == 7 || page == 20 ? 3 : -1; };
-      expect_right(c, Mode::exchange);
-      c.blocks = 1;
-      expect_right(c, Mode::exchange);
+      for (bool at_once : {false, true})
+        for (int blocks : {0, 1}) {
+          c.at_once = at_once, c.blocks = blocks;
+          expect_right(c, Mode::exchange);
+        }
     }
 }
 

@@ -17,7 +17,9 @@ std::vector<float> run_on(int device, int current, const Tokens& x) {
   const auto run = [&] {
     const cuda::CurrentDevice there(device);
     const Floats k(x.k, DType::f16), v(x.v, DType::f16), q(x.q, DType::f16);
-    const Floats out(x.s * shape.h_q * shape.d_v, DType::f32), lse(x.s * shape.h_q, DType::f32);
+    const int64_t n = x.s * shape.h_q * shape.d_v;
+    const Floats out(n, DType::f32), lse(x.s * shape.h_q, DType::f32);
+    const Floats codes(n / 8, DType::f32), scales(n / 64, DType::f32), back(n, DType::f32);
     const OwnStream stream;
     const cuda::CurrentDevice elsewhere(current);
     auto machine = cuda::machine(device);
@@ -70,8 +72,6 @@ std::vector<float> run_on(int device, int current, const Tokens& x) {
     std::vector<float> kept_k(x.k.size()), kept_v(x.v.size());
     ASSERT_OK(cache->download(*seq, 0, 0, mutable_view(kept_k.data(), x.s, shape.h_kv, shape.d),
                               mutable_view(kept_v.data(), x.s, shape.h_kv, shape.d_v), stream));
-    const int64_t n = x.s * shape.h_q * shape.d_v;
-    const Floats codes(n / 8, DType::f32), scales(n / 64, DType::f32), back(n, DType::f32);
     auto* const code = reinterpret_cast<uint8_t*>(codes.f32());
     auto* const scale = reinterpret_cast<uint8_t*>(scales.f32());
     ASSERT_OK(cuda::quantize(out.f32(), DType::f32, n, Fp4Format::nvfp4, Scales::six, code, scale, device, stream));
