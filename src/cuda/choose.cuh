@@ -263,6 +263,7 @@ __device__ Cut cut_ties(uint32_t key, uint32_t weight, uint32_t need, const Cand
   const int ties = static_cast<int>((need + weight - 1) / weight), n = c.end - c.first;
   if (warp_id() == 0) {
     int seen = 0;
+#pragma unroll 1
     for (int first = 0; seen < ties && first < n; first += 32) {
       const int i = first + lane_id();
       const bool tie = i < n && keys[i] == key;
@@ -289,14 +290,29 @@ __device__ Cut choose(const Choosing& how, const Candidates& c, float* score, ui
     if (t == 0) s.need = need > 0 ? static_cast<uint32_t>(fmin(need, 0x1.8p31)) : 0;
   }
   uint32_t low = UINT32_MAX, high = 0, total = 0;
-  for (int i = t; i < n; i += kThreads) {
-    const float x = score[i];
-    const uint32_t key = c.forced(c.first + i) ? kForcedKey : key_of(x);
-    keys[i] = key;
-    if (key == kForcedKey) continue;
-    low = min(low, key);
-    high = max(high, key);
-    total += weigh_page.of(x);
+  constexpr int kLoads = 4;  // under way at once
+#pragma unroll 1
+  for (int i0 = t; i0 < n; i0 += kLoads * kThreads) {
+    float x[kLoads];
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) x[k] = i0 + k * kThreads < n ? score[i0 + k * kThreads] : 0;
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) {
+      const int i = i0 + k * kThreads;
+      if (i >= n) break;
+      const uint32_t key = c.forced(c.first + i) ? kForcedKey : key_of(x[k]);
+      keys[i] = key;
+      if (key == kForcedKey) continue;
+      low = min(low, key);
+      high = max(high, key);
+      ++total;
+    }
+  }
+  if (weigh_page.form != Weighing::one) {
+    total = 0;
+#pragma unroll 1
+    for (int i = t; i < n; i += kThreads)
+      if (keys[i] != kForcedKey) total += weigh_page.of(score_of(keys[i]));
   }
   total = __reduce_add_sync(kAll, total);
   if (lane_id() == 0) s.total[warp_id()] = total;
@@ -318,6 +334,7 @@ __device__ Cut choose(const Choosing& how, const Candidates& c, float* score, ui
       const uint32_t up = by_score ? __float2uint_rz((score_of(key) - bottom) * scale) : (key - low) >> shift;
       return 255 - min(up, 255u);
     };
+#pragma unroll 1
     for (int i = t; i < n; i += kThreads)
       if (const uint32_t k = keys[i]; k >= low && k <= high)
         atomicAdd(&s.histogram[bin_of(k)], weigh_page.of(score_of(k)));
@@ -325,6 +342,7 @@ __device__ Cut choose(const Choosing& how, const Candidates& c, float* score, ui
     if (warp_id() == 0) find_bin(need, s);
     __syncthreads();
     uint32_t low_left = UINT32_MAX, high_left = 0;
+#pragma unroll 1
     for (int i = t; i < n; i += kThreads) {
       const uint32_t k = keys[i];
       if (k < low || k > high || bin_of(k) != s.bin) continue;
@@ -343,6 +361,7 @@ __device__ Cut choose(const Choosing& how, const Candidates& c, float* score, ui
       if (t < rivals) {
         const Rival mine = s.rival[t];
         uint32_t before = 0;
+#pragma unroll 4
         for (int i = 0; i < rivals; ++i) before += s.rival[i].order > mine.order ? s.rival[i].weight : 0;
         if (before < need && need <= before + mine.weight)
           s.cut = {static_cast<uint32_t>(mine.order >> 32),
@@ -367,13 +386,14 @@ struct ListShared {
 // become tiers.
 template <int kThreads>
 __device__ void write_lists(const Choosing& how, const Candidates& c, const Cut& cut, uint32_t* keys,
-                            const Lists& lists, int64_t u, ListShared<kThreads>& s) {
+                            const Lists& lists, int64_t u, ListShared<kThreads>& s, bool store) {
   constexpr int kWarps = kThreads / 32;
   const int n = c.end - c.first, strips = (n + 31) / 32, per_warp = (strips + kWarps - 1) / kWarps;
   const int first = warp_id() * per_warp * 32, end = min(n, first + per_warp * 32);
   if (threadIdx.x == 0) s.wanted = 0;
   __syncthreads();
   uint32_t count = 0;
+#pragma unroll 1
   for (int i0 = first; i0 < end; i0 += 32) {
     const int i = i0 + lane_id();
     Verdict v = {Tier::none, false, false};
@@ -392,14 +412,14 @@ __device__ void write_lists(const Choosing& how, const Candidates& c, const Cut&
   const uint32_t all = __reduce_add_sync(kAll, of_warp), highs_in_all = all & 0xffff;
   uint32_t* by_page = lists.by_page + u * lists.k_max;
   uint32_t* by_tier = lists.by_tier + u * lists.k_max;
+#pragma unroll 1
   for (int i0 = first; i0 < end; i0 += 32) {
     const int i = i0 + lane_id();
     const uint32_t tier = i < end ? keys[i] : 0;
     const unsigned listed = __ballot_sync(kAll, tier != 0);
-    if (listed == 0) continue;
     const bool high = tier == static_cast<uint32_t>(Tier::fp16);
     const unsigned highs = __ballot_sync(kAll, high), pairs = listed & ~highs;
-    if (tier != 0) {
+    if (tier != 0 && store) {
       const uint32_t highs_before = (before & 0xffff) + __popc(highs & lanes_before());
       const uint32_t pairs_before = (before >> 16) + __popc(pairs & lanes_before());
       const uint32_t entry = static_cast<uint32_t>(c.first + i) * 4 + tier;
@@ -408,7 +428,7 @@ __device__ void write_lists(const Choosing& how, const Candidates& c, const Cut&
     }
     before += __popc(highs) + (__popc(pairs) << 16);
   }
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == 0 && store) {
     int4* counts = reinterpret_cast<int4*>(lists.counts + u * 8);
     const int high = static_cast<int>(highs_in_all), pairs = static_cast<int>(all >> 16);
     counts[0] = {high + pairs, high, pairs, 0};

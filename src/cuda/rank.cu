@@ -20,7 +20,7 @@
 namespace thriftattn::cuda {
 namespace {
 
-constexpr int kScoreThreads = 256, kMassThreads = 64, kChooseThreads = 1024;
+constexpr int kScoreThreads = 256, kMassThreads = 64, kChooseThreads = 512;
 constexpr int kScorePages = 128;  // that a CTA has at once
 constexpr int kMeans = 16;        // heads that a CTA has at once
 
@@ -159,7 +159,8 @@ __device__ void rank_pages(const RankArgs& a, const UnitPlace& at, const MeanRow
     bool loaded = false;
     const auto prepare = [&] {
       if (loaded) return;
-      __syncthreads();  // the heads before are done with
+      wait_for_previous_kernel();  // which may have made q
+      __syncthreads();             // the heads before are done with
       load_means(a, at, h0, heads, to, s);
       loaded = true;
     };
@@ -196,10 +197,12 @@ template <int kSteps>
 __global__ __launch_bounds__(kScoreThreads, kSteps == 2 ? 2 : 1) void score_kernel(const __grid_constant__ RankArgs a) {
   __shared__ ScoreShared s;
   extern __shared__ __align__(16) uint8_t memory[];
-  wait_for_previous_kernel();
   let_next_kernel_start();
   const UnitPlace at = unit_place(a);
-  if (at.s_q > 0) rank_pages(a, at, MeanRows<kSteps>(memory), s);
+  if (at.s_q > 0)
+    rank_pages(a, at, MeanRows<kSteps>(memory), s);
+  else
+    wait_for_previous_kernel();
 }
 
 // --- by mass
@@ -212,10 +215,10 @@ struct MassArgs {
 
 __global__ __launch_bounds__(kMassThreads) void mass_kernel(const __grid_constant__ MassArgs args) {
   extern __shared__ RowShare row[];  // [row_stride]
-  wait_for_previous_kernel();
   let_next_kernel_start();
   const RankArgs& a = args.rank;
   const UnitPlace at = unit_place(a);
+  wait_for_previous_kernel();
   if (at.s_q == 0) return;
   const int rows = a.shape.group * at.s_q;
   load_row_shares(args.state_ml + at.u * a.row_stride * 4, rows, at.s_q, row);
@@ -233,24 +236,39 @@ __global__ __launch_bounds__(kMassThreads) void mass_kernel(const __grid_constan
 
 // --- choosing
 
-// Launched after score_kernel or mass_kernel, which let it start once all before them is done: lengths can be read
-// before the wait, scores after it. It does not let attention start before it ends: a CTA of that fills a
-// multiprocessor, and those which come last would begin when the others are half through.
-__global__ __launch_bounds__(kChooseThreads, 1) void choose_kernel(const __grid_constant__ RankArgs a) {
+// It is rehearsed while score_kernel or mass_kernel is at work: on a few pages with made-up scores, from which nothing
+// is written. Code that runs once costs mostly the fetching of its instructions and of the kernel's parameters, which
+// are then there. It does not let attention start before it ends: a CTA of that fills a multiprocessor, and those which
+// come last would begin when the others are half through.
+__global__ __launch_bounds__(kChooseThreads, 2) void choose_kernel(const __grid_constant__ RankArgs a) {
   __shared__ ChooseShared<kChooseThreads> s;
   __shared__ ListShared<kChooseThreads> lists;
   extern __shared__ uint32_t keys[];  // of the pages seen
   const UnitPlace at = unit_place(a);
   const Candidates pages = candidates_of(a, at);
-  if (threadIdx.x == 0) s.need = pages_wanted(a.how, pages);
-  wait_for_previous_kernel();
-  if (at.s_q > 0) {
+  const Summaries summaries = summaries_of(a.cache, at.slot, at.g);
+  const int t = static_cast<int>(threadIdx.x);
+#pragma unroll 1
+  for (int take = 0; take < 2; ++take) {
+    const bool rehearsal = take == 0;
+    Candidates those = pages;
     float* score = a.score + at.u * a.cache.max_pages + at.first;
-    const Cut cut = choose(a.how, pages, score, keys, a.q_norm[at.u], summaries_of(a.cache, at.slot, at.g), s);
-    write_lists(a.how, pages, cut, keys, a.lists, at.u, lists);
-  } else if (threadIdx.x < 8) {
-    a.lists.counts[at.u * 8 + threadIdx.x] = 0;
+    float q_norm = 0;
+    if (rehearsal) {
+      those.end = min(those.end, those.first + kChooseThreads);
+      score = reinterpret_cast<float*>(keys);
+      if (t < those.end - those.first) score[t] = static_cast<float>(t);
+    } else {
+      __syncthreads();  // the rehearsal is over
+      wait_for_previous_kernel();
+      q_norm = a.q_norm[at.u];
+    }
+    if (t == 0) s.need = rehearsal ? 8 : pages_wanted(a.how, pages);
+    if (at.s_q == 0) continue;
+    const Cut cut = choose(a.how, those, score, keys, q_norm, summaries, s);
+    write_lists(a.how, those, cut, keys, a.lists, at.u, lists, !rehearsal);
   }
+  if (at.s_q == 0 && t < 8) a.lists.counts[at.u * 8 + t] = 0;
 }
 
 // --- launching
