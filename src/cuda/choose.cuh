@@ -139,9 +139,8 @@ struct ChooseShared {
   uint32_t low[kWarps], high[kWarps], total[kWarps];
   double sums[3][kWarps];
   float top[kWarps];
-  uint32_t need;        // weight that is wanted of the candidates
-  uint32_t bin, above;  // where the histogram reaches it, and the weight above that bin
-  int rivals;           // pages of the bin; the first kRivals of them, in no order:
+  uint32_t need;  // weight that is wanted of the candidates
+  int rivals;     // pages of the bin in which it is reached; the first kRivals of them, in no order:
   Rival rival[kRivals];
   Cut cut;
 };
@@ -216,29 +215,46 @@ __device__ Weighing weigh(const Choosing& how, const Candidates& c, float* score
   return contribution;
 }
 
-// Finds, with one warp, the bin of the histogram in which the sum from the top reaches `need`.
+// Goes through the keys of n pages with all threads, four neighbours at a time: visit(i, key) of page i. Those after
+// the last page have the key of a forced one.
+template <int kThreads, class Visit>
+__device__ void for_each_key(const uint32_t* keys, int n, const Visit& visit) {
+#pragma unroll 1
+  for (int i = 4 * static_cast<int>(threadIdx.x); i < n; i += 4 * kThreads) {
+    const uint4 key = *reinterpret_cast<const uint4*>(keys + i);
+    visit(i, key.x), visit(i + 1, key.y), visit(i + 2, key.z), visit(i + 3, key.w);
+  }
+}
+
+// The bin of the histogram in which the sum from the top reaches `need`, which all of it does, and the sum above that
+// bin. By every warp for itself: no barrier has to follow.
+struct Bin {
+  uint32_t index, above;
+};
 template <int kThreads>
-__device__ void find_bin(uint32_t need, ChooseShared<kThreads>& s) {
+__device__ Bin find_bin(uint32_t need, const ChooseShared<kThreads>& s) {
   const int lane = lane_id();
   const uint4* from = reinterpret_cast<const uint4*>(s.histogram) + 2 * lane;
   const uint4 x = from[0], y = from[1];
   const uint32_t bins[8] = {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w};
   const uint32_t sum = x.x + x.y + x.z + x.w + y.x + y.y + y.z + y.w;
   uint32_t to_here = sum;
+#pragma unroll
   for (int i = 1; i < 32; i *= 2) {
     const uint32_t before = __shfl_up_sync(kAll, to_here, i);
     if (lane >= i) to_here += before;
   }
-  uint32_t above = to_here - sum;
-  if (above >= need || to_here < need) return;
+  Bin bin = {static_cast<uint32_t>(8 * lane), to_here - sum};
+  bool before = true;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (above < need && need <= above + bins[i]) {
-      s.bin = 8 * lane + i;
-      s.above = above;
-    }
-    above += bins[i];
+  for (int i = 0; i < 7; ++i) {
+    before = before && bin.above + bins[i] < need;
+    if (!before) continue;
+    bin.above += bins[i];
+    ++bin.index;
   }
+  const int found = __ffs(__ballot_sync(kAll, to_here >= need)) - 1;
+  return {__shfl_sync(kAll, bin.index, found), __shfl_sync(kAll, bin.above, found)};
 }
 
 // The smallest and the largest of all threads' keys.
@@ -254,6 +270,24 @@ __device__ void reduce_range(uint32_t& low, uint32_t& high, ChooseShared<kThread
   const int w = min(lane_id(), s.kWarps - 1);
   low = __reduce_min_sync(kAll, s.low[w]);
   high = __reduce_max_sync(kAll, s.high[w]);
+}
+
+// The last rival taken where `need` is wanted of them. By every warp for itself.
+template <int kThreads>
+__device__ Cut cut_among_rivals(uint32_t need, int rivals, const Candidates& c, const ChooseShared<kThreads>& s) {
+#pragma unroll 1
+  for (int first = 0; first < rivals; first += 32) {
+    const Rival mine = s.rival[min(first + lane_id(), rivals - 1)];
+    uint32_t before = 0;
+#pragma unroll 4
+    for (int i = 0; i < rivals; ++i) before += s.rival[i].order > mine.order ? s.rival[i].weight : 0;
+    const unsigned last = __ballot_sync(kAll, before < need && need <= before + mine.weight);
+    if (last == 0) continue;
+    const int lane = __ffs(last) - 1;
+    const uint32_t key = static_cast<uint32_t>(mine.order >> 32), index = kAll - static_cast<uint32_t>(mine.order);
+    return {__shfl_sync(kAll, key, lane), c.first + static_cast<int>(__shfl_sync(kAll, index, lane)) + 1};
+  }
+  return Cut::none();  // not reached: together the rivals reach `need`
 }
 
 // The first pages of one key, as many as reach `need`; they are more than there are rivals.
@@ -277,8 +311,9 @@ __device__ Cut cut_ties(uint32_t key, uint32_t weight, uint32_t need, const Cand
 }
 
 // Chooses by score[i] of page c.first + i, which it may overwrite, and leaves the pages' keys, which may take the
-// scores' place. s.need holds how many candidates to take, where the budget is a number of pages. The caller puts a
-// barrier before the next use of `s`. (The method ranks.)
+// scores' place; keys are at a multiple of 16 bytes and have room for a multiple of four. s.need holds how many
+// candidates to take, where the budget is a number of pages. The caller puts a barrier before the next use of `s`.
+// (The method ranks.)
 template <int kThreads>
 __device__ Cut choose(const Choosing& how, const Candidates& c, float* score, uint32_t* keys, float q_norm,
                       const Summaries& summaries, ChooseShared<kThreads>& s) {
@@ -289,40 +324,40 @@ __device__ Cut choose(const Choosing& how, const Candidates& c, float* score, ui
     weigh_page = weigh(how, c, score, q_norm, summaries, s, need);
     if (t == 0) s.need = need > 0 ? static_cast<uint32_t>(fmin(need, 0x1.8p31)) : 0;
   }
-  uint32_t low = UINT32_MAX, high = 0, total = 0;
-  constexpr int kLoads = 4;  // under way at once
+  const bool by_count = weigh_page.form == Weighing::one;
+  const auto weight_of = [&](uint32_t key) { return by_count ? 1 : weigh_page.of(score_of(key)); };
+  uint32_t low = UINT32_MAX, high = 0, total = 0;  // low: minus one, so that the key of forced pages is the largest
 #pragma unroll 1
-  for (int i0 = t; i0 < n; i0 += kLoads * kThreads) {
-    float x[kLoads];
+  for (int i = 4 * t; i < n; i += 4 * kThreads) {
+    float x[4];
+    uint32_t key[4];
 #pragma unroll
-    for (int k = 0; k < kLoads; ++k) x[k] = i0 + k * kThreads < n ? score[i0 + k * kThreads] : 0;
+    for (int k = 0; k < 4; ++k) x[k] = score[min(i + k, n - 1)];
 #pragma unroll
-    for (int k = 0; k < kLoads; ++k) {
-      const int i = i0 + k * kThreads;
-      if (i >= n) break;
-      const uint32_t key = c.forced(c.first + i) ? kForcedKey : key_of(x[k]);
-      keys[i] = key;
-      if (key == kForcedKey) continue;
-      low = min(low, key);
-      high = max(high, key);
-      ++total;
+    for (int k = 0; k < 4; ++k) {
+      key[k] = i + k >= n || c.forced(c.first + i + k) ? kForcedKey : key_of(x[k]);
+      low = min(low, key[k] - 1);
+      high = max(high, key[k]);
+      total += key[k] != kForcedKey;
     }
+    *reinterpret_cast<uint4*>(keys + i) = {key[0], key[1], key[2], key[3]};
   }
-  if (weigh_page.form != Weighing::one) {
+  if (!by_count) {
     total = 0;
+    __syncthreads();
 #pragma unroll 1
-    for (int i = t; i < n; i += kThreads)
-      if (keys[i] != kForcedKey) total += weigh_page.of(score_of(keys[i]));
+    for (int i = t; i < n; i += kThreads) total += keys[i] == kForcedKey ? 0 : weight_of(keys[i]);
   }
   total = __reduce_add_sync(kAll, total);
   if (lane_id() == 0) s.total[warp_id()] = total;
   for (int i = t; i < 256; i += kThreads) s.histogram[i] = 0;
   if (t == 0) s.rivals = 0;
   reduce_range(low, high, s);
+  ++low;
   total = __reduce_add_sync(kAll, lane_id() < s.kWarps ? s.total[lane_id()] : 0);
   uint32_t need = s.need;  // of the keys in [low, high]
   if (need == 0) return Cut::none();
-  if (total < need || (weigh_page.form == Weighing::one && total == need)) return Cut::all();
+  if (total < need || (by_count && total == need)) return Cut::all();
 
   while (low < high) {
     // Bins of equal width in score, or in key, where that is not finite or the scores are shares: most are tiny, and
@@ -330,109 +365,135 @@ __device__ Cut choose(const Choosing& how, const Candidates& c, float* score, ui
     const float bottom = score_of(low), scale = 255.9f / (score_of(high) - bottom);
     const bool by_score = bottom < 0 && scale > 0 && scale < INFINITY;
     const int shift = max(0, 24 - __clz(static_cast<int>(high - low)));
+    const auto in_range = [&](uint32_t key) { return key - low <= high - low; };
     const auto bin_of = [&](uint32_t key) {
-      const uint32_t up = by_score ? __float2uint_rz((score_of(key) - bottom) * scale) : (key - low) >> shift;
-      return 255 - min(up, 255u);
+      const uint32_t by_value = __float2uint_rz((score_of(key) - bottom) * scale), by_key = (key - low) >> shift;
+      return 255 - min(by_score ? by_value : by_key, 255u);
     };
+    if (by_count)
+      for_each_key<kThreads>(keys, n, [&](int, uint32_t key) {
+        if (in_range(key)) atomicAdd(&s.histogram[bin_of(key)], 1u);
+      });
+    else
 #pragma unroll 1
-    for (int i = t; i < n; i += kThreads)
-      if (const uint32_t k = keys[i]; k >= low && k <= high)
-        atomicAdd(&s.histogram[bin_of(k)], weigh_page.of(score_of(k)));
+      for (int i = t; i < n; i += kThreads)
+        if (in_range(keys[i])) atomicAdd(&s.histogram[bin_of(keys[i])], weight_of(keys[i]));
     __syncthreads();
-    if (warp_id() == 0) find_bin(need, s);
-    __syncthreads();
-    uint32_t low_left = UINT32_MAX, high_left = 0;
-#pragma unroll 1
-    for (int i = t; i < n; i += kThreads) {
-      const uint32_t k = keys[i];
-      if (k < low || k > high || bin_of(k) != s.bin) continue;
-      low_left = min(low_left, k);
-      high_left = max(high_left, k);
+    const Bin bin = find_bin(need, s);
+    const auto in_bin = [&](uint32_t key) { return in_range(key) && bin_of(key) == bin.index; };
+    for_each_key<kThreads>(keys, n, [&](int i, uint32_t key) {
+      if (!in_bin(key)) return;
       const int at = atomicAdd(&s.rivals, 1);
-      if (at < s.kRivals) s.rival[at] = {uint64_t{k} << 32 | (kAll - i), weigh_page.of(score_of(k))};
-    }
-    need -= s.above;
-    for (int i = t; i < 256; i += kThreads) s.histogram[i] = 0;
-    reduce_range(low_left, high_left, s);
-    low = low_left;
-    high = high_left;
+      if (at < s.kRivals) s.rival[at] = {uint64_t{key} << 32 | (kAll - i), 1};
+    });
+    need -= bin.above;
+    __syncthreads();
     const int rivals = s.rivals;
     if (rivals <= s.kRivals) {
-      if (t < rivals) {
-        const Rival mine = s.rival[t];
-        uint32_t before = 0;
-#pragma unroll 4
-        for (int i = 0; i < rivals; ++i) before += s.rival[i].order > mine.order ? s.rival[i].weight : 0;
-        if (before < need && need <= before + mine.weight)
-          s.cut = {static_cast<uint32_t>(mine.order >> 32),
-                   c.first + static_cast<int>(kAll - static_cast<uint32_t>(mine.order)) + 1};
+      if (!by_count) {
+        if (t < rivals) s.rival[t].weight = weight_of(static_cast<uint32_t>(s.rival[t].order >> 32));
+        __syncthreads();
       }
-      __syncthreads();
-      return s.cut;
+      return cut_among_rivals(need, rivals, c, s);
     }
-    __syncthreads();
+    uint32_t low_left = UINT32_MAX, high_left = 0;
+    for_each_key<kThreads>(keys, n, [&](int, uint32_t key) {
+      low_left = min(low_left, in_bin(key) ? key - 1 : UINT32_MAX);
+      high_left = max(high_left, in_bin(key) ? key : 0);
+    });
+    for (int i = t; i < 256; i += kThreads) s.histogram[i] = 0;
+    reduce_range(low_left, high_left, s);
     if (t == 0) s.rivals = 0;
+    low = low_left + 1;
+    high = high_left;
   }
-  return cut_ties(low, weigh_page.of(score_of(low)), need, c, keys, s);
+  return cut_ties(low, weight_of(low), need, c, keys, s);
 }
 
 template <int kThreads>
 struct ListShared {
   uint32_t counts[kThreads / 32];  // of a warp's pages: in fp16, and 65536 times those in fp4x2
-  int wanted;                      // but not stored
+  int wanted[kThreads / 32];       // of a warp's pages: but not stored
 };
 
-// Writes the lists and counts of unit u. Each warp goes through pages of its own, first counting, then writing. Keys
-// become tiers.
+// Writes the lists and counts of unit u. Each warp goes through pages of its own, four neighbours a lane, first
+// counting, then writing. Keys become tiers.
 template <int kThreads>
 __device__ void write_lists(const Choosing& how, const Candidates& c, const Cut& cut, uint32_t* keys,
-                            const Lists& lists, int64_t u, ListShared<kThreads>& s, bool store) {
-  constexpr int kWarps = kThreads / 32;
-  const int n = c.end - c.first, strips = (n + 31) / 32, per_warp = (strips + kWarps - 1) / kWarps;
-  const int first = warp_id() * per_warp * 32, end = min(n, first + per_warp * 32);
-  if (threadIdx.x == 0) s.wanted = 0;
-  __syncthreads();
+                            const Lists& lists, int64_t u, ListShared<kThreads>& s) {
+  constexpr int kWarps = kThreads / 32, kStrip = 128;
+  constexpr uint32_t kHigh = static_cast<uint32_t>(Tier::fp16), kPair = static_cast<uint32_t>(Tier::fp4x2);
+  const int n = c.end - c.first, strips = (n + kStrip - 1) / kStrip, per_warp = (strips + kWarps - 1) / kWarps;
+  const int first = warp_id() * per_warp * kStrip + 4 * lane_id();
+  const int end = min((n + 3) / 4 * 4, (warp_id() + 1) * per_warp * kStrip);
+  const auto count_of = [](uint32_t tier) { return (tier == kHigh ? 1u : 0u) + (tier == kPair ? 65536u : 0u); };
+  // Verdicts on forced pages with and without their 16-bit form, and on those taken, do not depend on the page.
+  const Tier lost = forced_tier(how.rest, false, c.residual);
+  const auto listed = [&](Tier tier) { return tier != how.rest ? static_cast<uint32_t>(tier) : 0; };
+  const uint32_t if_kept = listed(Tier::fp16), if_lost = listed(lost);
+  const uint32_t if_taken = how.high != Tier::none ? static_cast<uint32_t>(how.high) : 0;
+  const bool lost_wanted = lost == how.rest && lost != Tier::fp16, taken_wanted = how.high == Tier::none;
   uint32_t count = 0;
+  int wanted = 0;
 #pragma unroll 1
-  for (int i0 = first; i0 < end; i0 += 32) {
-    const int i = i0 + lane_id();
-    Verdict v = {Tier::none, false, false};
-    if (i < end) {
-      v = judge(how, c, cut, c.first + i, keys[i]);
-      keys[i] = v.listed ? static_cast<uint32_t>(v.tier) : 0;
+  for (int i = first; i < end; i += kStrip) {
+    uint4* at = reinterpret_cast<uint4*>(keys + i);
+    const uint32_t key[4] = {at->x, at->y, at->z, at->w};
+    uint32_t tier[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int page = c.first + i + k;
+      const bool forced = key[k] == kForcedKey && i + k < n, kept = c.has_high(page);
+      const bool taken = key[k] > cut.key || (key[k] == cut.key && page < cut.page_limit);
+      tier[k] = forced ? (kept ? if_kept : if_lost) : taken ? if_taken : 0;
+      wanted += (forced && !kept && lost_wanted) || (taken && taken_wanted);
+      count += count_of(tier[k]);
     }
-    count += __popc(__ballot_sync(kAll, v.listed && v.tier == Tier::fp16));
-    count += __popc(__ballot_sync(kAll, v.listed && v.tier == Tier::fp4x2)) << 16;
-    if (v.wanted) atomicAdd(&s.wanted, 1);
+    *at = {tier[0], tier[1], tier[2], tier[3]};
   }
-  if (lane_id() == 0) s.counts[warp_id()] = count;
+  count = __reduce_add_sync(kAll, count);
+  wanted = __reduce_add_sync(kAll, wanted);
+  if (lane_id() == 0) {
+    s.counts[warp_id()] = count;
+    s.wanted[warp_id()] = wanted;
+  }
   __syncthreads();
   const uint32_t of_warp = lane_id() < kWarps ? s.counts[lane_id()] : 0;
   uint32_t before = __reduce_add_sync(kAll, lane_id() < warp_id() ? of_warp : 0);
   const uint32_t all = __reduce_add_sync(kAll, of_warp), highs_in_all = all & 0xffff;
   uint32_t* by_page = lists.by_page + u * lists.k_max;
   uint32_t* by_tier = lists.by_tier + u * lists.k_max;
+  const int strips_here = (end - first + 4 * lane_id() + kStrip - 1) / kStrip;
 #pragma unroll 1
-  for (int i0 = first; i0 < end; i0 += 32) {
-    const int i = i0 + lane_id();
-    const uint32_t tier = i < end ? keys[i] : 0;
-    const unsigned listed = __ballot_sync(kAll, tier != 0);
-    const bool high = tier == static_cast<uint32_t>(Tier::fp16);
-    const unsigned highs = __ballot_sync(kAll, high), pairs = listed & ~highs;
-    if (tier != 0 && store) {
-      const uint32_t highs_before = (before & 0xffff) + __popc(highs & lanes_before());
-      const uint32_t pairs_before = (before >> 16) + __popc(pairs & lanes_before());
-      const uint32_t entry = static_cast<uint32_t>(c.first + i) * 4 + tier;
-      by_page[highs_before + pairs_before] = entry;
-      by_tier[high ? highs_before : highs_in_all + pairs_before] = entry;
+  for (int strip = 0; strip < strips_here; ++strip) {
+    const int i = first + strip * kStrip;
+    uint4 tiers = {};
+    if (i < end) tiers = *reinterpret_cast<const uint4*>(keys + i);
+    const uint32_t tier[4] = {tiers.x, tiers.y, tiers.z, tiers.w};
+    const uint32_t mine = count_of(tier[0]) + count_of(tier[1]) + count_of(tier[2]) + count_of(tier[3]);
+    uint32_t to_here = mine;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const uint32_t other = __shfl_up_sync(kAll, to_here, step);
+      if (lane_id() >= step) to_here += other;
     }
-    before += __popc(highs) + (__popc(pairs) << 16);
+    uint32_t at = before + to_here - mine;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (tier[k] == 0) continue;
+      const uint32_t entry = static_cast<uint32_t>(c.first + i + k) * 4 + tier[k];
+      by_page[(at & 0xffff) + (at >> 16)] = entry;
+      by_tier[tier[k] == kHigh ? at & 0xffff : highs_in_all + (at >> 16)] = entry;
+      at += count_of(tier[k]);
+    }
+    before += __shfl_sync(kAll, to_here, 31);
   }
-  if (threadIdx.x == 0 && store) {
-    int4* counts = reinterpret_cast<int4*>(lists.counts + u * 8);
+  if (warp_id() == 0) {
+    const int all_wanted = __reduce_add_sync(kAll, lane_id() < kWarps ? s.wanted[lane_id()] : 0);
     const int high = static_cast<int>(highs_in_all), pairs = static_cast<int>(all >> 16);
-    counts[0] = {high + pairs, high, pairs, 0};
-    counts[1] = {0, s.wanted, 0, 0};
+    int4* counts = reinterpret_cast<int4*>(lists.counts + u * 8);
+    if (lane_id() == 0) counts[0] = {high + pairs, high, pairs, 0};
+    if (lane_id() == 1) counts[1] = {0, all_wanted, 0, 0};
   }
 }
 

@@ -63,10 +63,19 @@ __device__ Candidates candidates_of(const RankArgs& a, const UnitPlace& at) {
 
 // --- by summaries
 
+template <int kSteps>
 struct ScoreShared {
   float scale[kMeans];  // of products of a head's mean row
   float norm[kMeans];   // of the row
   bool valid[kMeans];   // whether the head has a row without NaN and Inf
+  uint16_t blank[64 * kSteps];
+};
+
+// The rows of a unit in q.
+struct QueryRows {
+  Rows<const void*> q;
+  int64_t first;
+  int count, head;  // head: the first of the group
 };
 
 // The mean rows of some heads in dynamic shared memory, as planes and as floats.
@@ -89,21 +98,23 @@ __device__ bool measures(const RankArgs& a) { return a.how.budget.kind == Budget
 // Brings the mean rows of the `heads` heads of the group from h0 on, a warp for each head, of those without NaN and
 // Inf.
 template <int kSteps>
-__device__ void load_means(const RankArgs& a, const UnitPlace& at, int h0, int heads, const MeanRows<kSteps>& to,
-                           ScoreShared& s) {
+__device__ void load_means(const RankArgs& a, const QueryRows& rows, int h0, int heads, const MeanRows<kSteps>& to,
+                           ScoreShared<kSteps>& s) {
   constexpr int kAtOnce = 8 / kSteps;  // rows
+#pragma unroll 1
   for (int h = warp_id(); h < heads; h += kScoreThreads / 32) {
     RowInWarp<kSteps> mean;
     mean.clear();
     int count = 0;
-    for (int r0 = 0; r0 < at.s_q; r0 += kAtOnce) {
+#pragma unroll 1
+    for (int r0 = 0; r0 < rows.count; r0 += kAtOnce) {
       RowInWarp<kSteps> row[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i)
-        if (r0 + i < at.s_q) row[i].load(a.q, at.first_row + r0 + i, at.g * a.shape.group + h0 + h, a.shape.d);
+        if (r0 + i < rows.count) row[i].load(rows.q, rows.first + r0 + i, rows.head + h0 + h, a.shape.d);
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        if (r0 + i >= at.s_q || !row[i].finite()) continue;
+        if (r0 + i >= rows.count || !row[i].finite()) continue;
         ++count;
         mean.add(row[i]);
       }
@@ -123,8 +134,9 @@ __device__ void load_means(const RankArgs& a, const UnitPlace& at, int h0, int h
 }
 
 // The largest of a page's scores, of the heads that a lane sees, then of all.
+template <int kSteps>
 struct Best {
-  const ScoreShared& s;
+  const ScoreShared<kSteps>& s;
   float* score;      // of page 0
   bool first_heads;  // of the group: the score starts here
   int end;           // pages
@@ -142,11 +154,15 @@ struct Best {
   }
 };
 
-// Scores of the CTA's pages, as many heads at a time as there is room for.
+// Scores of the CTA's pages, as many heads at a time as there is room for. A rehearsal has no pages and a blank row.
 template <int kSteps>
-__device__ void rank_pages(const RankArgs& a, const UnitPlace& at, const MeanRows<kSteps>& to, ScoreShared& s) {
+__device__ void rank_pages(const RankArgs& a, const UnitPlace& at, bool rehearsal, const MeanRows<kSteps>& to,
+                           ScoreShared<kSteps>& s) {
+  const QueryRows rows = rehearsal ? QueryRows{{s.blank, DType::f16, 0, 0}, 0, 1, 0}
+                                   : QueryRows{a.q, at.first_row, at.s_q, at.g * a.shape.group};
   const int group = a.shape.group, t = static_cast<int>(threadIdx.x);
-  const PageChunks pages{at.first + static_cast<int>(blockIdx.x) * kScorePages, at.end, kScorePages,
+  const int end = rehearsal ? 0 : at.end;
+  const PageChunks pages{at.first + static_cast<int>(blockIdx.x) * kScorePages, end, kScorePages,
                          static_cast<int>(gridDim.x) * kScorePages};
   const Policy policy = a.how.policy;
   const Summaries summaries = summaries_of(a.cache, at.slot, at.g);
@@ -154,17 +170,18 @@ __device__ void rank_pages(const RankArgs& a, const UnitPlace& at, const MeanRow
   float* score = a.score + at.u * a.cache.max_pages;
   float q_norm = 0;
   bool any_valid = false;
+#pragma unroll 1
   for (int h0 = 0; h0 < group; h0 += kMeans) {
     const int heads = min(kMeans, group - h0);
     bool loaded = false;
     const auto prepare = [&] {
       if (loaded) return;
-      wait_for_previous_kernel();  // which may have made q
-      __syncthreads();             // the heads before are done with
-      load_means(a, at, h0, heads, to, s);
+      if (!rehearsal) wait_for_previous_kernel();  // which may have made q
+      __syncthreads();                             // the heads before are done with
+      load_means(a, rows, h0, heads, to, s);
       loaded = true;
     };
-    Best best{s, score, h0 == 0, at.end};
+    Best<kSteps> best{s, score, h0 == 0, end};
     const auto emit = [&](int, int row, float sum) { best.see(row, heads, sum * sm_scale); };
     const auto emit_mean = [&](int, int row, float sum) {
       if (row < heads) best.see(row, heads, sum * s.scale[row] * sm_scale);
@@ -180,29 +197,30 @@ __device__ void rank_pages(const RankArgs& a, const UnitPlace& at, const MeanRow
       for_each_product<MomentProduct>(summaries, a.cache.canonical, sm_scale, pages, to.floats, heads, prepare, emit,
                                       done);
     prepare();  // where nothing was multiplied
-    for (int h = 0; h < heads; ++h) {
-      any_valid |= s.valid[h];
-      if (s.valid[h]) q_norm = fmaxf(q_norm, s.norm[h]);
-    }
+    if (policy == Policy::recent || measures(a))
+      for (int h = 0; h < heads; ++h) {
+        any_valid |= s.valid[h];
+        if (s.valid[h]) q_norm = fmaxf(q_norm, s.norm[h]);
+      }
   }
   if (policy == Policy::recent)
     for (int p0 = pages.first; p0 < pages.end; p0 += pages.stride)
-      if (t < kScorePages && p0 + t < at.end)
+      if (t < kScorePages && p0 + t < end)
         score[p0 + t] = any_valid ? static_cast<float>(p0 + t - at.first) : -INFINITY;
-  if (measures(a) && blockIdx.x == 0 && t == 0) a.q_norm[at.u] = q_norm;
+  if (!rehearsal && measures(a) && blockIdx.x == 0 && t == 0) a.q_norm[at.u] = q_norm;
 }
 
 // Two CTAs of 128 registers a thread; for d > 128 one, which then keeps all it has loaded in registers: 7 % of a step.
 template <int kSteps>
 __global__ __launch_bounds__(kScoreThreads, kSteps == 2 ? 2 : 1) void score_kernel(const __grid_constant__ RankArgs a) {
-  __shared__ ScoreShared s;
+  __shared__ ScoreShared<kSteps> s;
   extern __shared__ __align__(16) uint8_t memory[];
   let_next_kernel_start();
   const UnitPlace at = unit_place(a);
-  if (at.s_q > 0)
-    rank_pages(a, at, MeanRows<kSteps>(memory), s);
-  else
-    wait_for_previous_kernel();
+  if (at.s_q == 0) wait_for_previous_kernel();
+  if (threadIdx.x < 64 * kSteps) s.blank[threadIdx.x] = 0;
+#pragma unroll 1
+  for (int take = 0; take < 2 && at.s_q > 0; ++take) rank_pages(a, at, take == 0, MeanRows<kSteps>(memory), s);
 }
 
 // --- by mass
@@ -236,39 +254,24 @@ __global__ __launch_bounds__(kMassThreads) void mass_kernel(const __grid_constan
 
 // --- choosing
 
-// It is rehearsed while score_kernel or mass_kernel is at work: on a few pages with made-up scores, from which nothing
-// is written. Code that runs once costs mostly the fetching of its instructions and of the kernel's parameters, which
-// are then there. It does not let attention start before it ends: a CTA of that fills a multiprocessor, and those which
-// come last would begin when the others are half through.
+// Launched after score_kernel or mass_kernel, which let it start at once: lengths can be read before the wait, scores
+// after it. It does not let attention start before it ends: a CTA of that fills a multiprocessor, and what it can do
+// without lists is too little.
 __global__ __launch_bounds__(kChooseThreads, 2) void choose_kernel(const __grid_constant__ RankArgs a) {
   __shared__ ChooseShared<kChooseThreads> s;
   __shared__ ListShared<kChooseThreads> lists;
-  extern __shared__ uint32_t keys[];  // of the pages seen
+  extern __shared__ __align__(16) uint32_t keys[];  // of the pages seen
   const UnitPlace at = unit_place(a);
   const Candidates pages = candidates_of(a, at);
-  const Summaries summaries = summaries_of(a.cache, at.slot, at.g);
-  const int t = static_cast<int>(threadIdx.x);
-#pragma unroll 1
-  for (int take = 0; take < 2; ++take) {
-    const bool rehearsal = take == 0;
-    Candidates those = pages;
+  if (threadIdx.x == 0) s.need = pages_wanted(a.how, pages);
+  wait_for_previous_kernel();
+  if (at.s_q > 0) {
     float* score = a.score + at.u * a.cache.max_pages + at.first;
-    float q_norm = 0;
-    if (rehearsal) {
-      those.end = min(those.end, those.first + kChooseThreads);
-      score = reinterpret_cast<float*>(keys);
-      if (t < those.end - those.first) score[t] = static_cast<float>(t);
-    } else {
-      __syncthreads();  // the rehearsal is over
-      wait_for_previous_kernel();
-      q_norm = a.q_norm[at.u];
-    }
-    if (t == 0) s.need = rehearsal ? 8 : pages_wanted(a.how, pages);
-    if (at.s_q == 0) continue;
-    const Cut cut = choose(a.how, those, score, keys, q_norm, summaries, s);
-    write_lists(a.how, those, cut, keys, a.lists, at.u, lists, !rehearsal);
+    const Cut cut = choose(a.how, pages, score, keys, a.q_norm[at.u], summaries_of(a.cache, at.slot, at.g), s);
+    write_lists(a.how, pages, cut, keys, a.lists, at.u, lists);
+  } else if (threadIdx.x < 8) {
+    a.lists.counts[at.u * 8 + threadIdx.x] = 0;
   }
-  if (at.s_q == 0 && t < 8) a.lists.counts[at.u * 8 + t] = 0;
 }
 
 // --- launching
@@ -302,7 +305,8 @@ cudaError_t launch_over_pages(void (*kernel)(Args), const RankParams& p, int pag
 
 cudaError_t launch_choose(const RankParams& p, const RankArgs& args, cudaStream_t stream) {
   const dim3 grid(1, static_cast<unsigned>(p.shape.h_kv), static_cast<unsigned>(p.batch.b));
-  return launch_early(choose_kernel, grid, kChooseThreads, static_cast<int>(most_seen(p)) * 4, stream, args);
+  return launch_early(choose_kernel, grid, kChooseThreads, static_cast<int>(round_up(most_seen(p), 4)) * 4, stream,
+                      args);
 }
 
 }  // namespace

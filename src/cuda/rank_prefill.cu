@@ -195,7 +195,8 @@ cudaError_t launch_rank_prefill(const PrefillParams& p, cudaStream_t stream) {
                           p.max_blocks, p.tier_words, 0,       0,   p.tiers,
                           p.counts};
   args.max_seen = static_cast<int>(std::min<int64_t>(seen, p.cache.max_pages));
-  const int head_bytes = std::max(1, args.max_seen) * static_cast<int>(sizeof(float));
+  args.max_seen = static_cast<int>(round_up(std::max(1, args.max_seen), 4));  // as choose() wants its keys
+  const int head_bytes = args.max_seen * static_cast<int>(sizeof(float));
   args.heads_at_once = std::clamp(kScoreBytes / head_bytes, 1, std::min(p.shape.group, kHeads));
   const bool wide = p.shape.d > 128;
   const int row_bytes = (wide ? 256 : 128) * static_cast<int>(sizeof(float));
