@@ -328,23 +328,23 @@ __device__ Cut choose(const Choosing& how, const Candidates& c, float* score, ui
   const auto weight_of = [&](uint32_t key) { return by_count ? 1 : weigh_page.of(score_of(key)); };
   uint32_t low = UINT32_MAX, high = 0, total = 0;  // low: minus one, so that the key of forced pages is the largest
 #pragma unroll 1
-  for (int i = 4 * t; i < n; i += 4 * kThreads) {
-    float x[4];
-    uint32_t key[4];
+  for (int i0 = t; i0 < n; i0 += 4 * kThreads) {
+    float x[4];  // under way at once
 #pragma unroll
-    for (int k = 0; k < 4; ++k) x[k] = score[min(i + k, n - 1)];
+    for (int k = 0; k < 4; ++k) x[k] = i0 + k * kThreads < n ? score[i0 + k * kThreads] : 0;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      key[k] = i + k >= n || c.forced(c.first + i + k) ? kForcedKey : key_of(x[k]);
-      low = min(low, key[k] - 1);
-      high = max(high, key[k]);
-      total += key[k] != kForcedKey;
+      const int i = i0 + k * kThreads;
+      const uint32_t key = i >= n || c.forced(c.first + i) ? kForcedKey : key_of(x[k]);
+      low = min(low, key - 1);
+      high = max(high, key);
+      total += key != kForcedKey;
+      if (i < n) keys[i] = key;
     }
-    *reinterpret_cast<uint4*>(keys + i) = {key[0], key[1], key[2], key[3]};
   }
+  if (t < (4 - n % 4) % 4) keys[n + t] = kForcedKey;
   if (!by_count) {
     total = 0;
-    __syncthreads();
 #pragma unroll 1
     for (int i = t; i < n; i += kThreads) total += keys[i] == kForcedKey ? 0 : weight_of(keys[i]);
   }
@@ -362,7 +362,7 @@ __device__ Cut choose(const Choosing& how, const Candidates& c, float* score, ui
   while (low < high) {
     // Bins of equal width in score, or in key, where that is not finite or the scores are shares: most are tiny, and
     // the keys of positive numbers go with their logarithms.
-    const float bottom = score_of(low), scale = 255.9f / (score_of(high) - bottom);
+    const float bottom = score_of(low), scale = __fdividef(255.9f, score_of(high) - bottom);
     const bool by_score = bottom < 0 && scale > 0 && scale < INFINITY;
     const int shift = max(0, 24 - __clz(static_cast<int>(high - low)));
     const auto in_range = [&](uint32_t key) { return key - low <= high - low; };

@@ -188,15 +188,15 @@ __device__ void rank_pages(const RankArgs& a, const UnitPlace& at, bool rehearsa
     };
     const auto done = [&](int page) { best.store(page, 7); };
     const auto done_mean = [&](int page) { best.store(page, 1); };
-    if (policy == Policy::block_mean)
-      for_each_mean_product(summaries, a.cache.canonical, pages, to.planes, heads, prepare, emit_mean, done_mean);
     if (policy == Policy::quest)
       for_each_product<QuestProduct>(summaries, a.cache.canonical, sm_scale, pages, to.floats, heads, prepare, emit,
                                      done);
-    if (policy == Policy::second_moment)
+    else if (policy == Policy::second_moment)
       for_each_product<MomentProduct>(summaries, a.cache.canonical, sm_scale, pages, to.floats, heads, prepare, emit,
                                       done);
-    prepare();  // where nothing was multiplied
+    else
+      for_each_mean_product(summaries, a.cache.canonical, policy == Policy::block_mean ? pages : PageChunks{},
+                            to.planes, heads, prepare, emit_mean, done_mean);
     if (policy == Policy::recent || measures(a))
       for (int h = 0; h < heads; ++h) {
         any_valid |= s.valid[h];
@@ -233,22 +233,32 @@ struct MassArgs {
 
 __global__ __launch_bounds__(kMassThreads) void mass_kernel(const __grid_constant__ MassArgs args) {
   extern __shared__ RowShare row[];  // [row_stride]
+  __shared__ alignas(16) float blank[4];
   let_next_kernel_start();
   const RankArgs& a = args.rank;
   const UnitPlace at = unit_place(a);
-  wait_for_previous_kernel();
-  if (at.s_q == 0) return;
-  const int rows = a.shape.group * at.s_q;
-  load_row_shares(args.state_ml + at.u * a.row_stride * 4, rows, at.s_q, row);
-  __syncthreads();
   const ForcedPages forced = forced_pages(a.how.force, at.block);
   const bool of_all = a.how.budget.kind == Budget::Kind::mass || a.how.budget.kind == Budget::Kind::tolerance;
   const int first = at.first + static_cast<int>(blockIdx.x * kMassThreads + threadIdx.x);
-  for (int page = first; page < at.end; page += static_cast<int>(gridDim.x) * kMassThreads) {
-    if (!of_all && forced.has(page)) continue;
-    const int64_t i = at.u * a.cache.max_pages + page;
-    a.score[i] = mass_score(args.page_mass + i * args.mass_parts * a.row_stride, args.mass_parts, a.row_stride, row,
-                            rows, at.s_q);
+  if (threadIdx.x < 4) blank[threadIdx.x] = 0;
+#pragma unroll 1
+  for (int take = 0; take < 2; ++take) {
+    const bool rehearsal = take == 0;  // of one row and page, both blank
+    __syncthreads();
+    if (!rehearsal) wait_for_previous_kernel();
+    if (at.s_q == 0) continue;
+    const int rows = rehearsal ? 1 : a.shape.group * at.s_q, s_q = rehearsal ? 1 : at.s_q;
+    load_row_shares(rehearsal ? blank : args.state_ml + at.u * a.row_stride * 4, rows, s_q, row);
+    __syncthreads();
+    const int end = rehearsal ? min(at.end, first + 1) : at.end;
+#pragma unroll 1
+    for (int page = first; page < end; page += static_cast<int>(gridDim.x) * kMassThreads) {
+      if (!of_all && forced.has(page)) continue;
+      const int64_t i = at.u * a.cache.max_pages + page;
+      const float* mass = rehearsal ? blank : args.page_mass + i * args.mass_parts * a.row_stride;
+      const float share = mass_score(mass, rehearsal ? 1 : args.mass_parts, a.row_stride, row, rows, s_q);
+      if (!rehearsal) a.score[i] = share;
+    }
   }
 }
 
