@@ -215,17 +215,6 @@ __device__ Weighing weigh(const Choosing& how, const Candidates& c, float* score
   return contribution;
 }
 
-// Goes through the keys of n pages with all threads, four neighbours at a time: visit(i, key) of page i. Those after
-// the last page have the key of a forced one.
-template <int kThreads, class Visit>
-__device__ void for_each_key(const uint32_t* keys, int n, const Visit& visit) {
-#pragma unroll 1
-  for (int i = 4 * static_cast<int>(threadIdx.x); i < n; i += 4 * kThreads) {
-    const uint4 key = *reinterpret_cast<const uint4*>(keys + i);
-    visit(i, key.x), visit(i + 1, key.y), visit(i + 2, key.z), visit(i + 3, key.w);
-  }
-}
-
 // The bin of the histogram in which the sum from the top reaches `need`, which all of it does, and the sum above that
 // bin. By every warp for itself: no barrier has to follow.
 struct Bin {
@@ -311,12 +300,12 @@ __device__ Cut cut_ties(uint32_t key, uint32_t weight, uint32_t need, const Cand
 }
 
 // Chooses by score[i] of page c.first + i, which it may overwrite, and leaves the pages' keys, which may take the
-// scores' place; keys are at a multiple of 16 bytes and have room for a multiple of four. s.need holds how many
-// candidates to take, where the budget is a number of pages. The caller puts a barrier before the next use of `s`.
-// (The method ranks.)
+// scores' place; keys are at a multiple of 16 bytes, and they and `bins`, a byte a page, have room for a multiple of
+// four pages. s.need holds how many candidates to take, where the budget is a number of pages. The caller puts a
+// barrier before the next use of `s`. (The method ranks.)
 template <int kThreads>
-__device__ Cut choose(const Choosing& how, const Candidates& c, float* score, uint32_t* keys, float q_norm,
-                      const Summaries& summaries, ChooseShared<kThreads>& s) {
+__device__ Cut choose(const Choosing& how, const Candidates& c, float* score, uint32_t* keys, uint32_t* bins,
+                      float q_norm, const Summaries& summaries, ChooseShared<kThreads>& s) {
   const int n = c.end - c.first, t = static_cast<int>(threadIdx.x);
   Weighing weigh_page;
   if (how.budget.kind == Budget::Kind::mass || how.budget.kind == Budget::Kind::tolerance) {
@@ -361,31 +350,42 @@ __device__ Cut choose(const Choosing& how, const Candidates& c, float* score, ui
 
   while (low < high) {
     // Bins of equal width in score, or in key, where that is not finite or the scores are shares: most are tiny, and
-    // the keys of positive numbers go with their logarithms.
-    const float bottom = score_of(low), scale = __fdividef(255.9f, score_of(high) - bottom);
+    // the keys of positive numbers go with their logarithms. Pages outside the range are in none.
+    constexpr uint32_t kLast = 254, kNone = 255;
+    const float bottom = score_of(low), scale = __fdividef(kLast + 0.9f, score_of(high) - bottom);
     const bool by_score = bottom < 0 && scale > 0 && scale < INFINITY;
     const int shift = max(0, 24 - __clz(static_cast<int>(high - low)));
-    const auto in_range = [&](uint32_t key) { return key - low <= high - low; };
     const auto bin_of = [&](uint32_t key) {
       const uint32_t by_value = __float2uint_rz((score_of(key) - bottom) * scale), by_key = (key - low) >> shift;
-      return 255 - min(by_score ? by_value : by_key, 255u);
+      return key - low <= high - low ? kLast - min(by_score ? by_value : by_key, kLast) : kNone;
     };
-    if (by_count)
-      for_each_key<kThreads>(keys, n, [&](int, uint32_t key) {
-        if (in_range(key)) atomicAdd(&s.histogram[bin_of(key)], 1u);
-      });
-    else
+#pragma unroll 1
+    for (int i = 4 * t; i < n; i += 4 * kThreads) {
+      const uint4 four = *reinterpret_cast<const uint4*>(keys + i);
+      const uint32_t key[4] = {four.x, four.y, four.z, four.w};
+      uint32_t bin[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) bin[k] = bin_of(key[k]);
+      bins[i / 4] = bin[0] | bin[1] << 8 | bin[2] << 16 | bin[3] << 24;
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        if (by_count && bin[k] != kNone) atomicAdd(&s.histogram[bin[k]], 1u);
+    }
+    if (!by_count)
 #pragma unroll 1
       for (int i = t; i < n; i += kThreads)
-        if (in_range(keys[i])) atomicAdd(&s.histogram[bin_of(keys[i])], weight_of(keys[i]));
+        if (const uint32_t bin = bin_of(keys[i]); bin != kNone) atomicAdd(&s.histogram[bin], weight_of(keys[i]));
     __syncthreads();
     const Bin bin = find_bin(need, s);
-    const auto in_bin = [&](uint32_t key) { return in_range(key) && bin_of(key) == bin.index; };
-    for_each_key<kThreads>(keys, n, [&](int i, uint32_t key) {
-      if (!in_bin(key)) return;
-      const int at = atomicAdd(&s.rivals, 1);
-      if (at < s.kRivals) s.rival[at] = {uint64_t{key} << 32 | (kAll - i), 1};
-    });
+#pragma unroll 1
+    for (int i = 4 * t; i < n; i += 4 * kThreads) {
+      uint32_t in_bin = __vseteq4(bins[i / 4], bin.index * 0x01010101);
+#pragma unroll 1
+      for (; in_bin != 0; in_bin &= in_bin - 1) {  // a bit in the byte of each such page
+        const int page = i + (__ffs(static_cast<int>(in_bin)) - 1) / 8, at = atomicAdd(&s.rivals, 1);
+        if (at < s.kRivals) s.rival[at] = {uint64_t{keys[page]} << 32 | (kAll - page), 1};
+      }
+    }
     need -= bin.above;
     __syncthreads();
     const int rivals = s.rivals;
@@ -397,14 +397,16 @@ __device__ Cut choose(const Choosing& how, const Candidates& c, float* score, ui
       return cut_among_rivals(need, rivals, c, s);
     }
     uint32_t low_left = UINT32_MAX, high_left = 0;
-    for_each_key<kThreads>(keys, n, [&](int, uint32_t key) {
-      low_left = min(low_left, in_bin(key) ? key - 1 : UINT32_MAX);
-      high_left = max(high_left, in_bin(key) ? key : 0);
-    });
+#pragma unroll 1
+    for (int i = t; i < n; i += kThreads) {
+      if (reinterpret_cast<const uint8_t*>(bins)[i] != bin.index) continue;
+      low_left = min(low_left, keys[i]);
+      high_left = max(high_left, keys[i]);
+    }
     for (int i = t; i < 256; i += kThreads) s.histogram[i] = 0;
     reduce_range(low_left, high_left, s);
     if (t == 0) s.rivals = 0;
-    low = low_left + 1;
+    low = low_left;
     high = high_left;
   }
   return cut_ties(low, weight_of(low), need, c, keys, s);

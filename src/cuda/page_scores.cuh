@@ -222,19 +222,16 @@ __device__ void for_each_mean_product(const Summaries& summaries, const PageLayo
       const int page = p0 + g + t / 2 * 8;
 #pragma unroll 1
       for (int row = 0; row < rows; row += 4) {
-        float sum[4] = {}, other[4] = {};  // two chains, since each product waits for the one before
+        float sum[4] = {};
         const __half* q = planes.q + (2 * row + g) * planes.kStride + 8 * t;
 #pragma unroll
         for (int i = 0; i < 2 * kSteps; ++i) {
           const uint4 b = *reinterpret_cast<const uint4*>(q + 32 * i);
           mma_16x8x16(sum, mean[0][i].x, mean[1][i].x, mean[0][i].y, mean[1][i].y, b.x, b.y);
-          mma_16x8x16(other, mean[0][i].z, mean[1][i].z, mean[0][i].w, mean[1][i].w, b.z, b.w);
+          mma_16x8x16(sum, mean[0][i].z, mean[1][i].z, mean[0][i].w, mean[1][i].w, b.z, b.w);
         }
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          sum[i] += other[i];
-          sum[i] += __shfl_xor_sync(kAll, sum[i], 2);  // both planes
-        }
+        for (float& x : sum) x += __shfl_xor_sync(kAll, x, 2);  // both planes
         emit(page, row + 2 * (t % 2), t < 2 ? sum[0] : sum[2]);
         emit(page, row + 2 * (t % 2) + 1, t < 2 ? sum[1] : sum[3]);
       }

@@ -188,15 +188,15 @@ __device__ void rank_pages(const RankArgs& a, const UnitPlace& at, bool rehearsa
     };
     const auto done = [&](int page) { best.store(page, 7); };
     const auto done_mean = [&](int page) { best.store(page, 1); };
+    if (policy == Policy::block_mean)
+      for_each_mean_product(summaries, a.cache.canonical, pages, to.planes, heads, prepare, emit_mean, done_mean);
     if (policy == Policy::quest)
       for_each_product<QuestProduct>(summaries, a.cache.canonical, sm_scale, pages, to.floats, heads, prepare, emit,
                                      done);
-    else if (policy == Policy::second_moment)
+    if (policy == Policy::second_moment)
       for_each_product<MomentProduct>(summaries, a.cache.canonical, sm_scale, pages, to.floats, heads, prepare, emit,
                                       done);
-    else
-      for_each_mean_product(summaries, a.cache.canonical, policy == Policy::block_mean ? pages : PageChunks{},
-                            to.planes, heads, prepare, emit_mean, done_mean);
+    prepare();  // where nothing was multiplied
     if (policy == Policy::recent || measures(a))
       for (int h = 0; h < heads; ++h) {
         any_valid |= s.valid[h];
@@ -270,14 +270,16 @@ __global__ __launch_bounds__(kMassThreads) void mass_kernel(const __grid_constan
 __global__ __launch_bounds__(kChooseThreads, 2) void choose_kernel(const __grid_constant__ RankArgs a) {
   __shared__ ChooseShared<kChooseThreads> s;
   __shared__ ListShared<kChooseThreads> lists;
-  extern __shared__ __align__(16) uint32_t keys[];  // of the pages seen
+  extern __shared__ __align__(16) uint8_t memory[];
   const UnitPlace at = unit_place(a);
   const Candidates pages = candidates_of(a, at);
   if (threadIdx.x == 0) s.need = pages_wanted(a.how, pages);
   wait_for_previous_kernel();
   if (at.s_q > 0) {
     float* score = a.score + at.u * a.cache.max_pages + at.first;
-    const Cut cut = choose(a.how, pages, score, keys, a.q_norm[at.u], summaries_of(a.cache, at.slot, at.g), s);
+    uint32_t* keys = reinterpret_cast<uint32_t*>(memory);
+    uint32_t* bins = keys + round_up(pages.end - pages.first, 4);
+    const Cut cut = choose(a.how, pages, score, keys, bins, a.q_norm[at.u], summaries_of(a.cache, at.slot, at.g), s);
     write_lists(a.how, pages, cut, keys, a.lists, at.u, lists);
   } else if (threadIdx.x < 8) {
     a.lists.counts[at.u * 8 + threadIdx.x] = 0;
@@ -315,7 +317,7 @@ cudaError_t launch_over_pages(void (*kernel)(Args), const RankParams& p, int pag
 
 cudaError_t launch_choose(const RankParams& p, const RankArgs& args, cudaStream_t stream) {
   const dim3 grid(1, static_cast<unsigned>(p.shape.h_kv), static_cast<unsigned>(p.batch.b));
-  return launch_early(choose_kernel, grid, kChooseThreads, static_cast<int>(round_up(most_seen(p), 4)) * 4, stream,
+  return launch_early(choose_kernel, grid, kChooseThreads, static_cast<int>(round_up(most_seen(p), 4)) * 5, stream,
                       args);
 }
 
