@@ -418,7 +418,7 @@ struct ListShared {
   int wanted[kThreads / 32];       // of a warp's pages: but not stored
 };
 
-// Writes the lists and counts of unit u. Each warp goes through pages of its own, four neighbours a lane, first
+// Writes the order and counts of unit u. Each warp goes through pages of its own, four neighbours a lane, first
 // counting, then writing. Keys become tiers.
 template <int kThreads>
 __device__ void write_lists(const Choosing& how, const Candidates& c, const Cut& cut, uint32_t* keys,
@@ -462,9 +462,8 @@ __device__ void write_lists(const Choosing& how, const Candidates& c, const Cut&
   __syncthreads();
   const uint32_t of_warp = lane_id() < kWarps ? s.counts[lane_id()] : 0;
   uint32_t before = __reduce_add_sync(kAll, lane_id() < warp_id() ? of_warp : 0);
-  const uint32_t all = __reduce_add_sync(kAll, of_warp), highs_in_all = all & 0xffff;
-  uint32_t* by_page = lists.by_page + u * lists.k_max;
-  uint32_t* by_tier = lists.by_tier + u * lists.k_max;
+  const uint32_t all = __reduce_add_sync(kAll, of_warp), highs_in_all = all & 0xffff, pairs_in_all = all >> 16;
+  uint32_t* order = lists.order + u * lists.max_pages;
   const int strips_here = (end - first + 4 * lane_id() + kStrip - 1) / kStrip;
 #pragma unroll 1
   for (int strip = 0; strip < strips_here; ++strip) {
@@ -482,17 +481,20 @@ __device__ void write_lists(const Choosing& how, const Candidates& c, const Cut&
     uint32_t at = before + to_here - mine;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      if (tier[k] == 0) continue;
-      const uint32_t entry = static_cast<uint32_t>(c.first + i + k) * 4 + tier[k];
-      by_page[(at & 0xffff) + (at >> 16)] = entry;
-      by_tier[tier[k] == kHigh ? at & 0xffff : highs_in_all + (at >> 16)] = entry;
+      const uint32_t highs_before = at & 0xffff, pairs_before = at >> 16;
+      const uint32_t others_before = static_cast<uint32_t>(i + k) - highs_before - pairs_before;
+      const uint32_t place = tier[k] == kHigh ? highs_before
+                             : tier[k] != 0   ? highs_in_all + pairs_before
+                                              : highs_in_all + pairs_in_all + others_before;
+      const uint32_t tier_read = tier[k] != 0 ? tier[k] : static_cast<uint32_t>(how.rest);
+      if (i + k < n) order[place] = static_cast<uint32_t>(c.first + i + k) * 4 + tier_read;
       at += count_of(tier[k]);
     }
     before += __shfl_sync(kAll, to_here, 31);
   }
   if (warp_id() == 0) {
     const int all_wanted = __reduce_add_sync(kAll, lane_id() < kWarps ? s.wanted[lane_id()] : 0);
-    const int high = static_cast<int>(highs_in_all), pairs = static_cast<int>(all >> 16);
+    const int high = static_cast<int>(highs_in_all), pairs = static_cast<int>(pairs_in_all);
     int4* counts = reinterpret_cast<int4*>(lists.counts + u * 8);
     if (lane_id() == 0) counts[0] = {high + pairs, high, pairs, 0};
     if (lane_id() == 1) counts[1] = {0, all_wanted, 0, 0};

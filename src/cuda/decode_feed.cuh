@@ -1,8 +1,7 @@
 // What fills a warp's ring: the items of the CTA's share, of which warp w of n takes every n-th, unit after unit.
 //
-// Items are made 32 at a time, one a lane: the list of promoted pages, a binary search for those that are not in it,
-// and the block table, all out of L1 after the first touch. A record goes to the ring; the little else that an item
-// needs, its note, is copied when it is made, for all 32 at once.
+// Items are made 32 at a time, one a lane: the list of pages and the block table, out of L1 after the first touch. A
+// record goes to the ring; the little else that an item needs, its note, is copied when it is made, for all 32 at once.
 #pragma once
 
 #include <cstdint>

@@ -42,7 +42,7 @@ THRIFTATTN_HD constexpr SharedLayout shared_layout(const DeviceLayout& layout, i
   s.merge = s.queries + queries_bytes(columns, layout.dk);
   s.scan = static_cast<int>(
       round_up(s.merge + merge_layout(warps, columns, layout.dv, blocks).floats * static_cast<int>(sizeof(float)), 16));
-  s.share = s.scan + warps * 8;
+  s.share = s.scan + static_cast<int>(round_up(warps * 4, 8));
   s.segments = s.share + static_cast<int>(sizeof(Share));
   s.bytes = s.segments + (2 * warps + 1) * static_cast<int>(sizeof(Segment));
   return s;
@@ -65,16 +65,16 @@ __global__ void __launch_bounds__(32 * max_warps(D, N), 1) decode_kernel(const _
   asm volatile("" : "+r"(own_ring));  // to be kept: it would be multiplied again for every slot
   Ring ring(shared + own_ring, slot_bytes(device));
   Segment& first_segment = segments[2 * warps];
-  // A share is found from lengths, and from lists where pages are listed. Lengths are made by begin_step, end_step, cut
-  // and write, none of which lets another kernel start before its own end, so they are there; lists may be made by the
-  // kernel ahead, which did, as q, pages and states may be.
+  // A share is found from lengths, and from counts where pages are listed. Lengths are made by begin_step, end_step,
+  // cut and write, none of which lets another kernel start before its own end, so they are there; lists may be made by
+  // the kernel ahead, which did, as q, pages and states may be.
   const bool reads_lists = args.p.promote == Promote::listed;
   const auto follow = [] {
     wait_for_previous_kernel();
     let_next_kernel_start();
   };
   if (reads_lists) follow();
-  const bool has_share = find_share(args, reinterpret_cast<int64_t*>(shared + layout.scan), share, first_segment);
+  const bool has_share = find_share(args, reinterpret_cast<uint32_t*>(shared + layout.scan), share, first_segment);
   if (!reads_lists) follow();
   if (!has_share) return;
   Feed<N> feed(args, device, share, segments[2 * warp + 1], notes);
@@ -116,8 +116,7 @@ __global__ void __launch_bounds__(32 * max_warps(D, N), 1) decode_kernel(const _
   int i = 0, end = 0, to_fill = kRingSlots;  // the warp's next item of the segment, where they end, slots
   while (true) {
 #pragma unroll 1
-    do feed.fill(ring);
-    while (--to_fill > 0);
+    for (; to_fill > 0; --to_fill) feed.fill(ring);
     if (i >= end) {
       do {
         if (begun) {
@@ -135,7 +134,7 @@ __global__ void __launch_bounds__(32 * max_warps(D, N), 1) decode_kernel(const _
       if (to_fill > 0) continue;
     }
     to_fill = rows.read(ring, segment);
-    i += warps;
+    if (to_fill > 0) i += warps;
   }
 }
 

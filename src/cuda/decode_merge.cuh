@@ -286,8 +286,8 @@ class Merge {
   };
   __device__ RowPlace place(const Unit& unit, int row) const {
     const int unit_row = unit.first_row + row;
-    return {args_.p.batch.first_row[unit.sequence] + unit_row % unit.s_q,
-            int64_t{unit.index} * args_.p.row_stride + unit_row, unit.head * args_.p.shape.group + unit_row / unit.s_q};
+    return {unit.first_token + unit_row % unit.s_q, int64_t{unit.index} * args_.p.row_stride + unit_row,
+            unit.head * args_.p.shape.group + unit_row / unit.s_q};
   }
 
   __device__ static void store(const thriftattn::cuda::Rows<void*>& out, int64_t i, float value) {

@@ -81,9 +81,9 @@ class DecodeRows {
         }
   }
 
-  // The next item in the ring; returns how many slots it took.
+  // The next item in the ring; returns how many slots it took: none where it is to be read once more.
   __device__ int read(Ring& ring, const Segment& segment) {
-    const uint32_t number = read_++;
+    const uint32_t number = read_;
     const Note<N>& note = notes_[number % kNotes];
     uint32_t exponents = note.exponents, word = note.word;
     if (word & Note<N>::kWait) {
@@ -97,9 +97,15 @@ class DecodeRows {
     int second = 0;                    // where the second plane is, from the first one
     if (const Tier tier = Item::tier(word); tier != Tier::fp4) {
       if (tier == Tier::fp4x2) {
-        second = static_cast<int>(ring.wait(1) - slot);
+        // Read in exchange for the first plane alone, that is taken out beforehand.
+        first_taken_ = Item::taken_out(word) && !first_taken_;
+        if (!first_taken_) {
+          word &= ~Item::kTakenOut;
+          second = static_cast<int>(ring.wait(1) - slot);
+        }
       } else {
         if (tier == Tier::fp16) read_high(slot, exponents, segment, word);
+        ++read_;
         ring.release(1);
         return 1;
       }
@@ -108,6 +114,8 @@ class DecodeRows {
       read_fp4<true>(slot, second, exponents, note.q_mean, segment, word);
     else
       read_fp4<false>(slot, second, exponents, note.q_mean, segment, word);
+    if (first_taken_) return 0;
+    ++read_;
     const int planes = second == 0 ? 1 : 2;
     ring.release(planes);
     return planes;
@@ -498,7 +506,8 @@ class DecodeRows {
   const DeviceLayout layout_;
   const Queries<N> queries_;
   Note<N>* notes_;
-  uint32_t read_ = 0;  // items since the begin
+  uint32_t read_ = 0;         // items since the begin
+  bool first_taken_ = false;  // of the item, which is not read to its end
   uint32_t q_[D / 16][kTiles][2];
   int g_, t_;
 };

@@ -5,11 +5,14 @@
 // order:
 //
 //   attend     tail, pages in fp16 | pages in fp4x2 | pages in fp4
-//   exchange   pages in fp16 | pages in fp4x2 | all of these and those in none once more in fp4, to be taken out
+//   exchange   pages in fp16 | pages in fp4x2, what they were in fp4 taken out | those in fp16 and none once more in
+//   fp4,
+//              to be taken out
 //
-// Items weigh what they bring in bytes, 8 : 18 : 9 whatever d is; a unit weighs something in itself, before its items.
-// The weights of all units, one after another, are cut into equal parts, one for each CTA, which takes the items that
-// begin in its part: a unit may be cut anywhere and a CTA may hold many units. Every CTA adds up the same weights.
+// Items weigh what they bring in bytes, 8 : 18 : 9 whatever d is, but those in two planes half as much again: a CTA
+// that has many of them is so much later. A unit weighs something in itself, before its items. The weights of all
+// units, one after another, are cut into equal parts, one for each CTA, which takes the items that begin in its part: a
+// unit may be cut anywhere and a CTA may hold many units. Every CTA adds up the same weights.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +33,7 @@ struct DecodeArgs {
   int mxfp4;
 };
 
-inline constexpr int kHighWeight = 8, kPlanesWeight = 18, kFp4Weight = 9;
+inline constexpr int kHighWeight = 8, kPlanesWeight = 27, kFp4Weight = 9;
 inline constexpr int kUnitWeight = 400;  // q, merge and results take a CTA as long as four items for every warp
 inline constexpr int kPageItems = kPageTokens / kItemTokens, kHighPageItems = kPageTokens / kHighItemTokens;
 
@@ -41,14 +44,11 @@ struct Items {
   __device__ int count() const { return high + planes + fp4; }
   // How many items begin before `at`, which lies in the unit.
   __device__ int before(int64_t at) const {
-    int w = max(0, static_cast<int>(at) - kUnitWeight);
-    const auto take = [&w](int count, int each) {
-      const int n = min(count, (w + each - 1) / each);
-      w = max(0, w - count * each);
-      return n;
-    };
-    const int of_high = take(high, kHighWeight), of_planes = take(planes, kPlanesWeight);
-    return of_high + of_planes + take(fp4, kFp4Weight);
+    const int w = static_cast<int>(at) - kUnitWeight;
+    const auto begun = [](int w, int each) { return (max(0, w) + each - 1) / each; };
+    const int w_planes = w - high * kHighWeight, w_fp4 = w_planes - planes * kPlanesWeight;
+    return min(high, begun(w, kHighWeight)) + min(planes, begun(w_planes, kPlanesWeight)) +
+           min(fp4, begun(w_fp4, kFp4Weight));
   }
 };
 
@@ -56,6 +56,7 @@ struct Unit {
   int index;           // sequence * h_kv + head
   int sequence, head;  // head: KV head
   int slot;
+  int first_token;      // row of q and out of the sequence's first token
   int first_row, rows;  // of the tile, among the unit's rows; rows may be 0
   int s_q, s_kv;
   int first_page, full;  // full pages that some row sees: [first_page, full)
@@ -66,7 +67,8 @@ struct Unit {
   // Tokens that every row sees: [first_common, end_common). An item within needs no mask.
   int first_common, end_common;
 
-  // The forced pages, [first_page, sink_end) and [near_first, near_end), and those that have lost their 16-bit form.
+  // The forced pages, [first_page, sink_end) and [near_first, near_end), and those that have lost their 16-bit form;
+  // left out by an attend that reads lists.
   int sink_end, near_first, near_end;
   int lost_first, lost_end;
 
@@ -99,10 +101,10 @@ struct Seen {
   int first, end;
 };
 __device__ inline Seen seen_by(const Shape& shape, int s_q, int s_kv, int r) {
-  const int64_t position = s_kv - s_q + r;
-  const int64_t first = shape.window > 0 ? position - shape.window + 1 : 0;
-  const int64_t end = shape.causal ? position + 1 : shape.window > 0 ? position + shape.window : s_kv;
-  return {static_cast<int>(max(first, int64_t{0})), static_cast<int>(min(max(end, int64_t{0}), int64_t{s_kv}))};
+  const int position = s_kv - s_q + r, window = static_cast<int>(min(shape.window, int64_t{1} << 30));
+  const int first = window > 0 ? position - window + 1 : 0;
+  const int end = shape.causal ? position + 1 : window > 0 ? position + window : s_kv;
+  return {max(first, 0), min(max(end, 0), s_kv)};
 }
 
 __device__ inline Unit unit_at(const DecodeArgs& args, Pass pass, int number) {
@@ -113,6 +115,7 @@ __device__ inline Unit unit_at(const DecodeArgs& args, Pass pass, int number) {
   u.head = u.index % p.shape.h_kv;
   u.slot = p.batch.slot[u.sequence];
   u.s_q = p.batch.s_q[u.sequence];
+  u.first_token = p.batch.first_row[u.sequence];
   u.s_kv = p.cache.s_kv[u.slot];
   u.first_row = number % args.tiles * args.columns;
   u.rows = max(0, min(args.columns, p.shape.group * u.s_q - u.first_row));
@@ -122,16 +125,18 @@ __device__ inline Unit unit_at(const DecodeArgs& args, Pass pass, int number) {
   u.first_common = newest.first;
   u.end_common = oldest.end;
 
-  const ForcedPages forced =
-      forced_pages(p.force, block_pages(u.s_kv - u.s_q, u.s_kv - 1, u.s_kv, {p.shape.causal, p.shape.window}));
-  const auto seen = [&u](int64_t page, int from) {
-    return static_cast<int>(max(min(page, int64_t{u.full}), int64_t{from}));
-  };
-  u.sink_end = seen(forced.sink_end, u.first_page);
-  u.near_first = seen(forced.first, u.sink_end);
-  u.near_end = seen(forced.end, u.near_first);
-  u.lost_first = p.cache.all_high ? u.full : p.cache.sink;
-  u.lost_end = p.cache.all_high ? u.full : max(p.cache.sink, p.cache.released[u.slot]);
+  if (p.promote == Promote::forced || pass == Pass::exchange) {
+    const ForcedPages forced =
+        forced_pages(p.force, block_pages(u.s_kv - u.s_q, u.s_kv - 1, u.s_kv, {p.shape.causal, p.shape.window}));
+    const auto seen = [&u](int64_t page, int from) {
+      return static_cast<int>(max(min(page, int64_t{u.full}), int64_t{from}));
+    };
+    u.sink_end = seen(forced.sink_end, u.first_page);
+    u.near_first = seen(forced.first, u.sink_end);
+    u.near_end = seen(forced.end, u.near_first);
+    u.lost_first = p.cache.all_high ? u.full : p.cache.sink;
+    u.lost_end = p.cache.all_high ? u.full : max(p.cache.sink, p.cache.released[u.slot]);
+  }
 
   int in_none = 0;
   u.fp16 = u.fp4x2 = u.fp4 = 0;
@@ -153,29 +158,36 @@ __device__ inline Unit unit_at(const DecodeArgs& args, Pass pass, int number) {
   const bool high_rest = p.shape.rest == Tier::fp16;
   u.items.high = u.tail_items + kHighPageItems * (u.fp16 + (high_rest ? rest : 0));
   u.items.planes = kPageItems * u.fp4x2;
-  u.items.fp4 = kPageItems * (pass == Pass::exchange      ? u.fp16 + u.fp4x2 + in_none
+  u.items.fp4 = kPageItems * (pass == Pass::exchange      ? u.fp16 + in_none
                               : p.shape.rest == Tier::fp4 ? u.fp4 + rest
                                                           : u.fp4);
   return u;
 }
 
-// One item: its first token, the tier to read it in (none: nothing to do) and whether it is to be taken out; where its
+// One item: its first token, the tier to read it in (none: nothing to do) and whether fp4 is to be taken out; where its
 // record lies (of the first plane, for fp4x2), its page's summary and, where its scores start from it, k_mean; each or
 // null.
 struct Item {
-  uint32_t word = 0;  // first token | tier | taken out ? 4 : 0
+  static constexpr uint32_t kTakenOut = 4;
+
+  uint32_t word = 0;  // first token | kTakenOut | tier
   const uint8_t* record = nullptr;
   const uint8_t* summary = nullptr;
   const uint8_t* mean = nullptr;
 
   __device__ static Tier tier(uint32_t word) { return static_cast<Tier>(word & 3); }
-  __device__ static bool taken_out(uint32_t word) { return word & 4; }
+  __device__ static bool taken_out(uint32_t word) { return word & kTakenOut; }
   __device__ static int token(uint32_t word) { return static_cast<int>(word & 0x3ffffff8u); }
 };
 
+// The n-th page in the order of reading, where there is a list.
+__device__ inline int listed_page(const DecodeParams& p, const Unit& u, int n) {
+  return static_cast<int>(p.lists.order[int64_t{u.index} * p.lists.max_pages + n] >> 2);
+}
+
 // The n-th promoted page, by tier.
 __device__ inline int promoted_page(const DecodeParams& p, const Unit& u, int n) {
-  if (p.promote == Promote::listed) return static_cast<int>(p.lists.by_tier[int64_t{u.index} * p.lists.k_max + n] >> 2);
+  if (p.promote == Promote::listed) return listed_page(p, u, n);
   const bool high = n < u.fp16;
   int page = u.first_page + (high ? n : n - u.fp16);
 #pragma unroll 1
@@ -191,26 +203,14 @@ __device__ inline int promoted_page(const DecodeParams& p, const Unit& u, int n)
 
 // The n-th full page that is seen and not promoted.
 __device__ inline int other_page(const DecodeParams& p, const Unit& u, int n) {
-  if (p.promote != Promote::listed) {
-    int page = u.first_page + n;
+  if (p.promote == Promote::listed) return listed_page(p, u, u.promoted + n);
+  int page = u.first_page + n;
 #pragma unroll 1
-    for (int k = 0; k < kForcedRuns && u.promoted > 0; ++k) {
-      const ForcedRun run = forced_run(u, k);
-      if ((run.high || u.fp4x2 > 0) && page >= run.first) page += run.count();
-    }
-    return page;
+  for (int k = 0; k < kForcedRuns && u.promoted > 0; ++k) {
+    const ForcedRun run = forced_run(u, k);
+    if ((run.high || u.fp4x2 > 0) && page >= run.first) page += run.count();
   }
-  const Lists& lists = p.lists;
-  const uint32_t* by_page = lists.by_page + int64_t{u.index} * lists.k_max;
-  int low = 0, high = u.promoted;  // listed pages before it
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    if (static_cast<int>(by_page[middle] >> 2) - u.first_page - middle > n)
-      high = middle;
-    else
-      low = middle + 1;
-  }
-  return u.first_page + n + low;
+  return page;
 }
 
 // Item i of a unit.
@@ -233,7 +233,7 @@ __device__ inline Item item_at(const DecodeArgs& args, Pass pass, const Unit& u,
     i -= u.items.high + u.items.planes;
     const int n = i / kPageItems, above = u.fp16 + u.fp4x2;
     tier = Tier::fp4, part = i % kPageItems;
-    page = pass == Pass::exchange ? promoted(n < above ? n : n + u.fp4)
+    page = pass == Pass::exchange ? promoted(n < u.fp16 ? n : n + u.fp4x2 + u.fp4)
            : n < u.fp4            ? promoted(above + n)
                                   : other(n - u.fp4);
   }
@@ -243,7 +243,7 @@ __device__ inline Item item_at(const DecodeArgs& args, Pass pass, const Unit& u,
   item.word = static_cast<uint32_t>(page * kPageTokens + part * (is_high ? kHighItemTokens : kItemTokens));
   if (pass == Pass::exchange) {
     if (u.forced(page)) return item;
-    if (tier == Tier::fp4) item.word |= 4;
+    if (!is_high) item.word |= Item::kTakenOut;
   }
   item.word |= static_cast<uint32_t>(tier);
 
@@ -328,33 +328,28 @@ __device__ inline void copy_segment(Segment& to, const Segment& from) {
 }
 
 struct Scan {
-  int64_t before, total;
+  uint32_t before, total;
 };
-// Of one number a thread; sums: room for one of each warp.
-__device__ inline Scan block_scan(int64_t x, int64_t* sums) {
+// Of one number a thread; sums: room for one of each warp, which may be used again behind another barrier. (The weights
+// of as many units as a CTA has threads are below 2^32.)
+__device__ inline Scan block_scan(uint32_t x, uint32_t* sums) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  int64_t up_to = x;
+  uint32_t up_to = x;
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
-    const int64_t other = __shfl_up_sync(~0u, up_to, step);
+    const uint32_t other = __shfl_up_sync(~0u, up_to, step);
     if (lane >= step) up_to += other;
   }
   if (lane == 31) sums[warp] = up_to;
   __syncthreads();
-  Scan scan{up_to - x, 0};
-#pragma unroll 4
-  for (int w = 0; w < warps; ++w) {
-    if (w < warp) scan.before += sums[w];
-    scan.total += sums[w];
-  }
-  __syncthreads();
-  return scan;
+  const uint32_t of_warp = lane < warps ? sums[lane] : 0;
+  return {up_to - x + __reduce_add_sync(~0u, lane < warp ? of_warp : 0), __reduce_add_sync(~0u, of_warp)};
 }
 
 // The CTA's share and its first segment, by the whole CTA, into shared memory; false where it has no part: there is
 // less to do than CTAs, or all that falls to it is a unit's own weight. Units are weighed as many at a time as there
 // are threads, all of them first, then, if there are more, again as far as the CTA's part begins.
-__device__ inline bool find_share(const DecodeArgs& args, int64_t* sums, Share& share, Segment& segment) {
+__device__ inline bool find_share(const DecodeArgs& args, uint32_t* sums, Share& share, Segment& segment) {
   const int units = args.p.batch.b * args.p.shape.h_kv * args.tiles;
   const int threads = static_cast<int>(blockDim.x);
   int64_t total = 0, before = 0;
@@ -368,13 +363,15 @@ __device__ inline bool find_share(const DecodeArgs& args, int64_t* sums, Share& 
       unit = unit_at(args, args.pass, number);
       weight = unit.items.weight();
     }
+    if (first > 0 || mine.part != 0) __syncthreads();  // the scan before is done with its sums
     const Scan scan = block_scan(weight, sums);
     if (mine.part == 0) {
       total += scan.total;
       first += threads;
       if (first < units) continue;
       const int64_t least = int64_t{threads} / 32 * kFp4Weight;  // an item for every warp
-      mine.part = max((total + gridDim.x - 1) / gridDim.x, least);
+      const int64_t rounded = total + gridDim.x - 1;
+      mine.part = max(rounded >> 32 == 0 ? static_cast<uint32_t>(rounded) / gridDim.x : rounded / gridDim.x, least);
       mine.begin = mine.part * blockIdx.x;
       mine.end = min(mine.begin + mine.part, total);
       if (mine.begin >= total) return false;

@@ -84,14 +84,13 @@ struct Shape {
 // says, which takes no list.
 enum class Promote : int { none, forced, listed };
 
-// The promoted pages of every unit, as page * 4 + tier (tier as in enum Tier).
+// The pages of every unit in the order in which they are read, as page * 4 + tier (tier as in enum Tier).
 struct Lists {
-  int k_max;          // room of one unit
-  uint32_t* by_page;  // [units, k_max], ascending
-  uint32_t* by_tier;  // [units, k_max], those in fp16 first, then those in fp4x2, then those in fp4, then those in
-                      // none; ascending within
-  int32_t* counts;    // [units, 8]: promoted, then in fp16, in fp4x2, in fp4, in none, wanted but not stored,
-                      // LayerCache::released as it was (Promote::forced alone), 0
+  int max_pages;
+  uint32_t* order;  // [units, max_pages]: the promoted pages, those in fp16 first, then those in fp4x2, then those in
+                    // fp4, then those in none; then all others that the unit sees; ascending within
+  int32_t* counts;  // [units, 8]: promoted, then in fp16, in fp4x2, in fp4, in none, wanted but not stored,
+                    // LayerCache::released as it was (Promote::forced alone), 0
 };
 
 // What a unit may see, as format/selection.h's block_pages says, is computed by each kernel from s_kv and s_q.

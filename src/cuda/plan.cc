@@ -72,8 +72,7 @@ WorkspaceLayout workspace_layout(const Problem& p, const DecodeConfig& config, i
   // What must be zero before the first run comes first.
   take(l.counts, n * 8 * 4);
   take(l.tickets, n * std::max(1, config.tiles) * 4);
-  take(l.by_page, pages * 4);
-  take(l.by_tier, pages * 4);
+  take(l.order, pages * 4);
   take(l.score, pages * 4);
   take(l.q_norm, n * 4);
   if (by_mass(p) || p.stats) {

@@ -107,36 +107,40 @@ class Call {
   // --- decode: lists
 
   Status give_lists(const Selection& selection) const {
-    const int64_t k_max = max_pages(p_);
-    std::vector<uint32_t> by_page(units(p_) * k_max), by_tier(by_page.size());
+    const int64_t max_pages = cuda::max_pages(p_);
+    std::vector<uint32_t> order(units(p_) * max_pages);
     std::vector<int32_t> counts(units(p_) * 8);
     int64_t block = 0;
     for_blocks([&](int i, int g, int64_t, const BlockPages& pages) {
       const int64_t u = int64_t{i} * p_.h_kv + g;
-      uint32_t* to = &by_page[u * k_max];
+      uint32_t* to = &order[u * max_pages];
       int32_t* count = &counts[u * 8];
+      std::vector<bool> listed(max_pages);
       for (int64_t e = selection.first[block]; e < selection.first[block + 1]; ++e) {
         const auto [page, tier] = selection.pages[e];
         if (page < pages.first_visible || page >= pages.visible) continue;
         to[count[0]++] = static_cast<uint32_t>(page) * 4 + static_cast<uint32_t>(tier);
         ++count[4 - static_cast<int>(tier)];
+        listed[page] = true;
       }
       ++block;
-      uint32_t* next = std::copy_n(to, count[0], &by_tier[u * k_max]) - count[0];
-      std::stable_sort(next, next + count[0], [](uint32_t a, uint32_t b) { return a % 4 > b % 4; });
+      std::stable_sort(to, to + count[0], [](uint32_t a, uint32_t b) { return a % 4 > b % 4; });
+      // Pages to come are among the others: the sequence may grow under this selection.
+      int64_t n = count[0];
+      for (int64_t page = pages.first_visible; page < max_pages; ++page)
+        if (!listed[page]) to[n++] = static_cast<uint32_t>(page) * 4 + static_cast<uint32_t>(p_.method.rest);
     });
-    THRIFTATTN_RETURN_IF_ERROR(upload(by_page, w_.at.by_page));
-    THRIFTATTN_RETURN_IF_ERROR(upload(by_tier, w_.at.by_tier));
+    THRIFTATTN_RETURN_IF_ERROR(upload(order, w_.at.order));
     return upload(counts, w_.at.counts);
   }
 
   Status read_lists(Stats* stats) const {
-    const int64_t k_max = max_pages(p_), group = p_.h_q / p_.h_kv;
+    const int64_t max_pages = cuda::max_pages(p_), group = p_.h_q / p_.h_kv;
     const bool forced_alone = !w_.given && promotes(p_.method) && !ranks(p_.method);  // of which there is no list
     const Choosing how = choosing(p_.method, {}, false);
-    std::vector<uint32_t> by_page;
+    std::vector<uint32_t> order;
     std::vector<int32_t> counts;
-    THRIFTATTN_RETURN_IF_ERROR(download(w_.pointer<uint32_t>(w_.at.by_page), units(p_) * k_max, &by_page));
+    THRIFTATTN_RETURN_IF_ERROR(download(w_.pointer<uint32_t>(w_.at.order), units(p_) * max_pages, &order));
     THRIFTATTN_RETURN_IF_ERROR(download(w_.pointer<int32_t>(w_.at.counts), units(p_) * 8, &counts));
     for_blocks([&](int i, int g, int64_t, const BlockPages& pages) {
       const int64_t u = int64_t{i} * p_.h_kv + g;
@@ -149,10 +153,10 @@ class Call {
           if (const Verdict v = judge(how, c, Cut::none(), page, c.forced(page) ? kForcedKey : 1); v.listed)
             stats->selection.pages.push_back({page, v.tier});
       } else {
-        for (int64_t e = 0; e < counts[u * 8]; ++e) {
-          const uint32_t entry = by_page[u * k_max + e];
-          stats->selection.pages.push_back({static_cast<int32_t>(entry / 4), static_cast<Tier>(entry % 4)});
-        }
+        uint32_t* first = &order[u * max_pages];
+        std::sort(first, first + counts[u * 8]);  // by page
+        for (int64_t e = 0; e < counts[u * 8]; ++e)
+          stats->selection.pages.push_back({static_cast<int32_t>(first[e] / 4), static_cast<Tier>(first[e] % 4)});
       }
       stats->selection.first.push_back(std::ssize(stats->selection.pages));
     });

@@ -47,7 +47,7 @@ struct WorkspaceLayout {
   static constexpr int64_t kAbsent = -1;
   // decode
   int64_t score = kAbsent, q_norm = kAbsent;
-  int64_t by_page = kAbsent, by_tier = kAbsent, counts = kAbsent;
+  int64_t order = kAbsent, counts = kAbsent;
   int64_t page_mass = kAbsent, row_mass_high = kAbsent, state_ml = kAbsent, state_o = kAbsent;
   int64_t partials = kAbsent, tickets = kAbsent;
   // prefill
@@ -77,8 +77,7 @@ struct __attribute__((visibility("hidden"))) Workspace::State {
     return offset == WorkspaceLayout::kAbsent ? nullptr : reinterpret_cast<T*>(memory.data() + offset);
   }
   Lists lists() const {
-    return {static_cast<int>(max_pages(plan.problem)), pointer<uint32_t>(at.by_page), pointer<uint32_t>(at.by_tier),
-            pointer<int32_t>(at.counts)};
+    return {static_cast<int>(max_pages(plan.problem)), pointer<uint32_t>(at.order), pointer<int32_t>(at.counts)};
   }
 };
 

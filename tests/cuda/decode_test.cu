@@ -406,24 +406,22 @@ Output run(const Fixture& f, Mode mode = Mode::attend) {
   if (c.warps > 0) config.warps = c.warps;
 
   // Lists: of the whole selection, or of the forced pages alone.
-  const auto make_lists = [&](bool forced_only, std::vector<uint32_t>& by_page, std::vector<uint32_t>& by_tier,
-                              std::vector<int32_t>& counts) {
-    by_page.assign(units * f.max_pages, ~0u), by_tier = by_page;
+  const auto make_lists = [&](bool forced_only, std::vector<uint32_t>& order, std::vector<int32_t>& counts) {
+    order.assign(units * f.max_pages, ~0u);
     counts.assign(units * 8, 0);
     for (int i = 0; i < b; ++i)
       for (int g = 0; g < c.h_kv; ++g) {
         const int u = f.unit(i, g);
-        int n = 0, at = 0;
+        int at = 0;
         const auto listed = [&](int j) { return forced_only && !f.forced(i, j) ? -1 : c.listed(u, j); };
-        for (int j = f.first_page(i); j < c.sequences[i].s_kv / 64; ++j)
-          if (listed(j) >= 0) by_page[u * f.max_pages + n++] = static_cast<uint32_t>(j * 4 + listed(j));
-        counts[u * 8] = n;
-        for (int t = 3; t >= 0; --t)
+        for (int t = 3; t >= -1; --t) {
           for (int j = f.first_page(i); j < c.sequences[i].s_kv / 64; ++j)
             if (listed(j) == t) {
-              by_tier[u * f.max_pages + at++] = static_cast<uint32_t>(j * 4 + t);
-              ++counts[u * 8 + 4 - t];
+              order[u * f.max_pages + at++] = static_cast<uint32_t>(j * 4 + (t < 0 ? static_cast<int>(c.rest) : t));
+              if (t >= 0) ++counts[u * 8 + 4 - t];
             }
+          if (t == 0) counts[u * 8] = at;
+        }
       }
   };
   const size_t element = c.dtype == DType::f32 ? 4 : 2;
@@ -449,13 +447,13 @@ Output run(const Fixture& f, Mode mode = Mode::attend) {
       std::vector<float>(int64_t{units} * f.max_pages * std::max(1, c.mass_parts) * f.row_stride, nan));
   const OnDevice<uint8_t> partials(std::vector<uint8_t>(decode_partial_bytes(problem, config), 0xff));
   const OnDevice<int32_t> tickets(std::vector<int32_t>(units * config.tiles, 0));
-  std::vector<uint32_t> by_page, by_tier;
+  std::vector<uint32_t> order;
   std::vector<int32_t> counts;
-  make_lists(mode == Mode::exchange, by_page, by_tier, counts);
-  const OnDevice first_page(by_page), first_tier(by_tier);
+  make_lists(mode == Mode::exchange, order, counts);
+  const OnDevice first_order(order);
   const OnDevice first_counts(counts);
-  make_lists(false, by_page, by_tier, counts);
-  const OnDevice all_page(by_page), all_tier(by_tier);
+  make_lists(false, order, counts);
+  const OnDevice all_order(order);
   const OnDevice all_counts(counts);
 
   DecodeParams p{};
@@ -471,7 +469,7 @@ Output run(const Fixture& f, Mode mode = Mode::attend) {
   p.q = {q_device.get(), c.dtype, q_stride, c.d};
   p.out = {out.get(), c.dtype, c.d_v, static_cast<int64_t>(f.rows) * c.d_v};
   p.lse = lse.get(), p.sinks = c.sinks ? sinks.get() : nullptr;
-  p.lists = {f.max_pages, first_page.get(), first_tier.get(), first_counts.get()};
+  p.lists = {f.max_pages, first_order.get(), first_counts.get()};
   p.row_stride = f.row_stride;
   p.page_mass = c.mass_parts > 0 ? page_mass.get() : nullptr;
   p.mass_parts = c.mass_parts;
@@ -484,7 +482,7 @@ Output run(const Fixture& f, Mode mode = Mode::attend) {
   if (mode == Mode::exchange) {
     p.state_ml = state_ml.get(), p.state_o = state_o.get();
     check(launch_attend(p, config, stream));
-    p.lists = {f.max_pages, all_page.get(), all_tier.get(), all_counts.get()};
+    p.lists = {f.max_pages, all_order.get(), all_counts.get()};
     check(launch_exchange(p, config, stream));
   } else {
     check(launch_attend(p, config, stream));

@@ -134,8 +134,8 @@ TEST(CudaPlan, PiecesOfAWorkspaceDoNotOverlap) {
       const cuda::WorkspaceLayout l =
           cuda::workspace_layout(planned->problem, cuda::decode_config(planned->problem, hopper()), 0);
       std::vector<int64_t> offsets;
-      for (const int64_t at : {l.score, l.q_norm, l.by_page, l.by_tier, l.counts, l.page_mass, l.row_mass_high,
-                               l.state_ml, l.state_o, l.partials, l.tickets, l.lse, l.q})
+      for (const int64_t at : {l.score, l.q_norm, l.order, l.counts, l.page_mass, l.row_mass_high, l.state_ml,
+                               l.state_o, l.partials, l.tickets, l.lse, l.q})
         if (at != cuda::WorkspaceLayout::kAbsent) offsets.push_back(at);
       std::sort(offsets.begin(), offsets.end());
       EXPECT_EQ(std::adjacent_find(offsets.begin(), offsets.end()), offsets.end()) << spec;

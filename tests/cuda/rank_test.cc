@@ -12,11 +12,10 @@ struct Ranked {
   Ranked(const World& w, const DeviceBatch& on)
       : units(on.batch.b * on.shape.h_kv),
         row_stride(static_cast<int>(round_up(on.shape.group * on.shape.max_s_q, 4))),
-        k_max(on.cache.max_pages),
+        max_pages(on.cache.max_pages),
         score(size(on.cache.max_pages)),
         q_norm(size(1)),
-        by_page(size(k_max)),
-        by_tier(size(k_max)),
+        order(size(max_pages)),
         counts(size(8)) {
     params.cache = on.cache;
     params.batch = on.batch;
@@ -26,7 +25,7 @@ struct Ranked {
     params.row_stride = row_stride;
     params.score = score.get();
     params.q_norm = q_norm.get();
-    params.lists = {k_max, by_page.get(), by_tier.get(), counts.get()};
+    params.lists = {max_pages, order.get(), counts.get()};
   }
   size_t size(int64_t each) const { return static_cast<size_t>(units * each); }
 
@@ -36,45 +35,52 @@ struct Ranked {
     const auto add = [&all](const auto& x) {
       for (auto v : x.read()) all.push_back(std::bit_cast<uint32_t>(v));
     };
-    add(score), add(q_norm), add(by_page), add(by_tier), add(counts);
+    add(score), add(q_norm), add(order), add(counts);
     return all;
   }
   void poison() {
     score.poison(), q_norm.poison();
-    by_page.poison(), by_tier.poison(), counts.poison();
+    order.poison(), counts.poison();
   }
 
   int64_t units;
-  int row_stride, k_max;
+  int row_stride, max_pages;
   OnDevice<float> score, q_norm;
-  OnDevice<uint32_t> by_page, by_tier;
+  OnDevice<uint32_t> order;
   OnDevice<int32_t> counts;
   cuda::RankParams params = {};
 };
 
-std::vector<Promoted> promoted(const uint32_t* entries, int64_t n) {
+std::vector<Promoted> entries(const uint32_t* from, int64_t n) {
   std::vector<Promoted> pages;
-  for (int64_t i = 0; i < n; ++i)
-    pages.push_back({static_cast<int32_t>(entries[i] / 4), static_cast<Tier>(entries[i] % 4)});
+  for (int64_t i = 0; i < n; ++i) pages.push_back({static_cast<int32_t>(from[i] / 4), static_cast<Tier>(from[i] % 4)});
   return pages;
 }
 
-// The unit's pages by page; the other lists must say the same.
-std::vector<Promoted> read_lists(const Ranked& r, size_t u, const std::string& what) {
-  const std::vector<uint32_t> by_page = r.by_page.read(), by_tier = r.by_tier.read();
+// The unit's promoted pages by page. All that it sees must stand in the order of reading: promoted by tier, then
+// others.
+std::vector<Promoted> read_lists(const Ranked& r, size_t u, const BlockPages& block, const std::string& what) {
+  const std::vector<uint32_t> order = r.order.read();
   const std::vector<int32_t> counts = r.counts.read();
   const int32_t* count = &counts[u * 8];
-  const size_t at = u * static_cast<size_t>(r.k_max);
-  const std::vector<Promoted> pages = promoted(&by_page[at], count[0]);
-  std::vector<Promoted> tiers;
+  const std::vector<Promoted> all = entries(&order[u * static_cast<size_t>(r.max_pages)], block.n());
   int32_t of_tier[4] = {};
-  for (const Promoted& p : pages) ++of_tier[static_cast<int>(p.tier)];
-  for (const Tier tier : {Tier::fp16, Tier::fp4x2, Tier::fp4, Tier::none})
-    for (const Promoted& p : pages)
-      if (p.tier == tier) tiers.push_back(p);
-  EXPECT_TRUE(std::is_sorted(pages.begin(), pages.end(), [](auto a, auto b) { return a.page < b.page; })) << what;
-  EXPECT_EQ(promoted(&by_tier[at], count[0]), tiers) << what;
+  for (int32_t i = 0; i < count[0]; ++i) ++of_tier[static_cast<int>(all[static_cast<size_t>(i)].tier)];
   for (int i = 0; i < 4; ++i) EXPECT_EQ(count[1 + i], of_tier[3 - i]) << what;
+  const auto others = all.begin() + count[0];
+  EXPECT_TRUE(std::is_sorted(all.begin(), others, [](const Promoted& a, const Promoted& b) {
+    return std::pair(-static_cast<int>(a.tier), a.page) < std::pair(-static_cast<int>(b.tier), b.page);
+  })) << what;
+  const auto by_page = [](const Promoted& a, const Promoted& b) { return a.page < b.page; };
+  EXPECT_TRUE(std::is_sorted(others, all.end(), by_page)) << what;
+  EXPECT_TRUE(std::all_of(others, all.end(), [&](const Promoted& p) { return p.tier == r.params.method.rest; }))
+      << what;
+  std::vector<Promoted> pages = all;
+  std::sort(pages.begin(), pages.end(), by_page);
+  for (size_t i = 0; i < pages.size(); ++i)
+    EXPECT_EQ(pages[i].page, static_cast<int32_t>(block.first_visible) + static_cast<int32_t>(i)) << what;
+  pages.assign(all.begin(), others);
+  std::sort(pages.begin(), pages.end(), by_page);
   return pages;
 }
 
@@ -111,7 +117,7 @@ void expect_decode(const Scene& scene) {
       continue;
     }
     const Facts f = facts_of(w, i, g, g * w.group(), w.group(), w.first_row(i), grown.s_q, grown.settled);
-    const std::vector<Promoted> got = read_lists(r, u, here);
+    const std::vector<Promoted> got = read_lists(r, u, f.block, here);
     const size_t first = static_cast<size_t>(want.first[block]), end = static_cast<size_t>(want.first[block + 1]);
     expect_same(got, {want.pages.data() + first, end - first}, f, here);
     ++block;
@@ -262,7 +268,7 @@ TEST(CudaRank, TakesExactlyTheBestAndBreaksTiesByPage) {
         const OnDevice<int32_t> table(ids), s_kv(std::vector<int32_t>{n * kPageTokens}), zero(std::vector<int32_t>{0}),
             one(std::vector<int32_t>{1});
         const OnDevice<float> q(w.q), score(static_cast<size_t>(n)), q_norm(1);
-        const OnDevice<uint32_t> by_page(static_cast<size_t>(n)), by_tier(static_cast<size_t>(n));
+        const OnDevice<uint32_t> order(static_cast<size_t>(n));
         const OnDevice<int32_t> counts(8);
         cuda::RankParams p = {};
         p.cache.canonical = w.layout;
@@ -279,15 +285,15 @@ TEST(CudaRank, TakesExactlyTheBestAndBreaksTiesByPage) {
         p.row_stride = 4;
         p.score = score.get();
         p.q_norm = q_norm.get();
-        p.lists = {n, by_page.get(), by_tier.get(), counts.get()};
+        p.lists = {n, order.get(), counts.get()};
         for (const int k : {0, 1, n / 20, n / 2, n - 1, n}) {
           p.method = method("thrift:policy=block_mean,storage=dual,force=none,budget=top_k:" + std::to_string(k));
           ASSERT_CUDA(cuda::launch_rank(p, nullptr));
           ASSERT_CUDA(cudaDeviceSynchronize());
-          const std::vector<uint32_t> pages = by_page.read();
+          const std::vector<uint32_t> pages = order.read();
           std::vector<int32_t> got;
           for (int i = 0; i < counts.read()[0]; ++i)
-            got.push_back(static_cast<int32_t>(pages[static_cast<size_t>(i)] / 4));
+            got.push_back(static_cast<int32_t>(pages[static_cast<size_t>(i)] / 4));  // in one tier: by page
           ASSERT_EQ(got, w.best(k)) << k << " of " << n << ", listed " << counts.read()[0] << ", " << values
                                     << " values, NaN every " << nan_every;
         }
@@ -396,7 +402,7 @@ TEST(CudaRank, ChoosesByMassAsTheCpu) {
         if (w.chosen().budget.kind == Budget::Kind::tolerance)
           for (size_t p = 0; p < f.rank.size(); ++p)
             f.rank[p] = static_cast<double>(choice.contribution[static_cast<size_t>(f.block.first_visible) + p]);
-        expect_same(read_lists(r, u, here), choice.result(), f, here);
+        expect_same(read_lists(r, u, f.block, here), choice.result(), f, here);
         EXPECT_EQ(counts[u * 8 + 5], choice.wanted_not_stored) << here;
       }
     }
