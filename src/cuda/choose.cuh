@@ -5,13 +5,14 @@
 //   pages in order -> Cut -> tiers
 //
 // A key is an unsigned integer that orders as the scores do; that of a forced page is 0, which takes no part. The range
-// of the keys is cut into 256 bins, all but the bin in which the budget ends drop out, and so on until so few pages are
+// of the keys is cut into 255 bins, all but the bin in which the budget ends drop out, and so on until so few pages are
 // left that each can count those before it: with scores of attention one histogram does. The result is a Cut, which
 // says of any page by its key whether it is taken: whoever writes the result goes through the pages in their order,
 // without a sort. Budgets of mass and of error weigh a page by its share in units of 2^-31; all sums that a cut hangs
 // on are sums of integers, so the same scores give the same pages, whatever the order of threads.
 //
-// What binds it is latency: five barriers and some hundred dependent instructions, 1 us for 2048 pages.
+// What binds it is latency: three barriers, and some hundred instructions for four pages of a thread. 2048 pages take
+// 512 threads of an H100 5 us: scores 1.0, range 0.4, bins 1.1, pages of the bin and cut 0.9, order 1.4.
 #pragma once
 
 #include <algorithm>

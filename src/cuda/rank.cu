@@ -6,11 +6,13 @@
 //   launch_choose_by_mass  mass_kernel    page masses and states that attend left -> score (shares of the softmax)
 //                          choose_kernel  likewise
 //
-// A unit's pages are dealt to as many CTAs as keep the GPU busy; one CTA chooses for a unit. Each kernel starts early,
-// so that choose_kernel has its unit's place and budget by the time that the scores are there.
+// A unit's pages are dealt to as many CTAs as keep the GPU busy; one CTA chooses for a unit. Each kernel lets the next
+// one start at once, and before it waits for the kernel ahead it does all that needs no result of that: lengths, tables
+// and summaries come from the cache's kernels, none of which lets another start before its own end. It also rehearses
+// what follows, on blank rows and without results: code that runs once costs mostly the fetching of its instructions.
 //
 // Binds on DRAM with many sequences (a summary is 272 bytes at d = 128, 3 % of what attend reads), with one on the
-// latency of the steps that follow from one another: lengths, tables and q, summaries; then scores, range, bin, lists.
+// latency of the steps that follow from one another: q, products; then scores, range, bin, lists.
 #include "cuda/choose.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/mass_scores.cuh"
@@ -264,9 +266,8 @@ __global__ __launch_bounds__(kMassThreads) void mass_kernel(const __grid_constan
 
 // --- choosing
 
-// Launched after score_kernel or mass_kernel, which let it start at once: lengths can be read before the wait, scores
-// after it. It does not let attention start before it ends: a CTA of that fills a multiprocessor, and what it can do
-// without lists is too little.
+// Lengths are read before the wait, scores after it. A rehearsal would gain nothing here. It does not let attention
+// start before it ends, which then took longer by more than the launch does (docs/performance.md).
 __global__ __launch_bounds__(kChooseThreads, 2) void choose_kernel(const __grid_constant__ RankArgs a) {
   __shared__ ChooseShared<kChooseThreads> s;
   __shared__ ListShared<kChooseThreads> lists;
