@@ -12,6 +12,7 @@ cudaError_t launch(const DecodeParams& params, const DecodeConfig& config, Pass 
   DecodeArgs args{params,
                   config.columns,
                   config.tiles,
+                  config.exchanges_at_once,
                   pass,
                   params.shape.sm_scale * kLog2E,
                   params.shape.softcap * kLog2E,
@@ -37,6 +38,9 @@ DecodeConfig decode_config(const Problem& problem, const Gpu& gpu) {
   const auto bytes = [&] { return shared_layout(layout, config.columns, config.warps, config.blocks).bytes; };
   while (config.warps > 1 && bytes() > gpu.shared_bytes) --config.warps;
   config.shared_bytes = bytes();
+  // Four items of a warp, were every twentieth page exchanged.
+  const int64_t pages = int64_t{problem.b} * problem.h_kv * config.tiles * pages_for(problem.max_s_kv);
+  config.exchanges_at_once = pages > int64_t{40} * config.blocks * config.warps;
   return config;
 }
 

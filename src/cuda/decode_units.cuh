@@ -5,14 +5,14 @@
 // order:
 //
 //   attend     tail, pages in fp16 | pages in fp4x2 | pages in fp4
-//   exchange   pages in fp16 | pages in fp4x2, what they were in fp4 taken out | those in fp16 and none once more in
-//   fp4,
-//              to be taken out
+//   exchange   pages in fp16 | pages in fp4x2 | all of these and those in none once more in fp4, to be taken out
 //
-// Items weigh what they bring in bytes, 8 : 18 : 9 whatever d is, but those in two planes half as much again: a CTA
-// that has many of them is so much later. A unit weighs something in itself, before its items. The weights of all
-// units, one after another, are cut into equal parts, one for each CTA, which takes the items that begin in its part: a
-// unit may be cut anywhere and a CTA may hold many units. Every CTA adds up the same weights.
+// An exchange may also read pages in fp4x2 once for both (DecodeConfig::exchanges_at_once).
+//
+// Items weigh what they bring in bytes, 8 : 18 : 9 whatever d is, but those in two planes half as much again where
+// there are many for a CTA: it is so much later. A unit weighs something in itself, before its items. The weights of
+// all units, one after another, are cut into equal parts, one for each CTA, which takes the items that begin in its
+// part: a unit may be cut anywhere and a CTA may hold many units. Every CTA adds up the same weights.
 #pragma once
 
 #include <cstdint>
@@ -26,28 +26,33 @@ enum class Pass : int { attend, exchange, again };  // again: attend's items onc
 
 struct DecodeArgs {
   DecodeParams p;
-  int columns, tiles;
+  int columns, tiles, exchanges_at_once;
   Pass pass;
   float score_scale, softcap;  // sm_scale and softcap times log2 e
   float code_scale;            // score_scale of products with codes
   int mxfp4;
 };
 
-inline constexpr int kHighWeight = 8, kPlanesWeight = 27, kFp4Weight = 9;
+inline constexpr int kHighWeight = 8, kPlanesWeight = 27, kFewPlanesWeight = 18, kFp4Weight = 9;
 inline constexpr int kUnitWeight = 400;  // q, merge and results take a CTA as long as four items for every warp
 inline constexpr int kPageItems = kPageTokens / kItemTokens, kHighPageItems = kPageTokens / kHighItemTokens;
 
 struct Items {
   int high = 0, planes = 0, fp4 = 0;  // in 16 bit, in fp4x2, in fp4
+  bool few_planes = false;
 
-  __device__ int weight() const { return kUnitWeight + high * kHighWeight + planes * kPlanesWeight + fp4 * kFp4Weight; }
+  __device__ int planes_weight() const { return few_planes ? kFewPlanesWeight : kPlanesWeight; }
+  __device__ int weight() const {
+    return kUnitWeight + high * kHighWeight + planes * planes_weight() + fp4 * kFp4Weight;
+  }
   __device__ int count() const { return high + planes + fp4; }
   // How many items begin before `at`, which lies in the unit.
   __device__ int before(int64_t at) const {
     const int w = static_cast<int>(at) - kUnitWeight;
     const auto begun = [](int w, int each) { return (max(0, w) + each - 1) / each; };
-    const int w_planes = w - high * kHighWeight, w_fp4 = w_planes - planes * kPlanesWeight;
-    return min(high, begun(w, kHighWeight)) + min(planes, begun(w_planes, kPlanesWeight)) +
+    const int w_planes = w - high * kHighWeight, w_fp4 = w_planes - planes * planes_weight();
+    return min(high, begun(w, kHighWeight)) +
+           min(planes, few_planes ? begun(w_planes, kFewPlanesWeight) : begun(w_planes, kPlanesWeight)) +
            min(fp4, begun(w_fp4, kFp4Weight));
   }
 };
@@ -158,7 +163,8 @@ __device__ inline Unit unit_at(const DecodeArgs& args, Pass pass, int number) {
   const bool high_rest = p.shape.rest == Tier::fp16;
   u.items.high = u.tail_items + kHighPageItems * (u.fp16 + (high_rest ? rest : 0));
   u.items.planes = kPageItems * u.fp4x2;
-  u.items.fp4 = kPageItems * (pass == Pass::exchange      ? u.fp16 + in_none
+  u.items.few_planes = pass == Pass::exchange && !args.exchanges_at_once;
+  u.items.fp4 = kPageItems * (pass == Pass::exchange      ? u.fp16 + (u.items.few_planes ? u.fp4x2 : 0) + in_none
                               : p.shape.rest == Tier::fp4 ? u.fp4 + rest
                                                           : u.fp4);
   return u;
@@ -233,7 +239,8 @@ __device__ inline Item item_at(const DecodeArgs& args, Pass pass, const Unit& u,
     i -= u.items.high + u.items.planes;
     const int n = i / kPageItems, above = u.fp16 + u.fp4x2;
     tier = Tier::fp4, part = i % kPageItems;
-    page = pass == Pass::exchange ? promoted(n < u.fp16 ? n : n + u.fp4x2 + u.fp4)
+    const int taken_out = u.items.few_planes ? above : u.fp16;
+    page = pass == Pass::exchange ? promoted(n < taken_out ? n : n + above - taken_out + u.fp4)
            : n < u.fp4            ? promoted(above + n)
                                   : other(n - u.fp4);
   }
@@ -243,7 +250,7 @@ __device__ inline Item item_at(const DecodeArgs& args, Pass pass, const Unit& u,
   item.word = static_cast<uint32_t>(page * kPageTokens + part * (is_high ? kHighItemTokens : kItemTokens));
   if (pass == Pass::exchange) {
     if (u.forced(page)) return item;
-    if (!is_high) item.word |= Item::kTakenOut;
+    if (tier == Tier::fp4 || (tier == Tier::fp4x2 && !u.items.few_planes)) item.word |= Item::kTakenOut;
   }
   item.word |= static_cast<uint32_t>(tier);
 

@@ -151,6 +151,8 @@ struct DecodeConfig {
   int columns;   // 4, 8 or 16 rows at once
   int tiles;     // of `columns` rows, that one unit's rows fill
   int warps, slots;
+  bool exchanges_at_once;  // what a page in fp4x2 was and is from one reading: where a warp has so many that to wait
+                           // for it twice costs more than to take longer once
   int shared_bytes;
   int blocks;
 };

@@ -83,6 +83,7 @@ struct Case {
   int loud_page = -1;  // its FP4 K is far off: the score of the first row is `loud` too high
   double loud = 0;
   int blocks = 0, warps = 0;  // 0: as decode_config says
+  bool at_once = false;       // DecodeConfig::exchanges_at_once
   int mass_parts = 0;
   Force force{};
   bool forced_alone = false;  // the forced pages are promoted, without a list; else those that are listed
@@ -404,6 +405,7 @@ Output run(const Fixture& f, Mode mode = Mode::attend) {
   DecodeConfig config = decode_config(problem, this_gpu());
   if (c.blocks > 0) config.blocks = c.blocks;
   if (c.warps > 0) config.warps = c.warps;
+  config.exchanges_at_once = c.at_once;
 
   // Lists: of the whole selection, or of the forced pages alone.
   const auto make_lists = [&](bool forced_only, std::vector<uint32_t>& order, std::vector<int32_t>& counts) {
@@ -776,21 +778,23 @@ TEST_F(Decode, ForcedPagesByArithmetic) {
 }
 
 TEST_F(Decode, ExchangeIsAttentionUnderTheSameLists) {
-  for (int d : {128, 64}) {
-    Case c{.h_q = 8,
-           .h_kv = 2,
-           .d = d,
-           .d_v = d,
-           .sequences = {{2000}, {300, 3}, {40}},
-           .listed = mixed,
-           .force = {1, true, 1}};
-    expect_right(c, Mode::exchange);
-    c.sinks = true;
-    expect_right(c, Mode::exchange);
-    c.blocks = 3;
-    const Fixture f(c);
-    EXPECT_TRUE(run(f, Mode::exchange) == run(f, Mode::exchange));
-  }
+  for (int d : {128, 64})
+    for (bool at_once : {false, true}) {
+      Case c{.h_q = 8,
+             .h_kv = 2,
+             .d = d,
+             .d_v = d,
+             .sequences = {{2000}, {300, 3}, {40}},
+             .listed = mixed,
+             .at_once = at_once,
+             .force = {1, true, 1}};
+      expect_right(c, Mode::exchange);
+      c.sinks = true;
+      expect_right(c, Mode::exchange);
+      c.blocks = 3;
+      const Fixture f(c);
+      EXPECT_TRUE(run(f, Mode::exchange) == run(f, Mode::exchange));
+    }
 }
 
 // A page whose FP4 scores are far too high holds all of a row's mass until it is exchanged.
@@ -801,9 +805,11 @@ TEST_F(Decode, ExchangeOfALoudPage) {
       Case c{.h_q = 4, .sequences = {{1500}}, .loud_page = 7, .loud = loud};
       c.listed = tier == 2 ? [](int, int page) { return page == 7 || page == 20 ? 2 : -1; }
                            : [](int, int page) { return page == 7 || page == 20 ? 3 : -1; };
-      expect_right(c, Mode::exchange);
-      c.blocks = 1;
-      expect_right(c, Mode::exchange);
+      for (bool at_once : {false, true})
+        for (int blocks : {0, 1}) {
+          c.at_once = at_once, c.blocks = blocks;
+          expect_right(c, Mode::exchange);
+        }
     }
 }
 
