@@ -21,13 +21,6 @@ Batch of_cache(nb::handle object, const char* name, std::initializer_list<const 
   return t;
 }
 
-// Device memory of other frameworks than PyTorch and CuPy knows no stream: it is given back when it is written.
-bool must_wait(nb::handle like, Device device) {
-  if (device.is_cpu()) return false;
-  const Framework framework = framework_of(like);
-  return framework != Framework::torch && framework != Framework::cupy;
-}
-
 }  // namespace
 
 Cache::Cache(const Method& method, const CacheConfig& config, Device device, const Room& room)
@@ -43,9 +36,11 @@ void Cache::append(std::span<const SeqId> seqs, int layer, nb::handle k, nb::han
   const Batch keys = of_cache(k, "k", {"b", "s", "h_kv", "d"}, device_, std::ssize(seqs));
   const Batch values = of_cache(v, "v", {"b", "s", "h_kv", "d_v"}, device_, std::ssize(seqs));
   const cuda::Stream order = stream_of(stream, k, device_);
+  const bool wait = must_wait(k, device_) || must_wait(v, device_);
   check(in_turn([&]() -> Status {
     THRIFTATTN_RETURN_IF_ERROR(store_->order_on(order));
-    return store_->append(seqs, layer, keys, values);
+    THRIFTATTN_RETURN_IF_ERROR(store_->append(seqs, layer, keys, values));
+    return wait ? store_->wait() : Status();
   }));
 }
 
@@ -55,7 +50,7 @@ nb::object Cache::attend(std::span<const SeqId> seqs, int layer, const Form& for
   Batch rows = of_cache(q, "q", kAxes, device_, std::ssize(seqs));
   // A prefill that is neither given nor asked for anything beside out takes sequences one by one.
   if (!device_.is_cpu() && (form.phase == Phase::decode || extras.given || extras.stats))
-    rows = in_rows_on_gpu(std::move(rows), q, "q", kAxes);
+    rows = in_rows_on_gpu(std::move(rows), q, "q", kAxes, extras.stream);
   const int64_t s_q = rows.first.tokens, h_q = rows.first.heads;
   std::optional<Tensor> sinks;
   if (!extras.sinks.is_none()) {
@@ -88,10 +83,11 @@ nb::object Cache::attend(std::span<const SeqId> seqs, int layer, const Form& for
   stats.b = rows.b;
   stats.h_kv = config().h_kv;
   stats.pages = stats.b == 0 ? 0 : std::ssize(stats.page_mass) / (stats.b * stats.h_kv);
-  if (lse && extras.stats) return nb::make_tuple(out.tensor, lse->release(), std::move(stats));
-  if (lse) return nb::make_tuple(out.tensor, lse->release());
-  if (extras.stats) return nb::make_tuple(out.tensor, std::move(stats));
-  return out.tensor;
+  nb::object tensor = out.tensor.release();
+  if (lse && extras.stats) return nb::make_tuple(tensor, lse->release(), std::move(stats));
+  if (lse) return nb::make_tuple(tensor, lse->release());
+  if (extras.stats) return nb::make_tuple(tensor, std::move(stats));
+  return tensor;
 }
 
 Selection Cache::select(std::span<const SeqId> seqs, int layer, const Form& form, const Method& method, nb::handle q,
@@ -99,13 +95,13 @@ Selection Cache::select(std::span<const SeqId> seqs, int layer, const Form& form
   static constexpr std::initializer_list<const char*> kAxes = {"b", "s_q", "h_q", "d"};
   Batch rows = of_cache(q, "q", kAxes, device_, std::ssize(seqs));
   Call call{seqs, layer, form, method, rows, {}};
-  Written scratch;
+  std::optional<Written> scratch;
   if (!device_.is_cpu()) {
-    rows = in_rows_on_gpu(std::move(rows), q, "q", kAxes);
-    scratch = written(nb::none(), "out", {rows.b, rows.first.tokens, rows.first.heads, config().d_v}, rows.first.dtype,
-                      q, device_);
+    rows = in_rows_on_gpu(std::move(rows), q, "q", kAxes, stream);
+    scratch.emplace(written(nb::none(), "out", {rows.b, rows.first.tokens, rows.first.heads, config().d_v},
+                            rows.first.dtype, q, device_));
     call.q = rows;
-    call.out = scratch.view;
+    call.out = scratch->view;
   }
   const cuda::Stream order = stream_of(stream, q, device_);
   return value_or_raise(in_turn([&]() -> Result<Selection> {

@@ -4,6 +4,7 @@
 #include <fmt/ranges.h>
 
 #include "format/codecs.h"
+#include "turn.h"
 
 namespace thriftattn::python {
 namespace {
@@ -39,70 +40,97 @@ class Rows {
   int64_t count_ = 1, offset_ = 0;
 };
 
-void check_on_cpu(const Tensor& t, const char* name) {
-  if (!t.device.is_cpu())
-    throw nb::value_error(
-        fmt::format("{} is on {}: tensors in the CPU's memory are supported here", name, to_string(t.device)).c_str());
-}
-
 std::vector<size_t> shape_with(const nb::ndarray<nb::ro>& array, int64_t last) {
   std::vector<size_t> shape(array.shape_ptr(), array.shape_ptr() + array.ndim());
   shape.back() = static_cast<size_t>(last);
   return shape;
 }
 
+void quantize_on_cpu(const Tensor& x, Fp4Format format, Scales rule, uint8_t* code, uint8_t* scale) {
+  const int block = block_size(format);
+  const int64_t blocks = x.size(static_cast<int>(x.array.ndim()) - 1) / block;
+  Rows rows(x.array);
+  for (int64_t r = 0; r < rows.count(); ++r, rows.next())
+    for (int64_t b = 0; b < blocks; ++b, code += block / 2) {
+      float values[kMaxBlockSize];
+      uint8_t unpacked[kMaxBlockSize];
+      for (int i = 0; i < block; ++i) values[i] = decode(x.dtype, x.data(), rows.offset() + b * block + i);
+      *scale++ = encode_block(format, rule, values, unpacked);
+      for (int i = 0; i < block / 2; ++i) code[i] = static_cast<uint8_t>(unpacked[2 * i] | unpacked[2 * i + 1] << 4);
+    }
+}
+
+void dequantize_on_cpu(const Tensor& codes, const Tensor& scales, Fp4Format format, float* x) {
+  const int block = block_size(format);
+  const int64_t n = codes.size(static_cast<int>(codes.array.ndim()) - 1) * 2;
+  Rows code_rows(codes.array), scale_rows(scales.array);
+  for (int64_t r = 0; r < code_rows.count(); ++r, code_rows.next(), scale_rows.next()) {
+    const uint8_t* code = static_cast<const uint8_t*>(codes.data()) + code_rows.offset();
+    const uint8_t* scale = static_cast<const uint8_t*>(scales.data()) + scale_rows.offset();
+    for (int64_t i = 0; i < n; ++i)
+      *x++ = e2m1_decode(static_cast<uint8_t>(code[i / 2] >> (i % 2 * 4))) * decode_scale(format, scale[i / block]);
+  }
+}
+
+// Queues launch(stream) where work on tensors like this one belongs.
+template <class Launch>
+void queue(nb::handle like, Device device, const Launch& launch) {
+  const cuda::Stream stream = current_stream(like, device);
+  const bool waits = must_wait(like, device);
+  check(in_turn([&]() -> Status {
+    THRIFTATTN_RETURN_IF_ERROR(launch(stream));
+    return waits ? wait_for(stream, device) : Status();
+  }));
+}
+
 }  // namespace
 
-nb::object quantize(nb::handle x, Fp4Format format, Scales scales) {
-  const Tensor in = tensor(x, "x");
-  check_on_cpu(in, "x");
+nb::object quantize(nb::handle x, Fp4Format format, Scales rule) {
+  const Tensor in = packed_on_gpu(tensor(x, "x"), x, "x");
   const int block = block_size(format);
-  const int64_t n = in.size(static_cast<int>(in.array.ndim()) - 1), blocks = n / block;
+  const int64_t n = in.size(static_cast<int>(in.array.ndim()) - 1);
   if (n % block != 0)
     throw nb::value_error(fmt::format("x has {} elements on its last axis: {} takes multiples of {}", n,
                                       format == Fp4Format::nvfp4 ? "nvfp4" : "mxfp4", block)
                               .c_str());
-  Output codes(shape_with(in.array, n / 2), kByte, x), bytes(shape_with(in.array, blocks), kByte, x);
-  {
+  Output codes(shape_with(in.array, n / 2), kByte, x, in.device),
+      scales(shape_with(in.array, n / block), kByte, x, in.device);
+  auto* const code = codes.data<uint8_t>();
+  auto* const scale = scales.data<uint8_t>();
+  if (in.device.is_cpu()) {
     nb::gil_scoped_release released;
-    uint8_t* code = codes.data<uint8_t>();
-    uint8_t* scale = bytes.data<uint8_t>();
-    Rows rows(in.array);
-    for (int64_t r = 0; r < rows.count(); ++r, rows.next())
-      for (int64_t b = 0; b < blocks; ++b, code += block / 2) {
-        float values[32];
-        uint8_t unpacked[32];
-        for (int i = 0; i < block; ++i) values[i] = decode(in.dtype, in.data(), rows.offset() + b * block + i);
-        *scale++ = encode_block(format, scales, values, unpacked);
-        for (int i = 0; i < block / 2; ++i) code[i] = static_cast<uint8_t>(unpacked[2 * i] | unpacked[2 * i + 1] << 4);
-      }
+    quantize_on_cpu(in, format, rule, code, scale);
+  } else {
+    queue(x, in.device, [&](cuda::Stream stream) {
+      return cuda::quantize(in.data(), in.dtype, static_cast<int64_t>(in.array.size()), format, rule, code, scale,
+                            in.device.gpu, stream);
+    });
   }
-  return nb::make_tuple(codes.release(), bytes.release());
+  return nb::make_tuple(codes.release(), scales.release());
 }
 
 nb::object dequantize(nb::handle codes, nb::handle scales, Fp4Format format) {
-  const Tensor c = byte_tensor(codes, "codes"), s = byte_tensor(scales, "scales");
-  check_on_cpu(c, "codes");
-  check_on_cpu(s, "scales");
-  const int block = block_size(format), last = static_cast<int>(c.array.ndim()) - 1;
-  const int64_t n = c.size(last) * 2;
+  const Tensor c = packed_on_gpu(byte_tensor(codes, "codes"), codes, "codes"),
+               s = packed_on_gpu(byte_tensor(scales, "scales"), scales, "scales");
+  check_device(s, "scales", "codes", c.device);
+  const int block = block_size(format);
+  const int64_t n = c.size(static_cast<int>(c.array.ndim()) - 1) * 2;
   const std::vector<size_t> expected = shape_with(c.array, n / block);
   if (n % block != 0 || std::vector<size_t>(s.array.shape_ptr(), s.array.shape_ptr() + s.array.ndim()) != expected)
     throw nb::value_error(fmt::format("scales is [{}], expected {}: one byte for every {} bytes of codes",
                                       fmt::join(s.array.shape_ptr(), s.array.shape_ptr() + s.array.ndim(), ", "),
                                       expected, block / 2)
                               .c_str());
-  Output out(shape_with(c.array, n), dlpack_type(DType::f32), codes);
-  {
+  Output out(shape_with(c.array, n), dlpack_type(DType::f32), codes, c.device);
+  auto* const x = out.data<float>();
+  if (c.device.is_cpu()) {
     nb::gil_scoped_release released;
-    float* to = out.data<float>();
-    Rows code_rows(c.array), scale_rows(s.array);
-    for (int64_t r = 0; r < code_rows.count(); ++r, code_rows.next(), scale_rows.next()) {
-      const uint8_t* code = static_cast<const uint8_t*>(c.data()) + code_rows.offset();
-      const uint8_t* scale = static_cast<const uint8_t*>(s.data()) + scale_rows.offset();
-      for (int64_t i = 0; i < n; ++i)
-        *to++ = e2m1_decode(static_cast<uint8_t>(code[i / 2] >> (i % 2 * 4))) * decode_scale(format, scale[i / block]);
-    }
+    dequantize_on_cpu(c, s, format, x);
+  } else {
+    queue(codes, c.device, [&](cuda::Stream stream) {
+      return cuda::dequantize(static_cast<const uint8_t*>(c.data()), static_cast<const uint8_t*>(s.data()),
+                              static_cast<int64_t>(c.array.size()) * 2, format, x, c.device.gpu, stream);
+    });
   }
   return out.release();
 }

@@ -8,6 +8,10 @@
 
 #include "turn.h"
 
+#ifdef THRIFTATTN_PYTHON_CUDA
+#include "core/device.h"
+#endif
+
 namespace thriftattn::python {
 
 std::string to_string(Device device) { return device.is_cpu() ? "cpu" : fmt::format("cuda:{}", device.gpu); }
@@ -60,6 +64,22 @@ cuda::Stream current_stream(nb::handle like, Device device) {
       return nullptr;
   }
   return reinterpret_cast<cuda::Stream>(nb::cast<uintptr_t>(address));
+}
+
+bool must_wait(nb::handle like, Device device) {
+  if (device.is_cpu()) return false;
+  const Framework framework = framework_of(like);
+  return framework != Framework::torch && framework != Framework::cupy;
+}
+
+Status wait_for(cuda::Stream stream, Device device) {
+#ifdef THRIFTATTN_PYTHON_CUDA
+  const cuda::CurrentDevice current(device.gpu);
+  return cuda::check(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)), "cudaStreamSynchronize");
+#else
+  static_cast<void>(stream), static_cast<void>(device);
+  return {};
+#endif
 }
 
 cuda::Stream stream_of(nb::handle stream, nb::handle like, Device device) {

@@ -43,6 +43,11 @@ class CupyDevice {
 // default stream for all others, who must bring their tensors there (tensors.cc).
 cuda::Stream current_stream(nb::handle like, Device device);
 
+// Memory of other frameworks than PyTorch and CuPy knows no stream: calls that read or write it on a GPU wait until
+// they are done with it.
+bool must_wait(nb::handle like, Device device);
+Status wait_for(cuda::Stream stream, Device device);
+
 // What a caller means by stream=: None (the current one), its address as a number, or an object that speaks
 // __cuda_stream__ or has the address in `cuda_stream` (PyTorch) or `ptr` (CuPy). Raises TypeError for anything else,
 // and ValueError for a stream beside a tensor on the CPU.

@@ -20,7 +20,7 @@ Args:
     method: "name[:key=value,...]", see methods().
     phase: "prefill" selects pages per query head for blocks of 64 rows; "decode" per KV head for all rows, 16 at most.
     window: A row sees keys less than this many positions away alone; 0: all.
-    sm_scale: 0: 1 / sqrt(d).
+    sm_scale: None: 1 / sqrt(d).
     softcap: A scaled score s becomes softcap * tanh(s / softcap); 0: it stays.
     sinks: float32 [h_q], a logit per head that takes mass and brings no value.
     compute: "bfloat16" allows factors of a prefill's products to be rounded to it, where the machine gains by it.
@@ -30,7 +30,7 @@ Args:
     stats: Give Stats too; on a GPU in phase "decode" alone.
     stream: On a GPU: where to compute. None: PyTorch's or CuPy's current stream, for tensors of theirs; the legacy
         default stream for others, which their makers are asked to have them ready on. Or the address of a cudaStream_t,
-        or a stream of PyTorch or CuPy, on which the tensors are then ready.
+        or a stream of PyTorch or CuPy, on which the tensors are then ready; they must live until its work is done.
 
 Returns:
     out, of q's type, framework and device; followed, where asked for, by lse, float32 [b, s_q, h_q], natural logarithm, and by
@@ -70,19 +70,21 @@ Raises:
 
 inline constexpr char kQuantize[] = R"(x in FP4, in blocks along the last axis.
 
-Bit for bit what the cache does to a block, its page scale and centring apart. A NaN makes its block NaN; infinities
-saturate.
+Bit for bit what the cache does to a block, its page scale and centring apart, wherever x is. A NaN makes its block NaN;
+infinities saturate. On a GPU the work is queued on PyTorch's or CuPy's current stream, and x that is not contiguous is
+copied by them first.
 
 Args:
-    x: On the CPU, [..., n] of float32, float16 or bfloat16; n is a multiple of the block.
+    x: [..., n] of float32, float16 or bfloat16; n is a multiple of the block.
     format: "nvfp4": E2M1 codes, a UE4M3 scale for every 16; "mxfp4": E2M1 codes, an E8M0 scale for every 32.
     scales: "6", or "4over6": the better of two scales for each block of nvfp4.
 
 Returns:
-    (codes, scales): uint8 [..., n / 2], two codes in a byte, the first in its low half; uint8 [..., n / block].
+    (codes, scales): uint8 [..., n / 2], two codes in a byte, the first in its low half, and uint8 [..., n / block],
+    both where x is.
 )";
 
-inline constexpr char kDequantize[] = R"(float32 [..., n] of what quantize() gave.
+inline constexpr char kDequantize[] = R"(float32 [..., n] of what quantize() gave, on the same device.
 
 Args:
     codes: uint8 [..., n / 2].
@@ -99,9 +101,10 @@ be brought to the same length before the next step. A page of 64 tokens is encod
 Methods raise ValueError for what the caller got wrong, NotImplementedError for what no storage here serves, and
 MemoryError where max_bytes or the machine is at its end. Threads may share a cache: their calls take turns.
 
-On a GPU append() and attend() queue their work on a stream (attention() says which) and return; a call on another stream
-than the last waits for the last one's work. All layers take the same tokens in the same steps. save(), load(), read(),
-fork(), truncate() and a cache that grows wait for the device. What it cannot find out without waiting, check() tells.
+On a GPU append() and attend() queue their work on a stream (attention() says which) and return, unless their tensors are
+of other frameworks than PyTorch and CuPy; a call on another stream than the last waits for the last one's work. All
+layers take the same tokens in the same steps. save(), load(), read(), fork(), truncate() and a cache that grows wait for
+the device. What it cannot find out without waiting, check() tells.
 )";
 
 inline constexpr char kCacheInit[] = R"(An empty cache.

@@ -3,11 +3,13 @@
 #include <fmt/format.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <map>
+#include <optional>
 
 #include "cache.h"
 #include "codes.h"
@@ -43,9 +45,11 @@ Scales scales_of(const std::string& w) {
 }
 Method method_of(const std::string& spec) { return value_or_raise(parse_method(spec)); }
 
-Form form_of(const std::string& phase, bool causal, int64_t window, float sm_scale, float softcap,
+using Scale = std::optional<float>;  // none: the problem's own
+
+Form form_of(const std::string& phase, bool causal, int64_t window, Scale sm_scale, float softcap,
              const std::string& compute) {
-  return {phase_of(phase), causal, window, sm_scale, softcap, compute_of(compute)};
+  return {phase_of(phase), causal, window, sm_scale.value_or(0), softcap, compute_of(compute)};
 }
 
 // A NumPy array that owns a copy of `values`.
@@ -89,7 +93,7 @@ struct Held {
 };
 
 nb::object attention(nb::handle q, nb::handle k, nb::handle v, bool causal, const std::string& method,
-                     const std::string& phase, int64_t window, float sm_scale, float softcap, nb::handle sinks,
+                     const std::string& phase, int64_t window, Scale sm_scale, float softcap, nb::handle sinks,
                      const std::string& compute, const Selection* given, nb::handle out, bool return_lse, bool stats,
                      nb::handle stream) {
   const Method m = method_of(method);
@@ -101,7 +105,7 @@ nb::object attention(nb::handle q, nb::handle k, nb::handle v, bool causal, cons
 }
 
 Selection select(nb::handle q, nb::handle k, nb::handle v, bool causal, const std::string& method,
-                 const std::string& phase, int64_t window, float sm_scale, float softcap, nb::handle stream) {
+                 const std::string& phase, int64_t window, Scale sm_scale, float softcap, nb::handle stream) {
   const Method m = method_of(method);
   const Form form = form_of(phase, causal, window, sm_scale, softcap, "float32");
   Held held(m, q, k, v, stream);
@@ -109,7 +113,7 @@ Selection select(nb::handle q, nb::handle k, nb::handle v, bool causal, const st
 }
 
 Plan plan_of(const std::string& method, const std::string& phase, int b, int64_t s_q, int64_t s_kv, int h_q, int h_kv,
-             int d, int d_v, bool causal, int64_t window, float sm_scale, float softcap, bool stats,
+             int d, int d_v, bool causal, int64_t window, Scale sm_scale, float softcap, bool stats,
              const std::string& compute, int threads, const std::string& device) {
   Problem p;
   p.phase = phase_of(phase);
@@ -122,7 +126,7 @@ Plan plan_of(const std::string& method, const std::string& phase, int b, int64_t
   p.d_v = d_v > 0 ? d_v : d;
   p.causal = causal;
   p.window = window;
-  p.sm_scale = sm_scale;
+  p.sm_scale = sm_scale.value_or(0);
   p.softcap = softcap;
   p.method = method_of(method);
   p.cache = CacheConfig::for_method(p.method, 1, h_kv, p.d, p.d_v);
@@ -286,36 +290,35 @@ void bind_cache(nb::module_& m) {
       .def(
           "attend",
           [](Cache& c, const Seqs& seqs, nb::handle q, int layer, const std::string& phase, bool causal, int64_t window,
-             float sm_scale, float softcap, nb::handle sinks, const std::string& compute, nb::handle method,
+             Scale sm_scale, float softcap, nb::handle sinks, const std::string& compute, nb::handle method,
              const Selection* given, nb::handle out, bool return_lse, bool stats, nb::handle stream) {
             return c.attend(seqs, layer, form_of(phase, causal, window, sm_scale, softcap, compute),
                             method.is_none() ? c.method() : method_of(nb::cast<std::string>(method)), q,
                             {sinks, given, out, return_lse, stats, stream});
           },
           "seqs"_a, "q"_a, nb::kw_only(), "layer"_a = 0, "phase"_a = "decode", "causal"_a = true, "window"_a = 0,
-          "sm_scale"_a = 0.0f, "softcap"_a = 0.0f, "sinks"_a = nb::none(), "compute"_a = "float32",
+          "sm_scale"_a = nb::none(), "softcap"_a = 0.0f, "sinks"_a = nb::none(), "compute"_a = "float32",
           "method"_a = nb::none(), "given"_a.none() = nb::none(), "out"_a = nb::none(), "return_lse"_a = false,
           "stats"_a = false, "stream"_a = nb::none(),
           nb::sig(
               "def attend(self, seqs: collections.abc.Sequence[int], q: Tensor, *, layer: int = 0, phase: str = "
-              "'decode', causal: bool = True, window: int = 0, sm_scale: float = 0.0, softcap: float = 0.0, sinks: "
-              "Tensor | None = None, compute: str = 'float32', method: str | None = None, given: Selection | None = "
-              "None, out: Tensor | None = None, return_lse: bool = False, stats: bool = False, stream: typing.Any = "
-              "None) -> typing.Any"),
+              "'decode', causal: bool = True, window: int = 0, sm_scale: float | None = None, softcap: float = 0.0, "
+              "sinks: Tensor | None = None, compute: str = 'float32', method: str | None = None, given: Selection | "
+              "None = None, out: Tensor | None = None, return_lse: bool = False, stats: bool = False, stream: "
+              "typing.Any = None) -> typing.Any"),
           docs::kAttend)
       .def(
           "select",
           [](Cache& c, const Seqs& seqs, nb::handle q, int layer, const std::string& phase, bool causal, int64_t window,
-             float sm_scale, float softcap, nb::handle method, nb::handle stream) {
+             Scale sm_scale, float softcap, nb::handle method, nb::handle stream) {
             return c.select(seqs, layer, form_of(phase, causal, window, sm_scale, softcap, "float32"),
                             method.is_none() ? c.method() : method_of(nb::cast<std::string>(method)), q, stream);
           },
           "seqs"_a, "q"_a, nb::kw_only(), "layer"_a = 0, "phase"_a = "decode", "causal"_a = true, "window"_a = 0,
-          "sm_scale"_a = 0.0f, "softcap"_a = 0.0f, "method"_a = nb::none(), "stream"_a = nb::none(),
-          nb::sig(
-              "def select(self, seqs: collections.abc.Sequence[int], q: Tensor, *, layer: int = 0, phase: str = "
-              "'decode', causal: bool = True, window: int = 0, sm_scale: float = 0.0, softcap: float = 0.0, method: "
-              "str | None = None, stream: typing.Any = None) -> Selection"),
+          "sm_scale"_a = nb::none(), "softcap"_a = 0.0f, "method"_a = nb::none(), "stream"_a = nb::none(),
+          nb::sig("def select(self, seqs: collections.abc.Sequence[int], q: Tensor, *, layer: int = 0, phase: str = "
+                  "'decode', causal: bool = True, window: int = 0, sm_scale: float | None = None, softcap: float = "
+                  "0.0, method: str | None = None, stream: typing.Any = None) -> Selection"),
           docs::kCacheSelect)
       .def(
           "settle",
@@ -406,23 +409,23 @@ void bind_cache(nb::module_& m) {
 
 void bind_functions(nb::module_& m) {
   m.def("attention", attention, "q"_a, "k"_a, "v"_a, nb::kw_only(), "causal"_a = true, "method"_a = "thrift",
-        "phase"_a = "prefill", "window"_a = 0, "sm_scale"_a = 0.0f, "softcap"_a = 0.0f, "sinks"_a = nb::none(),
+        "phase"_a = "prefill", "window"_a = 0, "sm_scale"_a = nb::none(), "softcap"_a = 0.0f, "sinks"_a = nb::none(),
         "compute"_a = "float32", "given"_a.none() = nb::none(), "out"_a = nb::none(), "return_lse"_a = false,
         "stats"_a = false, "stream"_a = nb::none(),
         nb::sig("def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, method: str = 'thrift', phase: "
-                "str = 'prefill', window: int = 0, sm_scale: float = 0.0, softcap: float = 0.0, sinks: Tensor | None = "
-                "None, compute: str = 'float32', given: Selection | None = None, out: Tensor | None = None, "
+                "str = 'prefill', window: int = 0, sm_scale: float | None = None, softcap: float = 0.0, sinks: Tensor "
+                "| None = None, compute: str = 'float32', given: Selection | None = None, out: Tensor | None = None, "
                 "return_lse: bool = False, stats: bool = False, stream: typing.Any = None) -> typing.Any"),
         docs::kAttention);
-  m.def("select", select, "q"_a, "k"_a, "v"_a, nb::kw_only(), "causal"_a = true, "method"_a = "thrift",
-        "phase"_a = "prefill", "window"_a = 0, "sm_scale"_a = 0.0f, "softcap"_a = 0.0f, "stream"_a = nb::none(),
-        nb::sig(
-            "def select(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, method: str = 'thrift', phase: str "
-            "= 'prefill', window: int = 0, sm_scale: float = 0.0, softcap: float = 0.0, stream: typing.Any = None) -> "
-            "Selection"),
-        docs::kSelect);
+  m.def(
+      "select", select, "q"_a, "k"_a, "v"_a, nb::kw_only(), "causal"_a = true, "method"_a = "thrift",
+      "phase"_a = "prefill", "window"_a = 0, "sm_scale"_a = nb::none(), "softcap"_a = 0.0f, "stream"_a = nb::none(),
+      nb::sig("def select(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, method: str = 'thrift', phase: str "
+              "= 'prefill', window: int = 0, sm_scale: float | None = None, softcap: float = 0.0, stream: typing.Any = "
+              "None) -> Selection"),
+      docs::kSelect);
   m.def("plan", plan_of, "method"_a = "thrift", nb::kw_only(), "phase"_a = "decode", "b"_a = 1, "s_q"_a = 0, "s_kv"_a,
-        "h_q"_a, "h_kv"_a, "d"_a, "d_v"_a = 0, "causal"_a = true, "window"_a = 0, "sm_scale"_a = 0.0f,
+        "h_q"_a, "h_kv"_a, "d"_a, "d_v"_a = 0, "causal"_a = true, "window"_a = 0, "sm_scale"_a = nb::none(),
         "softcap"_a = 0.0f, "stats"_a = false, "compute"_a = "float32", "threads"_a = 0, "device"_a = "cpu",
         docs::kPlan);
   m.def("gpus", gpu_names,

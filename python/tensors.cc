@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <functional>
+#include <new>
 #include <numeric>
 #include <tuple>
 
@@ -90,6 +91,28 @@ Tensor any_tensor(nb::handle object, const char* name) {
     value_error(fmt::format("{}: the last axis is not contiguous, its stride is {}: pass a contiguous copy", name,
                             array.stride(last)));
   return t;
+}
+
+bool is_packed(const nb::ndarray<nb::ro>& array) {
+  int64_t packed = 1;
+  for (size_t axis = array.ndim(); axis-- > 0; packed *= static_cast<int64_t>(array.shape(axis)))
+    if (array.shape(axis) > 1 && array.stride(axis) != packed) return array.size() == 0;
+  return true;
+}
+
+// The contiguous copy of a tensor of a GPU that `framework` makes.
+nb::object packed_copy(nb::handle object, const char* name, const nb::ndarray<nb::ro>& array, Framework framework) {
+  switch (framework) {
+    case Framework::torch:
+      return object.attr("contiguous")();
+    case Framework::cupy: {
+      const CupyDevice there({array.device_id()});
+      return nb::module_::import_("cupy").attr("ascontiguousarray")(object);
+    }
+    default:
+      value_error(fmt::format("{}: strides [{}] have gaps: pass a contiguous copy", name,
+                              fmt::join(array.stride_ptr(), array.stride_ptr() + array.ndim(), ", ")));
+  }
 }
 
 // Device memory and the object that frees it.
@@ -186,53 +209,55 @@ Batch batch(nb::handle object, const char* name, std::initializer_list<const cha
   return result;
 }
 
-Batch in_rows_on_gpu(Batch t, nb::handle object, const char* name, std::initializer_list<const char*> axes) {
-  if (t.in_rows()) return t;
-  const Framework framework = framework_of(object);
-  if (framework == Framework::torch) return batch(object.attr("contiguous")(), name, axes);
-  if (framework == Framework::cupy)
-    return batch(nb::module_::import_("cupy").attr("ascontiguousarray")(object), name, axes);
-  value_error(
-      fmt::format("{}: strides [{}] do not lead from row to row: pass a contiguous copy", name,
-                  fmt::join(t.tensor.array.stride_ptr(), t.tensor.array.stride_ptr() + t.tensor.array.ndim(), ", ")));
+Tensor packed_on_gpu(Tensor t, nb::handle object, const char* name) {
+  if (t.device.is_cpu() || is_packed(t.array)) return t;
+  t.array = nb::cast<nb::ndarray<nb::ro>>(packed_copy(object, name, t.array, framework_of(object)));
+  return t;
 }
 
-Output::Output(const std::vector<size_t>& shape, nb::dlpack::dtype dtype, nb::handle like, Device device) {
-  const Framework framework = framework_of(like);
-  if (!device.is_cpu() && framework == Framework::torch) {
+Batch in_rows_on_gpu(Batch t, nb::handle object, const char* name, std::initializer_list<const char*> axes,
+                     nb::handle stream) {
+  if (t.in_rows()) return t;
+  const Framework framework = stream.is_none() ? framework_of(object) : Framework::other;
+  return batch(packed_copy(object, name, t.tensor.array, framework), name, axes);
+}
+
+Output::Output(const std::vector<size_t>& shape, nb::dlpack::dtype dtype, nb::handle like, Device device)
+    : shape_(shape), dtype_(dtype), framework_(framework_of(like)), device_(device) {
+  if (!device.is_cpu() && framework_ == Framework::torch) {
     const nb::object type = nb::module_::import_("torch").attr(dtype_name(dtype).c_str());
     tensor_ = like.attr("new_empty")(shape, "dtype"_a = type);
     data_ = reinterpret_cast<void*>(nb::cast<uintptr_t>(tensor_.attr("data_ptr")()));
     return;
   }
-  if (!device.is_cpu() && framework == Framework::cupy) {
+  if (!device.is_cpu() && framework_ == Framework::cupy) {
     const CupyDevice there(device);
     tensor_ = nb::module_::import_("cupy").attr("empty")(shape, dtype_name(dtype).c_str());
     data_ = reinterpret_cast<void*>(nb::cast<uintptr_t>(tensor_.attr("data").attr("ptr")));
     return;
   }
   const size_t bytes = std::accumulate(shape.begin(), shape.end(), size_t{1}, std::multiplies<>()) * dtype.bits / 8;
-  nb::object owner;
   if (device.is_cpu()) {
-    data_ = new char[bytes];
-    owner = nb::capsule(data_, [](void* p) noexcept { delete[] static_cast<char*>(p); });
+    constexpr std::align_val_t kAligned{64};  // what JAX takes without a copy
+    data_ = operator new(bytes, kAligned);
+    owner_ = nb::capsule(data_, [](void* p) noexcept { operator delete(p, kAligned); });
   } else {
-    std::tie(data_, owner) = take_on_gpu(bytes, device);
+    std::tie(data_, owner_) = take_on_gpu(bytes, device);
   }
+}
+
+nb::object Output::release() {
+  if (tensor_.is_valid()) return std::move(tensor_);
   const auto give = [&](auto as) {
     using Array = decltype(as);
-    const int type = device.is_cpu() ? nb::device::cpu::value : nb::device::cuda::value;
-    return nb::cast(Array(data_, shape.size(), shape.data(), owner, nullptr, dtype, type, std::max(0, device.gpu)));
+    const int type = device_.is_cpu() ? nb::device::cpu::value : nb::device::cuda::value;
+    return nb::cast(
+        Array(data_, shape_.size(), shape_.data(), std::move(owner_), nullptr, dtype_, type, std::max(0, device_.gpu)));
   };
-  if (framework == Framework::jax) {
-    tensor_ = give(nb::ndarray<nb::jax>());
-  } else if (!device.is_cpu()) {
-    tensor_ = give(nb::ndarray<>());
-  } else if (framework == Framework::torch) {
-    tensor_ = give(nb::ndarray<nb::pytorch>());
-  } else {
-    tensor_ = give(nb::ndarray<nb::numpy>());
-  }
+  if (framework_ == Framework::jax) return give(nb::ndarray<nb::jax>());
+  if (!device_.is_cpu()) return give(nb::ndarray<>());
+  if (framework_ == Framework::torch) return give(nb::ndarray<nb::pytorch>());
+  return give(nb::ndarray<nb::numpy>());
 }
 
 nb::dlpack::dtype dlpack_type(DType type) {
@@ -246,7 +271,7 @@ Written written(nb::handle out, const char* name, const std::vector<int64_t>& sh
   if (out.is_none()) {
     Output fresh({shape.begin(), shape.end()}, dlpack_type(dtype), like, device);
     void* data = fresh.data<void>();
-    return {fresh.release(), {data, dtype, rows, h_q, d_v, h_q * d_v, d_v}};
+    return {std::move(fresh), {data, dtype, rows, h_q, d_v, h_q * d_v, d_v}};
   }
   const Batch t = batch(out, name, {"b", "s_q", "h_q", "d_v"});
   check_device(t.tensor, name, "q", device);
@@ -261,7 +286,7 @@ Written written(nb::handle out, const char* name, const std::vector<int64_t>& sh
   if (!t.in_rows() || overlaps(view))
     value_error(fmt::format("{}: strides {} overlap or do not lead from row to row: pass a contiguous tensor", name,
                             std::vector<int64_t>(writable.stride_ptr(), writable.stride_ptr() + writable.ndim())));
-  return {nb::borrow(out),
+  return {Output(nb::borrow(out)),
           {writable.data(), view.dtype, view.tokens, view.heads, view.channels, view.token_stride, view.head_stride}};
 }
 

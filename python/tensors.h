@@ -66,31 +66,42 @@ struct Batch : Sequences {
 };
 Batch batch(nb::handle object, const char* name, std::initializer_list<const char*> axes);
 
-// The same tensor in rows: itself, or the contiguous copy that PyTorch or CuPy makes on a GPU. Others raise ValueError.
-Batch in_rows_on_gpu(Batch tensor, nb::handle object, const char* name, std::initializer_list<const char*> axes);
+// The same tensor with its elements one after another, where it is on a GPU: itself, or the copy that PyTorch or CuPy
+// makes on its current stream. Others raise ValueError.
+Tensor packed_on_gpu(Tensor tensor, nb::handle object, const char* name);
+
+// The same tensor in rows, in the same way; where `stream` is not None nothing is copied, and ValueError raised.
+Batch in_rows_on_gpu(Batch tensor, nb::handle object, const char* name, std::initializer_list<const char*> axes,
+                     nb::handle stream);
 
 // A new tensor of the framework of `like` (NumPy for others on the CPU; on a GPU an object that speaks DLPack), on
-// `device`. What it holds is what the caller writes to it.
+// `device`. The caller writes what it holds, then releases it: a framework may copy what it is shown.
 class Output {
  public:
   Output(const std::vector<size_t>& shape, nb::dlpack::dtype dtype, nb::handle like = nb::none(), Device device = {});
+  explicit Output(nb::object tensor) : tensor_(std::move(tensor)) {}  // one that is there, as it is
 
   template <class T>
   T* data() const {
     return static_cast<T*>(data_);
   }
-  nb::object release() { return std::move(tensor_); }
+  nb::object release();
 
  private:
+  nb::object tensor_;  // where its framework has made it
   void* data_ = nullptr;
-  nb::object tensor_;
+  nb::object owner_;  // of memory that no framework has made
+  std::vector<size_t> shape_;
+  nb::dlpack::dtype dtype_{};
+  Framework framework_ = Framework::other;
+  Device device_;
 };
 
 nb::dlpack::dtype dlpack_type(DType type);
 
 // The [rows, heads, channels] that a call writes, and what the caller then gets.
 struct Written {
-  nb::object tensor;
+  Output tensor;
   MutableView view;
 };
 // `out` is None, for a new tensor of the framework of `like`, or a writable tensor [b, s_q, h_q, d_v] on the same

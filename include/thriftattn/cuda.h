@@ -156,4 +156,15 @@ THRIFTATTN_API Status give_selection(const Plan& plan, Workspace& workspace, con
 // What the last run promoted, and with Problem::stats the rest of Stats. Waits for the stream.
 THRIFTATTN_API Result<Stats> stats(const Plan& plan, const Workspace& workspace, const Cache& cache, Stream stream);
 
+// n values in FP4, in blocks of 16 (nvfp4) or 32 (mxfp4), as a cache encodes a block, its page scale and centring
+// apart. A NaN makes its block NaN, infinities saturate. Pointers are of GPU `device`; launches and returns.
+//   x:      [n], one after another; n is a multiple of the block
+//   codes:  [n / 2], two in a byte, the first in its low half
+//   scales: [n / block]
+THRIFTATTN_API Status quantize(const void* x, DType dtype, int64_t n, Fp4Format format, Scales rule, uint8_t* codes,
+                               uint8_t* scales, int device, Stream stream);
+// And back; x is aligned to 8 bytes.
+THRIFTATTN_API Status dequantize(const uint8_t* codes, const uint8_t* scales, int64_t n, Fp4Format format, float* x,
+                                 int device, Stream stream);
+
 }  // namespace thriftattn::cuda

@@ -380,7 +380,7 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
         raise NotImplementedError("thriftattn: masks of one's own are not supported")
     sinks = kwargs.get("s_aux")
     form = {
-        "sm_scale": 0.0 if scaling is None else float(scaling),
+        "sm_scale": scaling,
         "window": kwargs.get("sliding_window") or 0,
         "softcap": kwargs.get("softcap") or 0.0,
         "sinks": None if sinks is None else sinks.detach().float(),

@@ -39,7 +39,7 @@ def attention(
     method: str = "thrift",
     phase: str = "prefill",
     window: int = 0,
-    sm_scale: float = 0.0,
+    sm_scale: float | None = None,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,7 +54,7 @@ def attention(
 
 
 @attention.register_fake
-def _(q, k, v, causal=True, method="thrift", phase="prefill", window=0, sm_scale=0.0, softcap=0.0, sinks=None):
+def _(q, k, v, causal=True, method="thrift", phase="prefill", window=0, sm_scale=None, softcap=0.0, sinks=None):
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -68,7 +68,7 @@ def step(
     layer: int = 0,
     phase: str = "decode",
     window: int = 0,
-    sm_scale: float = 0.0,
+    sm_scale: float | None = None,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -87,5 +87,5 @@ def step(
 
 
 @step.register_fake
-def _(cache, seqs, q, k, v, layer=0, phase="decode", window=0, sm_scale=0.0, softcap=0.0, sinks=None):
+def _(cache, seqs, q, k, v, layer=0, phase="decode", window=0, sm_scale=None, softcap=0.0, sinks=None):
     return q.new_empty(*q.shape[:3], v.shape[3])

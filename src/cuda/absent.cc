@@ -65,4 +65,7 @@ Status run(const Plan&, Workspace&, const AttendArgs&, Stream) { return absent()
 Status give_selection(const Plan&, Workspace&, const Cache&, const Selection*, Stream) { return absent(); }
 Result<Stats> stats(const Plan&, const Workspace&, const Cache&, Stream) { return absent(); }
 
+Status quantize(const void*, DType, int64_t, Fp4Format, Scales, uint8_t*, uint8_t*, int, Stream) { return absent(); }
+Status dequantize(const uint8_t*, const uint8_t*, int64_t, Fp4Format, float*, int, Stream) { return absent(); }
+
 }  // namespace thriftattn::cuda

@@ -276,4 +276,11 @@ struct ConvertParams {
 cudaError_t launch_convert(const ConvertParams& params, int h_kv, const StagedPage* pages, int count,
                            cudaStream_t stream);
 
+// --- plain values, as thriftattn/cuda.h has them
+
+cudaError_t launch_quantize(const void* x, DType dtype, int64_t n, Fp4Format format, Scales rule, uint8_t* codes,
+                            uint8_t* scales, cudaStream_t stream);
+cudaError_t launch_dequantize(const uint8_t* codes, const uint8_t* scales, int64_t n, Fp4Format format, float* x,
+                              cudaStream_t stream);
+
 }  // namespace thriftattn::cuda

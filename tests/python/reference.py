@@ -15,7 +15,7 @@ def visible(s_q: int, s_kv: int, causal: bool, window: int) -> np.ndarray:
     return seen
 
 
-def attention(q, k, v, *, causal=True, window=0, sm_scale=0.0, softcap=0.0, sinks=None):
+def attention(q, k, v, *, causal=True, window=0, sm_scale=None, softcap=0.0, sinks=None):
     """(out [b, s_q, h_q, d_v], lse [b, s_q, h_q]) of q [b, s_q, h_q, d], k and v [b, s_kv, h_kv, ...]."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     group = q.shape[2] // k.shape[2]

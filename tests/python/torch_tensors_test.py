@@ -1,4 +1,5 @@
 import os
+import resource
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def test_out_is_the_callers_tensor(device):
     assert ta.attention(q, k, v, out=out) is out and torch.equal(out, ta.attention(q, k, v))
 
 
-def test_work_goes_to_the_current_stream_or_the_one_given():
+def test_gpu_work_goes_to_the_current_stream_or_the_one_given():
     if not ta.gpus() or not torch.cuda.is_available():
         pytest.skip("no GPU, or a build without CUDA")
     cache = ta.KvCache("thrift", h_kv=2, d=64, device="cuda:0", max_sequences=4, max_tokens=4096)
@@ -71,36 +72,69 @@ def test_jax_arrays_come_and_go(device):
     except RuntimeError:
         pytest.skip("JAX has no such device")
     tensors = qkv(device=device)
-    out, lse = ta.attention(*(jax.device_put(x.cpu().numpy(), where) for x in tensors), return_lse=True)
-    assert isinstance(out, jax.Array) and out.devices() == {where}
-    expected = ta.attention(*tensors, return_lse=True)
-    for ours, theirs in zip((out, lse), expected):
-        np.testing.assert_array_equal(np.asarray(ours), theirs.cpu().numpy())
+    expected = [*ta.attention(*tensors, return_lse=True), *ta.quantize(tensors[1])]
+    expected.append(ta.dequantize(*expected[2:]))
+    for _ in range(20):  # JAX takes some memory as it is and copies other
+        q, k, v = (jax.device_put(x.cpu().numpy(), where) for x in tensors)
+        results = [*ta.attention(q, k, v, return_lse=True), *ta.quantize(k)]
+        results.append(ta.dequantize(*results[2:]))
+        for ours, theirs in zip(results, expected):
+            assert isinstance(ours, jax.Array) and ours.devices() == {where}
+            np.testing.assert_array_equal(np.asarray(ours), theirs.cpu().numpy())
+    outs = []
+    for put in (lambda x: x, lambda x: jax.device_put(x.cpu().numpy(), where)):  # of JAX, nothing outlives its call
+        cache = ta.KvCache("thrift", h_kv=2, d=64, device=device)
+        seqs = [cache.new_sequence() for _ in range(2)]
+        q, k, v = tensors
+        for _ in range(3):
+            cache.append(seqs, put(k), put(v))
+            out = cache.attend(seqs, put(q), phase="prefill")
+        outs.append(np.asarray(out) if isinstance(out, jax.Array) else out.cpu().numpy())
+    np.testing.assert_array_equal(*outs)
 
 
-def test_every_gpu_is_served():
+def test_every_gpu_is_served_and_the_current_one_stays():
     if len(ta.gpus()) < 2 or torch.cuda.device_count() < 2:
         pytest.skip("there are no two GPUs")
-    outs = [ta.attention(*qkv(device=f"cuda:{i}")) for i in range(2)]
-    assert outs[1].device.index == 1 and torch.equal(outs[0].cpu(), outs[1].cpu())
-    q, k, v = qkv(device="cuda:0")
-    with pytest.raises(ValueError, match="q is on cuda:0, k on cuda:1"):
-        ta.attention(q, k.to("cuda:1"), v)
+    results = []
+    for i, current in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        torch.cuda.set_device(current)
+        q, k, v = qkv(torch.float16, f"cuda:{i}")
+        cache = ta.KvCache("thrift", h_kv=2, d=64, device=f"cuda:{i}")  # grows
+        seqs = [cache.new_sequence() for _ in range(2)]
+        cache.append(seqs, k, v)
+        outs = [ta.attention(q, k, v), cache.attend(seqs, q, phase="prefill"), *ta.quantize(k), ta.dequantize(*ta.quantize(k))]
+        fork = cache.fork(seqs[1])
+        cache.append([fork], k[:1, :1], v[:1, :1])
+        outs.append(cache.attend([fork], q[:1, :1]))
+        assert torch.cuda.current_device() == current and all(out.device.index == i for out in outs)
+        results.append([out.cpu() for out in outs])
+    torch.cuda.set_device(0)
+    for others in results[1:]:
+        assert all(map(torch.equal, others, results[0]))
+    with pytest.raises(ValueError, match="q is on cuda:1, k on cuda:0"):
+        ta.attention(q, k.to("cuda:0"), v)
+    with pytest.raises(ValueError, match="k is on cuda:0, the cache on cuda:1"):
+        cache.append(seqs, k.to("cuda:0"), v)
 
 
 @pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="others take memory of the GPU meanwhile")
-def test_a_hundred_gpu_calls_leak_nothing():
+def test_ten_thousand_gpu_calls_leak_nothing():
     if not ta.gpus() or not torch.cuda.is_available():
         pytest.skip("no GPU, or a build without CUDA")
-    q, k, v = qkv(torch.float16, "cuda")
+    q, k, v = (x[:, :70] for x in qkv(torch.float16, "cuda"))
 
     def calls(n):
         for _ in range(n):
-            ta.attention(q, k, v, return_lse=True)
-        return torch.cuda.mem_get_info()[0]
+            ta.attention(q, k, v, return_lse=True)  # makes a cache and gives it back
+            ta.dequantize(*ta.quantize(k))
+        torch.cuda.synchronize()
+        return torch.cuda.mem_get_info()[0], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    before = calls(20)
-    assert calls(100) >= before
+    free, host = calls(1000)
+    free_after, host_after = calls(10_000)
+    assert free_after >= free, f"{free - free_after} bytes of the GPU are gone"
+    assert host_after - host < 4096, f"{host_after - host} KiB more"
 
 
 def test_no_gradient_is_lost_silently():
@@ -111,14 +145,44 @@ def test_no_gradient_is_lost_silently():
         ta.attention(q.detach().to("meta"), k, v)
 
 
-def test_quantize_says_where_it_works(device):
-    if device != "cpu":
-        with pytest.raises(ValueError, match="x is on cuda:0: tensors in the CPU's memory"):
-            ta.quantize(torch.zeros(32, device=device))
-
-
-def test_quantize_takes_bfloat16():
-    x = torch.arange(-32, 32, dtype=torch.bfloat16).reshape(2, 32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_quantize_takes_every_type_where_it_lies(device, dtype):
+    x = torch.arange(-32, 32).to(device, dtype).reshape(2, 32)
     codes, scales = ta.quantize(x)
     assert codes.dtype == torch.uint8 and codes.shape == (2, 16) and scales.shape == (2, 2)
-    assert (ta.dequantize(codes, scales) - x.float()).abs().max() <= 32 / 6
+    back = ta.dequantize(codes, scales)
+    assert codes.device == scales.device == back.device == x.device and (back - x.float()).abs().max() <= 32 / 6
+    for ours, theirs in zip((codes, scales), ta.quantize(x.cpu().float())):
+        assert torch.equal(ours.cpu(), theirs)
+    half = torch.cat([x, x], -1)[:, ::2].contiguous()[:, :16]  # rows with gaps between them
+    assert torch.equal(ta.dequantize(*ta.quantize(half)), ta.dequantize(*ta.quantize(half.clone())))
+
+
+def test_gpu_codes_are_made_on_the_current_stream():
+    if not ta.gpus() or not torch.cuda.is_available():
+        pytest.skip("no GPU, or a build without CUDA")
+    x = torch.randn(64, 4096, device="cuda")
+    expected = ta.dequantize(*ta.quantize(x))
+    late = torch.zeros_like(x)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(20_000_000)
+        late.copy_(x)
+        got = ta.dequantize(*ta.quantize(late))
+    side.synchronize()
+    assert torch.equal(got, expected)
+    codes, scales = ta.quantize(x)
+    with pytest.raises(ValueError, match="scales is on cpu, codes on cuda:0"):
+        ta.dequantize(codes, scales.cpu())
+
+
+def test_quantize_names_what_does_not_fit():
+    x = torch.zeros(3, 40)
+    with pytest.raises(ValueError, match="x has 40 elements on its last axis: nvfp4 takes multiples of 16"):
+        ta.quantize(x)
+    codes, scales = ta.quantize(x[:, :32].contiguous())
+    with pytest.raises(ValueError, match=r"scales is \[3, 1\], expected \[3, 2\]"):
+        ta.dequantize(codes, scales[:, :1])
+    with pytest.raises(TypeError, match="codes is of float32"):
+        ta.dequantize(x, scales)
