@@ -488,7 +488,8 @@ __device__ void write_lists(const Choosing& how, const Candidates& c, const Cut&
                              : tier[k] != 0   ? highs_in_all + pairs_before
                                               : highs_in_all + pairs_in_all + others_before;
       const uint32_t tier_read = tier[k] != 0 ? tier[k] : static_cast<uint32_t>(how.rest);
-      if (i + k < n) order[place] = static_cast<uint32_t>(c.first + i + k) * 4 + tier_read;
+      if (i + k < n && (tier[k] != 0 || !lists.promoted_alone))
+        order[place] = static_cast<uint32_t>(c.first + i + k) * 4 + tier_read;
       at += count_of(tier[k]);
     }
     before += __shfl_sync(kAll, to_here, 31);
