@@ -55,6 +55,16 @@ __device__ inline void copy_bulk(uint32_t to, const void* from, int bytes, uint3
                "l"(from), "r"(bytes), "r"(barrier)
                : "memory");
 }
+// The same of what will not be read again soon: it leaves L2 before anything else does.
+__device__ inline void copy_bulk_once(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+          "r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+      : "memory");
+}
 #endif
 
 // 4 or 16 bytes by one lane, there when copies_done() has returned in that lane.

@@ -32,7 +32,7 @@ class Ring {
 #if __CUDA_ARCH__ >= 900
     if (static_cast<int>(threadIdx.x % 32) == leader) {
       arrive_expecting(barrier(to), bytes);
-      copy_bulk(shared_address(to), from, bytes, barrier(to));
+      copy_bulk_once(shared_address(to), from, bytes, barrier(to));
     }
 #else
     from = reinterpret_cast<const uint8_t*>(__shfl_sync(~0u, reinterpret_cast<unsigned long long>(from), leader));

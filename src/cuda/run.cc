@@ -150,6 +150,7 @@ class Launch {
     r.score = w_.pointer<float>(w_.at.score);
     r.q_norm = w_.pointer<float>(w_.at.q_norm);
     r.lists = w_.lists();
+    r.lists.promoted_alone = exchanges(p_) && !p_.stats;  // whose masses take another attend
     return r;
   }
 
