@@ -5,13 +5,14 @@
 //   pages in order -> Cut -> tiers
 //
 // A key is an unsigned integer that orders as the scores do; that of a forced page is 0, which takes no part. The range
-// of the keys is cut into 256 bins, all but the bin in which the budget ends drop out, and so on until so few pages are
+// of the keys is cut into 255 bins, all but the bin in which the budget ends drop out, and so on until so few pages are
 // left that each can count those before it: with scores of attention one histogram does. The result is a Cut, which
 // says of any page by its key whether it is taken: whoever writes the result goes through the pages in their order,
 // without a sort. Budgets of mass and of error weigh a page by its share in units of 2^-31; all sums that a cut hangs
 // on are sums of integers, so the same scores give the same pages, whatever the order of threads.
 //
-// What binds it is latency: five barriers and some hundred dependent instructions, 1 us for 2048 pages.
+// What binds it is latency: three barriers, and some hundred instructions for four pages of a thread. 2048 pages take
+// 512 threads of an H100 5 us: scores 1.0, range 0.4, bins 1.1, pages of the bin and cut 0.9, order 1.4.
 #pragma once
 
 #include <algorithm>
@@ -139,9 +140,8 @@ struct ChooseShared {
   uint32_t low[kWarps], high[kWarps], total[kWarps];
   double sums[3][kWarps];
   float top[kWarps];
-  uint32_t need;        // weight that is wanted of the candidates
-  uint32_t bin, above;  // where the histogram reaches it, and the weight above that bin
-  int rivals;           // pages of the bin; the first kRivals of them, in no order:
+  uint32_t need;  // weight that is wanted of the candidates
+  int rivals;     // pages of the bin in which it is reached; the first kRivals of them, in no order:
   Rival rival[kRivals];
   Cut cut;
 };
@@ -216,29 +216,35 @@ __device__ Weighing weigh(const Choosing& how, const Candidates& c, float* score
   return contribution;
 }
 
-// Finds, with one warp, the bin of the histogram in which the sum from the top reaches `need`.
+// The bin of the histogram in which the sum from the top reaches `need`, which all of it does, and the sum above that
+// bin. By every warp for itself: no barrier has to follow.
+struct Bin {
+  uint32_t index, above;
+};
 template <int kThreads>
-__device__ void find_bin(uint32_t need, ChooseShared<kThreads>& s) {
+__device__ Bin find_bin(uint32_t need, const ChooseShared<kThreads>& s) {
   const int lane = lane_id();
   const uint4* from = reinterpret_cast<const uint4*>(s.histogram) + 2 * lane;
   const uint4 x = from[0], y = from[1];
   const uint32_t bins[8] = {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w};
   const uint32_t sum = x.x + x.y + x.z + x.w + y.x + y.y + y.z + y.w;
   uint32_t to_here = sum;
+#pragma unroll
   for (int i = 1; i < 32; i *= 2) {
     const uint32_t before = __shfl_up_sync(kAll, to_here, i);
     if (lane >= i) to_here += before;
   }
-  uint32_t above = to_here - sum;
-  if (above >= need || to_here < need) return;
+  Bin bin = {static_cast<uint32_t>(8 * lane), to_here - sum};
+  bool before = true;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (above < need && need <= above + bins[i]) {
-      s.bin = 8 * lane + i;
-      s.above = above;
-    }
-    above += bins[i];
+  for (int i = 0; i < 7; ++i) {
+    before = before && bin.above + bins[i] < need;
+    if (!before) continue;
+    bin.above += bins[i];
+    ++bin.index;
   }
+  const int found = __ffs(__ballot_sync(kAll, to_here >= need)) - 1;
+  return {__shfl_sync(kAll, bin.index, found), __shfl_sync(kAll, bin.above, found)};
 }
 
 // The smallest and the largest of all threads' keys.
@@ -256,6 +262,24 @@ __device__ void reduce_range(uint32_t& low, uint32_t& high, ChooseShared<kThread
   high = __reduce_max_sync(kAll, s.high[w]);
 }
 
+// The last rival taken where `need` is wanted of them. By every warp for itself.
+template <int kThreads>
+__device__ Cut cut_among_rivals(uint32_t need, int rivals, const Candidates& c, const ChooseShared<kThreads>& s) {
+#pragma unroll 1
+  for (int first = 0; first < rivals; first += 32) {
+    const Rival mine = s.rival[min(first + lane_id(), rivals - 1)];
+    uint32_t before = 0;
+#pragma unroll 4
+    for (int i = 0; i < rivals; ++i) before += s.rival[i].order > mine.order ? s.rival[i].weight : 0;
+    const unsigned last = __ballot_sync(kAll, before < need && need <= before + mine.weight);
+    if (last == 0) continue;
+    const int lane = __ffs(last) - 1;
+    const uint32_t key = static_cast<uint32_t>(mine.order >> 32), index = kAll - static_cast<uint32_t>(mine.order);
+    return {__shfl_sync(kAll, key, lane), c.first + static_cast<int>(__shfl_sync(kAll, index, lane)) + 1};
+  }
+  return Cut::none();  // not reached: together the rivals reach `need`
+}
+
 // The first pages of one key, as many as reach `need`; they are more than there are rivals.
 template <int kThreads>
 __device__ Cut cut_ties(uint32_t key, uint32_t weight, uint32_t need, const Candidates& c, const uint32_t* keys,
@@ -263,6 +287,7 @@ __device__ Cut cut_ties(uint32_t key, uint32_t weight, uint32_t need, const Cand
   const int ties = static_cast<int>((need + weight - 1) / weight), n = c.end - c.first;
   if (warp_id() == 0) {
     int seen = 0;
+#pragma unroll 1
     for (int first = 0; seen < ties && first < n; first += 32) {
       const int i = first + lane_id();
       const bool tie = i < n && keys[i] == key;
@@ -276,11 +301,12 @@ __device__ Cut cut_ties(uint32_t key, uint32_t weight, uint32_t need, const Cand
 }
 
 // Chooses by score[i] of page c.first + i, which it may overwrite, and leaves the pages' keys, which may take the
-// scores' place. s.need holds how many candidates to take, where the budget is a number of pages. The caller puts a
+// scores' place; keys are at a multiple of 16 bytes, and they and `bins`, a byte a page, have room for a multiple of
+// four pages. s.need holds how many candidates to take, where the budget is a number of pages. The caller puts a
 // barrier before the next use of `s`. (The method ranks.)
 template <int kThreads>
-__device__ Cut choose(const Choosing& how, const Candidates& c, float* score, uint32_t* keys, float q_norm,
-                      const Summaries& summaries, ChooseShared<kThreads>& s) {
+__device__ Cut choose(const Choosing& how, const Candidates& c, float* score, uint32_t* keys, uint32_t* bins,
+                      float q_norm, const Summaries& summaries, ChooseShared<kThreads>& s) {
   const int n = c.end - c.first, t = static_cast<int>(threadIdx.x);
   Weighing weigh_page;
   if (how.budget.kind == Budget::Kind::mass || how.budget.kind == Budget::Kind::tolerance) {
@@ -288,129 +314,191 @@ __device__ Cut choose(const Choosing& how, const Candidates& c, float* score, ui
     weigh_page = weigh(how, c, score, q_norm, summaries, s, need);
     if (t == 0) s.need = need > 0 ? static_cast<uint32_t>(fmin(need, 0x1.8p31)) : 0;
   }
-  uint32_t low = UINT32_MAX, high = 0, total = 0;
-  for (int i = t; i < n; i += kThreads) {
-    const float x = score[i];
-    const uint32_t key = c.forced(c.first + i) ? kForcedKey : key_of(x);
-    keys[i] = key;
-    if (key == kForcedKey) continue;
-    low = min(low, key);
-    high = max(high, key);
-    total += weigh_page.of(x);
+  const bool by_count = weigh_page.form == Weighing::one;
+  const auto weight_of = [&](uint32_t key) { return by_count ? 1 : weigh_page.of(score_of(key)); };
+  uint32_t low = UINT32_MAX, high = 0, total = 0;  // low: minus one, so that the key of forced pages is the largest
+#pragma unroll 1
+  for (int i0 = t; i0 < n; i0 += 4 * kThreads) {
+    float x[4];  // under way at once
+#pragma unroll
+    for (int k = 0; k < 4; ++k) x[k] = i0 + k * kThreads < n ? score[i0 + k * kThreads] : 0;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int i = i0 + k * kThreads;
+      const uint32_t key = i >= n || c.forced(c.first + i) ? kForcedKey : key_of(x[k]);
+      low = min(low, key - 1);
+      high = max(high, key);
+      total += key != kForcedKey;
+      if (i < n) keys[i] = key;
+    }
+  }
+  if (t < (4 - n % 4) % 4) keys[n + t] = kForcedKey;
+  if (!by_count) {
+    total = 0;
+#pragma unroll 1
+    for (int i = t; i < n; i += kThreads) total += keys[i] == kForcedKey ? 0 : weight_of(keys[i]);
   }
   total = __reduce_add_sync(kAll, total);
   if (lane_id() == 0) s.total[warp_id()] = total;
   for (int i = t; i < 256; i += kThreads) s.histogram[i] = 0;
   if (t == 0) s.rivals = 0;
   reduce_range(low, high, s);
+  ++low;
   total = __reduce_add_sync(kAll, lane_id() < s.kWarps ? s.total[lane_id()] : 0);
   uint32_t need = s.need;  // of the keys in [low, high]
   if (need == 0) return Cut::none();
-  if (total < need || (weigh_page.form == Weighing::one && total == need)) return Cut::all();
+  if (total < need || (by_count && total == need)) return Cut::all();
 
   while (low < high) {
     // Bins of equal width in score, or in key, where that is not finite or the scores are shares: most are tiny, and
-    // the keys of positive numbers go with their logarithms.
-    const float bottom = score_of(low), scale = 255.9f / (score_of(high) - bottom);
+    // the keys of positive numbers go with their logarithms. Pages outside the range are in none.
+    constexpr uint32_t kLast = 254, kNone = 255;
+    const float bottom = score_of(low), scale = __fdividef(kLast + 0.9f, score_of(high) - bottom);
     const bool by_score = bottom < 0 && scale > 0 && scale < INFINITY;
     const int shift = max(0, 24 - __clz(static_cast<int>(high - low)));
     const auto bin_of = [&](uint32_t key) {
-      const uint32_t up = by_score ? __float2uint_rz((score_of(key) - bottom) * scale) : (key - low) >> shift;
-      return 255 - min(up, 255u);
+      const uint32_t by_value = __float2uint_rz((score_of(key) - bottom) * scale), by_key = (key - low) >> shift;
+      return key - low <= high - low ? kLast - min(by_score ? by_value : by_key, kLast) : kNone;
     };
-    for (int i = t; i < n; i += kThreads)
-      if (const uint32_t k = keys[i]; k >= low && k <= high)
-        atomicAdd(&s.histogram[bin_of(k)], weigh_page.of(score_of(k)));
-    __syncthreads();
-    if (warp_id() == 0) find_bin(need, s);
-    __syncthreads();
-    uint32_t low_left = UINT32_MAX, high_left = 0;
-    for (int i = t; i < n; i += kThreads) {
-      const uint32_t k = keys[i];
-      if (k < low || k > high || bin_of(k) != s.bin) continue;
-      low_left = min(low_left, k);
-      high_left = max(high_left, k);
-      const int at = atomicAdd(&s.rivals, 1);
-      if (at < s.kRivals) s.rival[at] = {uint64_t{k} << 32 | (kAll - i), weigh_page.of(score_of(k))};
+#pragma unroll 1
+    for (int i = 4 * t; i < n; i += 4 * kThreads) {
+      const uint4 four = *reinterpret_cast<const uint4*>(keys + i);
+      const uint32_t key[4] = {four.x, four.y, four.z, four.w};
+      uint32_t bin[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) bin[k] = bin_of(key[k]);
+      bins[i / 4] = bin[0] | bin[1] << 8 | bin[2] << 16 | bin[3] << 24;
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        if (by_count && bin[k] != kNone) atomicAdd(&s.histogram[bin[k]], 1u);
     }
-    need -= s.above;
-    for (int i = t; i < 256; i += kThreads) s.histogram[i] = 0;
-    reduce_range(low_left, high_left, s);
-    low = low_left;
-    high = high_left;
+    if (!by_count)
+#pragma unroll 1
+      for (int i = t; i < n; i += kThreads)
+        if (const uint32_t bin = bin_of(keys[i]); bin != kNone) atomicAdd(&s.histogram[bin], weight_of(keys[i]));
+    __syncthreads();
+    const Bin bin = find_bin(need, s);
+#pragma unroll 1
+    for (int i = 4 * t; i < n; i += 4 * kThreads) {
+      uint32_t in_bin = __vseteq4(bins[i / 4], bin.index * 0x01010101);
+#pragma unroll 1
+      for (; in_bin != 0; in_bin &= in_bin - 1) {  // a bit in the byte of each such page
+        const int page = i + (__ffs(static_cast<int>(in_bin)) - 1) / 8, at = atomicAdd(&s.rivals, 1);
+        if (at < s.kRivals) s.rival[at] = {uint64_t{keys[page]} << 32 | (kAll - page), 1};
+      }
+    }
+    need -= bin.above;
+    __syncthreads();
     const int rivals = s.rivals;
     if (rivals <= s.kRivals) {
-      if (t < rivals) {
-        const Rival mine = s.rival[t];
-        uint32_t before = 0;
-        for (int i = 0; i < rivals; ++i) before += s.rival[i].order > mine.order ? s.rival[i].weight : 0;
-        if (before < need && need <= before + mine.weight)
-          s.cut = {static_cast<uint32_t>(mine.order >> 32),
-                   c.first + static_cast<int>(kAll - static_cast<uint32_t>(mine.order)) + 1};
+      if (!by_count) {
+        if (t < rivals) s.rival[t].weight = weight_of(static_cast<uint32_t>(s.rival[t].order >> 32));
+        __syncthreads();
       }
-      __syncthreads();
-      return s.cut;
+      return cut_among_rivals(need, rivals, c, s);
     }
-    __syncthreads();
+    uint32_t low_left = UINT32_MAX, high_left = 0;
+#pragma unroll 1
+    for (int i = t; i < n; i += kThreads) {
+      if (reinterpret_cast<const uint8_t*>(bins)[i] != bin.index) continue;
+      low_left = min(low_left, keys[i]);
+      high_left = max(high_left, keys[i]);
+    }
+    for (int i = t; i < 256; i += kThreads) s.histogram[i] = 0;
+    reduce_range(low_left, high_left, s);
     if (t == 0) s.rivals = 0;
+    low = low_left;
+    high = high_left;
   }
-  return cut_ties(low, weigh_page.of(score_of(low)), need, c, keys, s);
+  return cut_ties(low, weight_of(low), need, c, keys, s);
 }
 
 template <int kThreads>
 struct ListShared {
   uint32_t counts[kThreads / 32];  // of a warp's pages: in fp16, and 65536 times those in fp4x2
-  int wanted;                      // but not stored
+  int wanted[kThreads / 32];       // of a warp's pages: but not stored
 };
 
-// Writes the order and counts of unit u. Each warp goes through pages of its own, first counting, then writing. Keys
-// become tiers.
+// Writes the order and counts of unit u. Each warp goes through pages of its own, four neighbours a lane, first
+// counting, then writing. Keys become tiers.
 template <int kThreads>
 __device__ void write_lists(const Choosing& how, const Candidates& c, const Cut& cut, uint32_t* keys,
                             const Lists& lists, int64_t u, ListShared<kThreads>& s) {
-  constexpr int kWarps = kThreads / 32;
-  const int n = c.end - c.first, strips = (n + 31) / 32, per_warp = (strips + kWarps - 1) / kWarps;
-  const int first = warp_id() * per_warp * 32, end = min(n, first + per_warp * 32);
-  if (threadIdx.x == 0) s.wanted = 0;
-  __syncthreads();
+  constexpr int kWarps = kThreads / 32, kStrip = 128;
+  constexpr uint32_t kHigh = static_cast<uint32_t>(Tier::fp16), kPair = static_cast<uint32_t>(Tier::fp4x2);
+  const int n = c.end - c.first, strips = (n + kStrip - 1) / kStrip, per_warp = (strips + kWarps - 1) / kWarps;
+  const int first = warp_id() * per_warp * kStrip + 4 * lane_id();
+  const int end = min((n + 3) / 4 * 4, (warp_id() + 1) * per_warp * kStrip);
+  const auto count_of = [](uint32_t tier) { return (tier == kHigh ? 1u : 0u) + (tier == kPair ? 65536u : 0u); };
+  // Verdicts on forced pages with and without their 16-bit form, and on those taken, do not depend on the page.
+  const Tier lost = forced_tier(how.rest, false, c.residual);
+  const auto listed = [&](Tier tier) { return tier != how.rest ? static_cast<uint32_t>(tier) : 0; };
+  const uint32_t if_kept = listed(Tier::fp16), if_lost = listed(lost);
+  const uint32_t if_taken = how.high != Tier::none ? static_cast<uint32_t>(how.high) : 0;
+  const bool lost_wanted = lost == how.rest && lost != Tier::fp16, taken_wanted = how.high == Tier::none;
   uint32_t count = 0;
-  for (int i0 = first; i0 < end; i0 += 32) {
-    const int i = i0 + lane_id();
-    Verdict v = {Tier::none, false, false};
-    if (i < end) {
-      v = judge(how, c, cut, c.first + i, keys[i]);
-      keys[i] = v.listed ? static_cast<uint32_t>(v.tier) : 0;
+  int wanted = 0;
+#pragma unroll 1
+  for (int i = first; i < end; i += kStrip) {
+    uint4* at = reinterpret_cast<uint4*>(keys + i);
+    const uint32_t key[4] = {at->x, at->y, at->z, at->w};
+    uint32_t tier[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int page = c.first + i + k;
+      const bool forced = key[k] == kForcedKey && i + k < n, kept = c.has_high(page);
+      const bool taken = key[k] > cut.key || (key[k] == cut.key && page < cut.page_limit);
+      tier[k] = forced ? (kept ? if_kept : if_lost) : taken ? if_taken : 0;
+      wanted += (forced && !kept && lost_wanted) || (taken && taken_wanted);
+      count += count_of(tier[k]);
     }
-    count += __popc(__ballot_sync(kAll, v.listed && v.tier == Tier::fp16));
-    count += __popc(__ballot_sync(kAll, v.listed && v.tier == Tier::fp4x2)) << 16;
-    if (v.wanted) atomicAdd(&s.wanted, 1);
+    *at = {tier[0], tier[1], tier[2], tier[3]};
   }
-  if (lane_id() == 0) s.counts[warp_id()] = count;
+  count = __reduce_add_sync(kAll, count);
+  wanted = __reduce_add_sync(kAll, wanted);
+  if (lane_id() == 0) {
+    s.counts[warp_id()] = count;
+    s.wanted[warp_id()] = wanted;
+  }
   __syncthreads();
   const uint32_t of_warp = lane_id() < kWarps ? s.counts[lane_id()] : 0;
   uint32_t before = __reduce_add_sync(kAll, lane_id() < warp_id() ? of_warp : 0);
   const uint32_t all = __reduce_add_sync(kAll, of_warp), highs_in_all = all & 0xffff, pairs_in_all = all >> 16;
   uint32_t* order = lists.order + u * lists.max_pages;
-  for (int i0 = first; i0 < end; i0 += 32) {
-    const int i = i0 + lane_id();
-    const uint32_t tier = i < end ? keys[i] : 0;
-    const bool high = tier == static_cast<uint32_t>(Tier::fp16);
-    const unsigned highs = __ballot_sync(kAll, high), pairs = __ballot_sync(kAll, tier != 0) & ~highs;
-    if (i < end) {
-      const uint32_t highs_before = (before & 0xffff) + __popc(highs & lanes_before());
-      const uint32_t pairs_before = (before >> 16) + __popc(pairs & lanes_before());
-      const uint32_t at = high        ? highs_before
-                          : tier != 0 ? highs_in_all + pairs_before
-                                      : highs_in_all + pairs_in_all + i - highs_before - pairs_before;
-      order[at] = static_cast<uint32_t>(c.first + i) * 4 + (tier != 0 ? tier : static_cast<uint32_t>(how.rest));
+  const int strips_here = (end - first + 4 * lane_id() + kStrip - 1) / kStrip;
+#pragma unroll 1
+  for (int strip = 0; strip < strips_here; ++strip) {
+    const int i = first + strip * kStrip;
+    uint4 tiers = {};
+    if (i < end) tiers = *reinterpret_cast<const uint4*>(keys + i);
+    const uint32_t tier[4] = {tiers.x, tiers.y, tiers.z, tiers.w};
+    const uint32_t mine = count_of(tier[0]) + count_of(tier[1]) + count_of(tier[2]) + count_of(tier[3]);
+    uint32_t to_here = mine;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const uint32_t other = __shfl_up_sync(kAll, to_here, step);
+      if (lane_id() >= step) to_here += other;
     }
-    before += __popc(highs) + (__popc(pairs) << 16);
+    uint32_t at = before + to_here - mine;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const uint32_t highs_before = at & 0xffff, pairs_before = at >> 16;
+      const uint32_t others_before = static_cast<uint32_t>(i + k) - highs_before - pairs_before;
+      const uint32_t place = tier[k] == kHigh ? highs_before
+                             : tier[k] != 0   ? highs_in_all + pairs_before
+                                              : highs_in_all + pairs_in_all + others_before;
+      const uint32_t tier_read = tier[k] != 0 ? tier[k] : static_cast<uint32_t>(how.rest);
+      if (i + k < n) order[place] = static_cast<uint32_t>(c.first + i + k) * 4 + tier_read;
+      at += count_of(tier[k]);
+    }
+    before += __shfl_sync(kAll, to_here, 31);
   }
-  if (threadIdx.x == 0) {
-    int4* counts = reinterpret_cast<int4*>(lists.counts + u * 8);
+  if (warp_id() == 0) {
+    const int all_wanted = __reduce_add_sync(kAll, lane_id() < kWarps ? s.wanted[lane_id()] : 0);
     const int high = static_cast<int>(highs_in_all), pairs = static_cast<int>(pairs_in_all);
-    counts[0] = {high + pairs, high, pairs, 0};
-    counts[1] = {0, s.wanted, 0, 0};
+    int4* counts = reinterpret_cast<int4*>(lists.counts + u * 8);
+    if (lane_id() == 0) counts[0] = {high + pairs, high, pairs, 0};
+    if (lane_id() == 1) counts[1] = {0, all_wanted, 0, 0};
   }
 }
 

@@ -220,6 +220,7 @@ __device__ void for_each_mean_product(const Summaries& summaries, const PageLayo
       if (!prepared) prepare();
       prepared = true;
       const int page = p0 + g + t / 2 * 8;
+#pragma unroll 1
       for (int row = 0; row < rows; row += 4) {
         float sum[4] = {};
         const __half* q = planes.q + (2 * row + g) * planes.kStride + 8 * t;
@@ -259,6 +260,7 @@ __device__ void for_each_product(const Summaries& summaries, const PageLayout& l
       }
       if (!prepared) prepare();
       prepared = true;
+#pragma unroll 1
       for (int row = 0; row < rows; row += 4) {
         float sum[4] = {};
 #pragma unroll

@@ -6,11 +6,13 @@
 //   launch_choose_by_mass  mass_kernel    page masses and states that attend left -> score (shares of the softmax)
 //                          choose_kernel  likewise
 //
-// A unit's pages are dealt to as many CTAs as keep the GPU busy; one CTA chooses for a unit. Each kernel starts early,
-// so that choose_kernel has its unit's place and budget by the time that the scores are there.
+// A unit's pages are dealt to as many CTAs as keep the GPU busy; one CTA chooses for a unit. Each kernel lets the next
+// one start at once, and before it waits for the kernel ahead it does all that needs no result of that: lengths, tables
+// and summaries come from the cache's kernels, none of which lets another start before its own end. It also rehearses
+// what follows, on blank rows and without results: code that runs once costs mostly the fetching of its instructions.
 //
 // Binds on DRAM with many sequences (a summary is 272 bytes at d = 128, 3 % of what attend reads), with one on the
-// latency of the steps that follow from one another: lengths, tables and q, summaries; then scores, range, bin, lists.
+// latency of the steps that follow from one another: q, products; then scores, range, bin, lists.
 #include "cuda/choose.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/mass_scores.cuh"
@@ -20,7 +22,7 @@
 namespace thriftattn::cuda {
 namespace {
 
-constexpr int kScoreThreads = 256, kMassThreads = 64, kChooseThreads = 1024;
+constexpr int kScoreThreads = 256, kMassThreads = 64, kChooseThreads = 512;
 constexpr int kScorePages = 128;  // that a CTA has at once
 constexpr int kMeans = 16;        // heads that a CTA has at once
 
@@ -63,10 +65,19 @@ __device__ Candidates candidates_of(const RankArgs& a, const UnitPlace& at) {
 
 // --- by summaries
 
+template <int kSteps>
 struct ScoreShared {
   float scale[kMeans];  // of products of a head's mean row
   float norm[kMeans];   // of the row
   bool valid[kMeans];   // whether the head has a row without NaN and Inf
+  uint16_t blank[64 * kSteps];
+};
+
+// The rows of a unit in q.
+struct QueryRows {
+  Rows<const void*> q;
+  int64_t first;
+  int count, head;  // head: the first of the group
 };
 
 // The mean rows of some heads in dynamic shared memory, as planes and as floats.
@@ -89,21 +100,23 @@ __device__ bool measures(const RankArgs& a) { return a.how.budget.kind == Budget
 // Brings the mean rows of the `heads` heads of the group from h0 on, a warp for each head, of those without NaN and
 // Inf.
 template <int kSteps>
-__device__ void load_means(const RankArgs& a, const UnitPlace& at, int h0, int heads, const MeanRows<kSteps>& to,
-                           ScoreShared& s) {
+__device__ void load_means(const RankArgs& a, const QueryRows& rows, int h0, int heads, const MeanRows<kSteps>& to,
+                           ScoreShared<kSteps>& s) {
   constexpr int kAtOnce = 8 / kSteps;  // rows
+#pragma unroll 1
   for (int h = warp_id(); h < heads; h += kScoreThreads / 32) {
     RowInWarp<kSteps> mean;
     mean.clear();
     int count = 0;
-    for (int r0 = 0; r0 < at.s_q; r0 += kAtOnce) {
+#pragma unroll 1
+    for (int r0 = 0; r0 < rows.count; r0 += kAtOnce) {
       RowInWarp<kSteps> row[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i)
-        if (r0 + i < at.s_q) row[i].load(a.q, at.first_row + r0 + i, at.g * a.shape.group + h0 + h, a.shape.d);
+        if (r0 + i < rows.count) row[i].load(rows.q, rows.first + r0 + i, rows.head + h0 + h, a.shape.d);
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        if (r0 + i >= at.s_q || !row[i].finite()) continue;
+        if (r0 + i >= rows.count || !row[i].finite()) continue;
         ++count;
         mean.add(row[i]);
       }
@@ -123,8 +136,9 @@ __device__ void load_means(const RankArgs& a, const UnitPlace& at, int h0, int h
 }
 
 // The largest of a page's scores, of the heads that a lane sees, then of all.
+template <int kSteps>
 struct Best {
-  const ScoreShared& s;
+  const ScoreShared<kSteps>& s;
   float* score;      // of page 0
   bool first_heads;  // of the group: the score starts here
   int end;           // pages
@@ -142,11 +156,15 @@ struct Best {
   }
 };
 
-// Scores of the CTA's pages, as many heads at a time as there is room for.
+// Scores of the CTA's pages, as many heads at a time as there is room for. A rehearsal has no pages and a blank row.
 template <int kSteps>
-__device__ void rank_pages(const RankArgs& a, const UnitPlace& at, const MeanRows<kSteps>& to, ScoreShared& s) {
+__device__ void rank_pages(const RankArgs& a, const UnitPlace& at, bool rehearsal, const MeanRows<kSteps>& to,
+                           ScoreShared<kSteps>& s) {
+  const QueryRows rows = rehearsal ? QueryRows{{s.blank, DType::f16, 0, 0}, 0, 1, 0}
+                                   : QueryRows{a.q, at.first_row, at.s_q, at.g * a.shape.group};
   const int group = a.shape.group, t = static_cast<int>(threadIdx.x);
-  const PageChunks pages{at.first + static_cast<int>(blockIdx.x) * kScorePages, at.end, kScorePages,
+  const int end = rehearsal ? 0 : at.end;
+  const PageChunks pages{at.first + static_cast<int>(blockIdx.x) * kScorePages, end, kScorePages,
                          static_cast<int>(gridDim.x) * kScorePages};
   const Policy policy = a.how.policy;
   const Summaries summaries = summaries_of(a.cache, at.slot, at.g);
@@ -154,16 +172,18 @@ __device__ void rank_pages(const RankArgs& a, const UnitPlace& at, const MeanRow
   float* score = a.score + at.u * a.cache.max_pages;
   float q_norm = 0;
   bool any_valid = false;
+#pragma unroll 1
   for (int h0 = 0; h0 < group; h0 += kMeans) {
     const int heads = min(kMeans, group - h0);
     bool loaded = false;
     const auto prepare = [&] {
       if (loaded) return;
-      __syncthreads();  // the heads before are done with
-      load_means(a, at, h0, heads, to, s);
+      if (!rehearsal) wait_for_previous_kernel();  // which may have made q
+      __syncthreads();                             // the heads before are done with
+      load_means(a, rows, h0, heads, to, s);
       loaded = true;
     };
-    Best best{s, score, h0 == 0, at.end};
+    Best<kSteps> best{s, score, h0 == 0, end};
     const auto emit = [&](int, int row, float sum) { best.see(row, heads, sum * sm_scale); };
     const auto emit_mean = [&](int, int row, float sum) {
       if (row < heads) best.see(row, heads, sum * s.scale[row] * sm_scale);
@@ -179,27 +199,30 @@ __device__ void rank_pages(const RankArgs& a, const UnitPlace& at, const MeanRow
       for_each_product<MomentProduct>(summaries, a.cache.canonical, sm_scale, pages, to.floats, heads, prepare, emit,
                                       done);
     prepare();  // where nothing was multiplied
-    for (int h = 0; h < heads; ++h) {
-      any_valid |= s.valid[h];
-      if (s.valid[h]) q_norm = fmaxf(q_norm, s.norm[h]);
-    }
+    if (policy == Policy::recent || measures(a))
+      for (int h = 0; h < heads; ++h) {
+        any_valid |= s.valid[h];
+        if (s.valid[h]) q_norm = fmaxf(q_norm, s.norm[h]);
+      }
   }
   if (policy == Policy::recent)
     for (int p0 = pages.first; p0 < pages.end; p0 += pages.stride)
-      if (t < kScorePages && p0 + t < at.end)
+      if (t < kScorePages && p0 + t < end)
         score[p0 + t] = any_valid ? static_cast<float>(p0 + t - at.first) : -INFINITY;
-  if (measures(a) && blockIdx.x == 0 && t == 0) a.q_norm[at.u] = q_norm;
+  if (!rehearsal && measures(a) && blockIdx.x == 0 && t == 0) a.q_norm[at.u] = q_norm;
 }
 
 // Two CTAs of 128 registers a thread; for d > 128 one, which then keeps all it has loaded in registers: 7 % of a step.
 template <int kSteps>
 __global__ __launch_bounds__(kScoreThreads, kSteps == 2 ? 2 : 1) void score_kernel(const __grid_constant__ RankArgs a) {
-  __shared__ ScoreShared s;
+  __shared__ ScoreShared<kSteps> s;
   extern __shared__ __align__(16) uint8_t memory[];
-  wait_for_previous_kernel();
   let_next_kernel_start();
   const UnitPlace at = unit_place(a);
-  if (at.s_q > 0) rank_pages(a, at, MeanRows<kSteps>(memory), s);
+  if (at.s_q == 0) wait_for_previous_kernel();
+  if (threadIdx.x < 64 * kSteps) s.blank[threadIdx.x] = 0;
+#pragma unroll 1
+  for (int take = 0; take < 2 && at.s_q > 0; ++take) rank_pages(a, at, take == 0, MeanRows<kSteps>(memory), s);
 }
 
 // --- by mass
@@ -212,41 +235,52 @@ struct MassArgs {
 
 __global__ __launch_bounds__(kMassThreads) void mass_kernel(const __grid_constant__ MassArgs args) {
   extern __shared__ RowShare row[];  // [row_stride]
-  wait_for_previous_kernel();
+  __shared__ alignas(16) float blank[4];
   let_next_kernel_start();
   const RankArgs& a = args.rank;
   const UnitPlace at = unit_place(a);
-  if (at.s_q == 0) return;
-  const int rows = a.shape.group * at.s_q;
-  load_row_shares(args.state_ml + at.u * a.row_stride * 4, rows, at.s_q, row);
-  __syncthreads();
   const ForcedPages forced = forced_pages(a.how.force, at.block);
   const bool of_all = a.how.budget.kind == Budget::Kind::mass || a.how.budget.kind == Budget::Kind::tolerance;
   const int first = at.first + static_cast<int>(blockIdx.x * kMassThreads + threadIdx.x);
-  for (int page = first; page < at.end; page += static_cast<int>(gridDim.x) * kMassThreads) {
-    if (!of_all && forced.has(page)) continue;
-    const int64_t i = at.u * a.cache.max_pages + page;
-    a.score[i] = mass_score(args.page_mass + i * args.mass_parts * a.row_stride, args.mass_parts, a.row_stride, row,
-                            rows, at.s_q);
+  if (threadIdx.x < 4) blank[threadIdx.x] = 0;
+#pragma unroll 1
+  for (int take = 0; take < 2; ++take) {
+    const bool rehearsal = take == 0;  // of one row and page, both blank
+    __syncthreads();
+    if (!rehearsal) wait_for_previous_kernel();
+    if (at.s_q == 0) continue;
+    const int rows = rehearsal ? 1 : a.shape.group * at.s_q, s_q = rehearsal ? 1 : at.s_q;
+    load_row_shares(rehearsal ? blank : args.state_ml + at.u * a.row_stride * 4, rows, s_q, row);
+    __syncthreads();
+    const int end = rehearsal ? min(at.end, first + 1) : at.end;
+#pragma unroll 1
+    for (int page = first; page < end; page += static_cast<int>(gridDim.x) * kMassThreads) {
+      if (!of_all && forced.has(page)) continue;
+      const int64_t i = at.u * a.cache.max_pages + page;
+      const float* mass = rehearsal ? blank : args.page_mass + i * args.mass_parts * a.row_stride;
+      const float share = mass_score(mass, rehearsal ? 1 : args.mass_parts, a.row_stride, row, rows, s_q);
+      if (!rehearsal) a.score[i] = share;
+    }
   }
 }
 
 // --- choosing
 
-// Launched after score_kernel or mass_kernel, which let it start once all before them is done: lengths can be read
-// before the wait, scores after it. It does not let attention start before it ends: a CTA of that fills a
-// multiprocessor, and those which come last would begin when the others are half through.
-__global__ __launch_bounds__(kChooseThreads, 1) void choose_kernel(const __grid_constant__ RankArgs a) {
+// Lengths are read before the wait, scores after it. A rehearsal would gain nothing here. It does not let attention
+// start before it ends, which then took longer by more than the launch does (docs/performance.md).
+__global__ __launch_bounds__(kChooseThreads, 2) void choose_kernel(const __grid_constant__ RankArgs a) {
   __shared__ ChooseShared<kChooseThreads> s;
   __shared__ ListShared<kChooseThreads> lists;
-  extern __shared__ uint32_t keys[];  // of the pages seen
+  extern __shared__ __align__(16) uint8_t memory[];
   const UnitPlace at = unit_place(a);
   const Candidates pages = candidates_of(a, at);
   if (threadIdx.x == 0) s.need = pages_wanted(a.how, pages);
   wait_for_previous_kernel();
   if (at.s_q > 0) {
     float* score = a.score + at.u * a.cache.max_pages + at.first;
-    const Cut cut = choose(a.how, pages, score, keys, a.q_norm[at.u], summaries_of(a.cache, at.slot, at.g), s);
+    uint32_t* keys = reinterpret_cast<uint32_t*>(memory);
+    uint32_t* bins = keys + round_up(pages.end - pages.first, 4);
+    const Cut cut = choose(a.how, pages, score, keys, bins, a.q_norm[at.u], summaries_of(a.cache, at.slot, at.g), s);
     write_lists(a.how, pages, cut, keys, a.lists, at.u, lists);
   } else if (threadIdx.x < 8) {
     a.lists.counts[at.u * 8 + threadIdx.x] = 0;
@@ -284,7 +318,8 @@ cudaError_t launch_over_pages(void (*kernel)(Args), const RankParams& p, int pag
 
 cudaError_t launch_choose(const RankParams& p, const RankArgs& args, cudaStream_t stream) {
   const dim3 grid(1, static_cast<unsigned>(p.shape.h_kv), static_cast<unsigned>(p.batch.b));
-  return launch_early(choose_kernel, grid, kChooseThreads, static_cast<int>(most_seen(p)) * 4, stream, args);
+  return launch_early(choose_kernel, grid, kChooseThreads, static_cast<int>(round_up(most_seen(p), 4)) * 5, stream,
+                      args);
 }
 
 }  // namespace

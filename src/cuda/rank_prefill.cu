@@ -128,6 +128,7 @@ __global__ __launch_bounds__(kThreads, 2) void rank_prefill_kernel(const __grid_
   const Planes<kSteps> planes{
       reinterpret_cast<__half*>(tile.q + static_cast<int>(round_up(a.heads_at_once, 4)) * kStride)};
   float* scores = reinterpret_cast<float*>(planes.q) + planes.bytes(a.heads_at_once) / 4;
+  uint32_t* bins = reinterpret_cast<uint32_t*>(scores + a.heads_at_once * a.max_seen);
   for (int h0 = 0; h0 < a.shape.group; h0 += a.heads_at_once) {
     const int heads = min(a.heads_at_once, a.shape.group - h0);
     unsigned valid = 0;  // heads with a finite row
@@ -176,7 +177,7 @@ __global__ __launch_bounds__(kThreads, 2) void rank_prefill_kernel(const __grid_
       if (a.how.ranks) {
         const float q_norm = valid >> h & 1 ? s.norm[h] : 0.0f;
         if (threadIdx.x == 0) s.choose.need = pages_wanted(a.how, c);
-        cut = choose(a.how, c, score, keys, q_norm, summaries, s.choose);
+        cut = choose(a.how, c, score, keys, bins, q_norm, summaries, s.choose);
       }
       const int head = g * a.shape.group + h0 + h;
       write_tiers(a, c, cut, keys, (i * a.shape.h_q + head) * a.max_blocks + block, s);
@@ -195,13 +196,14 @@ cudaError_t launch_rank_prefill(const PrefillParams& p, cudaStream_t stream) {
                           p.max_blocks, p.tier_words, 0,       0,   p.tiers,
                           p.counts};
   args.max_seen = static_cast<int>(std::min<int64_t>(seen, p.cache.max_pages));
-  const int head_bytes = std::max(1, args.max_seen) * static_cast<int>(sizeof(float));
+  args.max_seen = static_cast<int>(round_up(std::max(1, args.max_seen), 4));  // as choose() wants its keys
+  const int head_bytes = args.max_seen * static_cast<int>(sizeof(float));
   args.heads_at_once = std::clamp(kScoreBytes / head_bytes, 1, std::min(p.shape.group, kHeads));
   const bool wide = p.shape.d > 128;
   const int row_bytes = (wide ? 256 : 128) * static_cast<int>(sizeof(float));
   const int plane_bytes = wide ? Planes<4>::bytes(args.heads_at_once) : Planes<2>::bytes(args.heads_at_once);
   const int shared = (kWarps + static_cast<int>(round_up(args.heads_at_once, 4))) * row_bytes + plane_bytes +
-                     args.heads_at_once * head_bytes;
+                     args.heads_at_once * head_bytes + args.max_seen;
   const auto kernel = wide ? rank_prefill_kernel<4> : rank_prefill_kernel<2>;
   const dim3 grid(static_cast<unsigned>(p.max_blocks), static_cast<unsigned>(p.shape.h_kv),
                   static_cast<unsigned>(p.batch.b));
