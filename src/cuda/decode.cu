@@ -8,7 +8,9 @@ namespace thriftattn::cuda {
 namespace {
 
 cudaError_t launch(const DecodeParams& params, const DecodeConfig& config, Pass pass, cudaStream_t stream) {
-  const void* kernel = config.d_bucket == 128 ? decode_kernel_d128(config.columns) : decode_kernel_d256(config.columns);
+  const Fp4Format format = params.cache.format;
+  const void* kernel =
+      config.d_bucket == 128 ? decode_kernel_d128(config.columns, format) : decode_kernel_d256(config.columns, format);
   DecodeArgs args{params,
                   config.columns,
                   config.tiles,
@@ -16,8 +18,7 @@ cudaError_t launch(const DecodeParams& params, const DecodeConfig& config, Pass 
                   pass,
                   params.shape.sm_scale * kLog2E,
                   params.shape.softcap * kLog2E,
-                  params.shape.sm_scale * kLog2E * kCodeScale,
-                  params.cache.format == Fp4Format::mxfp4};
+                  params.shape.sm_scale * kLog2E * kCodeScale};
   void* pointers[] = {&args};
   return launch_early(kernel, static_cast<unsigned>(config.blocks), static_cast<unsigned>(32 * config.warps),
                       config.shared_bytes, stream, pointers);

@@ -3,9 +3,18 @@
 
 namespace thriftattn::cuda {
 
-const void* decode_kernel_d256(int columns) {
-  if (columns == 4) return reinterpret_cast<const void*>(decode_kernel<256, 4>);
-  return reinterpret_cast<const void*>(decode_kernel<256, 8>);
+namespace {
+
+template <bool kMxfp4>
+const void* kernel_for(int columns) {
+  if (columns == 4) return reinterpret_cast<const void*>(decode_kernel<256, 4, kMxfp4>);
+  return reinterpret_cast<const void*>(decode_kernel<256, 8, kMxfp4>);
+}
+
+}  // namespace
+
+const void* decode_kernel_d256(int columns, Fp4Format format) {
+  return format == Fp4Format::mxfp4 ? kernel_for<true>(columns) : kernel_for<false>(columns);
 }
 
 }  // namespace thriftattn::cuda

@@ -16,9 +16,10 @@
 
 namespace thriftattn::cuda {
 
-// The kernel for 4, 8 or 16 rows at once (d256: 4 or 8), one source file each so that they compile side by side.
-const void* decode_kernel_d128(int columns);
-const void* decode_kernel_d256(int columns);
+// The kernel for 4, 8 or 16 rows at once (d256: 4 or 8), one source file each so that they compile side by side. One
+// for each format, too: together they would take twice the instruction cache.
+const void* decode_kernel_d128(int columns, Fp4Format format);
+const void* decode_kernel_d256(int columns, Fp4Format format);
 
 // Eight where a lane holds so much of q and o that twelve would not have the registers.
 THRIFTATTN_HD constexpr int max_warps(int d_bucket, int columns) { return d_bucket == 128 && columns <= 8 ? 12 : 8; }
@@ -48,9 +49,9 @@ THRIFTATTN_HD constexpr SharedLayout shared_layout(const DeviceLayout& layout, i
   return s;
 }
 
-template <int D, int N>
+template <int D, int N, bool kMxfp4>
 __global__ void __launch_bounds__(32 * max_warps(D, N), 1) decode_kernel(const __grid_constant__ DecodeArgs args) {
-  using Rows = DecodeRows<D, N, D == 128>;
+  using Rows = DecodeRows<D, N, D == 128, kMxfp4>;
   extern __shared__ __align__(128) uint8_t shared[];
   const DeviceLayout device = record_layout<D, D == 128>(args);
   // The same in all lanes, and the compiler is to know it: addresses made of it can stay out of the lanes' registers.

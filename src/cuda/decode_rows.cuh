@@ -32,7 +32,7 @@ inline constexpr float kSlack = 6.0f;
 inline constexpr float kLog2E = 1.4426950408889634f;
 
 // D: channels that there are registers for. kExact: K and V have D channels, so that every loop is unrolled.
-template <int D, int N, bool kExact>
+template <int D, int N, bool kExact, bool kMxfp4>
 class DecodeRows {
  public:
   static constexpr bool kDiagonal = N == 4;
@@ -110,10 +110,7 @@ class DecodeRows {
         return 1;
       }
     }
-    if (args_.mxfp4 != 0)
-      read_fp4<true>(slot, second, exponents, note.q_mean, segment, word);
-    else
-      read_fp4<false>(slot, second, exponents, note.q_mean, segment, word);
+    read_fp4(slot, second, exponents, note.q_mean, segment, word);
     if (first_taken_) return 0;
     ++read_;
     const int planes = second == 0 ? 1 : 2;
@@ -159,12 +156,11 @@ class DecodeRows {
 
  private:
   // An item of 32 tokens, in one plane or, where `second` is not 0, in two.
-  template <bool kMxfp4>
   __device__ void read_fp4(const uint8_t* first, int second, uint32_t exponents, const float* q_mean,
                            const Segment& segment, uint32_t word) {
     float sums[2][kTiles][4] = {};  // [ml]: of tokens 16 ml + g and 16 ml + 8 + g
     const auto multiply_k = [&](const uint8_t* slot) {
-      multiply<kMxfp4>(
+      multiply(
           slot, slot + layout_.k_scales, layout_.dk, [this](int i, int j) -> const Columns& { return q_[2 * i + j]; },
           [&sums](int, int half) -> Tile& { return sums[half]; });
     };
@@ -214,7 +210,7 @@ class DecodeRows {
         columns[cell / kTiles / 2][cell % kTiles][cell / kTiles % 2] = transpose_8x8(p[cell]);
     }
     const auto multiply_v = [&](const uint8_t* slot) {
-      multiply<kMxfp4>(
+      multiply(
           slot + layout_.v_codes, slot + layout_.v_scales, layout_.dv,
           [&columns](int, int j) -> const Columns& { return columns[j]; },
           [this](int i, int half) -> Tile& { return o[2 * i + half]; });
@@ -323,7 +319,7 @@ class DecodeRows {
 
   // acc(i, half) += scale * (codes x b) over one plane's K or V, `channels` of it. Block i of 32 channels is 4
   // fragments: `half` 0 and 1 (the rows of A), j = 0 and 1 along the contraction with b(i, j).
-  template <bool kMxfp4, class B, class Acc>
+  template <class B, class Acc>
   __device__ void multiply(const uint8_t* codes, const uint8_t* scales, int channels, const B& b, const Acc& acc) {
     constexpr int kChunk = !kExact || kTiles > 1 ? 1 : kDiagonal ? D / 32 : 2;  // blocks whose scales are made at once
     const int lane = threadIdx.x % 32, stride = (kExact ? D : channels) / 8;

@@ -30,7 +30,6 @@ struct DecodeArgs {
   Pass pass;
   float score_scale, softcap;  // sm_scale and softcap times log2 e
   float code_scale;            // score_scale of products with codes
-  int mxfp4;
 };
 
 inline constexpr int kHighWeight = 8, kPlanesWeight = 27, kFewPlanesWeight = 18, kFp4Weight = 9;
