@@ -33,7 +33,7 @@ struct DecodeArgs {
 };
 
 inline constexpr int kHighWeight = 8, kPlanesWeight = 27, kFewPlanesWeight = 18, kFp4Weight = 9;
-inline constexpr int kUnitWeight = 400;  // q, merge and results take a CTA as long as four items for every warp
+inline constexpr int kUnitWeight = 480;  // q, merge and results take a CTA as long as four or five items for every warp
 inline constexpr int kPageItems = kPageTokens / kItemTokens, kHighPageItems = kPageTokens / kHighItemTokens;
 
 struct Items {
