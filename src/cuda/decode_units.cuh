@@ -38,7 +38,7 @@ inline constexpr int kPageItems = kPageTokens / kItemTokens, kHighPageItems = kP
 
 struct Items {
   int high = 0, planes = 0, fp4 = 0;  // in 16 bit, in fp4x2, in fp4
-  bool few_planes = false;
+  bool few_planes = false;            // of an exchange that reads each for itself, and the first planes besides
 
   __device__ int planes_weight() const { return few_planes ? kFewPlanesWeight : kPlanesWeight; }
   __device__ int weight() const {
@@ -50,6 +50,7 @@ struct Items {
     const int w = static_cast<int>(at) - kUnitWeight;
     const auto begun = [](int w, int each) { return (max(0, w) + each - 1) / each; };
     const int w_planes = w - high * kHighWeight, w_fp4 = w_planes - planes * planes_weight();
+    // Divisions by constants: this runs before a CTA's first copy.
     return min(high, begun(w, kHighWeight)) +
            min(planes, few_planes ? begun(w_planes, kFewPlanesWeight) : begun(w_planes, kPlanesWeight)) +
            min(fp4, begun(w_fp4, kFp4Weight));
