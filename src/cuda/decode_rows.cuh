@@ -156,8 +156,8 @@ class DecodeRows {
 
  private:
   // An item of 32 tokens, in one plane or, where `second` is not 0, in two.
-  __device__ void read_fp4(const uint8_t* first, int second, uint32_t exponents, const float* q_mean,
-                           const Segment& segment, uint32_t word) {
+  __device__ void read_fp4(const uint8_t* first, int second, uint32_t exponents, const float* q_mean, const Segment& segment,
+                           uint32_t word) {
     float sums[2][kTiles][4] = {};  // [ml]: of tokens 16 ml + g and 16 ml + 8 + g
     const auto multiply_k = [&](const uint8_t* slot) {
       multiply(
@@ -311,6 +311,29 @@ class DecodeRows {
     for (int step = kDiagonal ? 2 : 4; step < 32; step *= 2) x += __shfl_xor_sync(~0u, x, step);
     return x;
   }
+  // The same for one row of a lane's, row(r), which it chooses: rows are halved while lanes are added up. Each of the N
+  // rows is some lane's below N.
+  __device__ float sum_of_row(const float (&x)[kRows], int& r) const {
+    float sum[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) sum[i] = x[i];
+    r = 0;
+    int rows = kRows;
+#pragma unroll
+    for (int step = kDiagonal ? 2 : 4; step < 32; step *= 2) {
+      const bool upper = step < 4 ? t_ & step : g_ & step / 4;
+      if (rows == 1) {
+        sum[0] += __shfl_xor_sync(~0u, sum[0], step);
+        continue;
+      }
+      rows /= 2;
+      r += upper ? rows : 0;
+#pragma unroll
+      for (int i = 0; i < rows; ++i)
+        sum[i] = (upper ? sum[i + rows] : sum[i]) + __shfl_xor_sync(~0u, upper ? sum[i] : sum[i + rows], step);
+    }
+    return sum[0];
+  }
   __device__ static float max_tokens(float x) {
 #pragma unroll
     for (int step = kDiagonal ? 2 : 4; step < 32; step *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
@@ -380,9 +403,8 @@ class DecodeRows {
   // what l has taken. A score is scale * x + base - kGrid. token(cell) counts from the item's first; rows of cell c are
   // row(c % kTiles * 2) and the next.
   template <int kCells, class Token>
-  __device__ float absorb(const Segment& segment, uint32_t word, float scale, const float (&base)[kRows],
-                          float v_exponent, const Token& token, float (&x)[kCells][2], uint32_t (&p)[kCells],
-                          float (&sum)[kRows]) {
+  __device__ float absorb(const Segment& segment, uint32_t word, float scale, const float (&base)[kRows], float v_exponent,
+                          const Token& token, float (&x)[kCells][2], uint32_t (&p)[kCells], float (&sum)[kRows]) {
     each_score<kCells>([&](int i, int e, int r) { x[i][e] = __fmaf_rn(x[i][e], scale, base[r]); });
     if (word & Note<N>::kSpecial) cap_and_mask<kCells>(segment.unit, Item::token(word), token, x);
     if (kCells == kTiles && kDiagonal && t_ >= 2) x[0][0] = x[0][1] = kMasked;  // lanes without a token
@@ -479,23 +501,25 @@ class DecodeRows {
     }
   }
 
-  __device__ void put_mass(const Segment& segment, uint32_t word, float exponent, const float (&sum)[kRows]) {
+  // Of an item, whose word says that it is special; by one lane for each row.
+  __device__ void put_mass(const Segment& segment, uint32_t word, float exponent, const float (&sum)[kRows]) const {
     const DecodeParams& p = args_.p;
     const Unit& unit = segment.unit;
-    const bool is_high = Item::tier(word) == Tier::fp16;
-    if (segment.pass != Pass::attend || p.page_mass == nullptr || (is_high && p.mass_parts == 2)) return;
-    const int first = Item::token(word), tokens = is_high ? kHighItemTokens : kItemTokens;
-    const int page = first / kPageTokens, spread = is_high ? 1 : p.mass_parts / kPageItems;
-    const int part = first % kPageTokens / tokens * spread;
+    const bool is_high = Item::tier(word) == Tier::fp16, halves = p.mass_parts == 2;
+    if (p.page_mass == nullptr || segment.pass != Pass::attend || (is_high && halves)) return;
+    int r;
+    const float mass = sum_of_row(sum, r);
+    float reference = m[0];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const float mass = sum_tokens(sum[r]);
-      if (!speaks_for_rows() || row(r) >= unit.rows) continue;
-      float* to = p.page_mass + unit.first_row + row(r) +
-                  ((int64_t{unit.index} * p.cache.max_pages + page) * p.mass_parts + part) * p.row_stride;
+    for (int i = 1; i < kRows; ++i) reference = i == r ? m[i] : reference;
+    if (g_ >= N / 4 || row(r) >= unit.rows) return;
+    const int part = Item::token(word) / (halves ? kItemTokens : kHighItemTokens);
+    float* to = p.page_mass + unit.first_row + row(r) +
+                (int64_t{unit.index} * p.cache.max_pages * p.mass_parts + part) * p.row_stride;
+    *to = reference + exponent + log2_fast(mass);
+    if (is_high || halves) return;
 #pragma unroll 1
-      for (int i = 0; i < spread; ++i) to[int64_t{i} * p.row_stride] = i == 0 ? m[r] + exponent + __log2f(mass) : NAN;
-    }
+    for (int i = 1; i < kItemTokens / kHighItemTokens; ++i) *(to += p.row_stride) = NAN;
   }
 
   const DecodeArgs& args_;

@@ -51,6 +51,12 @@ __device__ inline float exp2_fast(float x) {
   return y;
 }
 
+__device__ inline float log2_fast(float x) {  // -inf below the least normal number
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 __device__ inline float reciprocal_fast(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
