@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(32 * max_warps(D, N), 1) decode_kernel(const _
       if (to_fill > 0) continue;
     }
     to_fill = rows.read(ring, segment);
-    if (to_fill > 0) i += warps;
+    i += warps;
   }
 }
 

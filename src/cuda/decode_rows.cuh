@@ -81,7 +81,7 @@ class DecodeRows {
         }
   }
 
-  // The next item in the ring; returns how many slots it took: none where it is to be read once more.
+  // The next item in the ring; returns how many slots it took.
   __device__ int read(Ring& ring, const Segment& segment) {
     const uint32_t number = read_;
     const Note<N>& note = notes_[number % kNotes];
@@ -94,26 +94,16 @@ class DecodeRows {
     }
     const uint8_t* slot = ring.wait();
     word = __shfl_sync(~0u, word, 0);  // it is the same in all lanes, and the compiler is to know it
-    int second = 0;                    // where the second plane is, from the first one
-    if (const Tier tier = Item::tier(word); tier != Tier::fp4) {
-      if (tier == Tier::fp4x2) {
-        // Read in exchange for the first plane alone, that is taken out beforehand.
-        first_taken_ = Item::taken_out(word) && !first_taken_;
-        if (!first_taken_) {
-          word &= ~Item::kTakenOut;
-          second = static_cast<int>(ring.wait(1) - slot);
-        }
-      } else {
-        if (tier == Tier::fp16) read_high(slot, exponents, segment, word);
-        ++read_;
-        ring.release(1);
-        return 1;
-      }
+    int planes = 1;
+    if (const Tier tier = Item::tier(word); tier == Tier::fp4) {
+      read_fp4<false>(slot, slot, exponents, note.q_mean, segment, word);
+    } else if (tier == Tier::fp4x2) {
+      read_fp4<true>(slot, ring.wait(1), exponents, note.q_mean, segment, word);
+      planes = 2;
+    } else if (tier == Tier::fp16) {
+      read_high(slot, exponents, segment, word);
     }
-    read_fp4(slot, second, exponents, note.q_mean, segment, word);
-    if (first_taken_) return 0;
     ++read_;
-    const int planes = second == 0 ? 1 : 2;
     ring.release(planes);
     return planes;
   }
@@ -155,77 +145,96 @@ class DecodeRows {
   float o[D / 16][kTiles][4];               // in units of codes: 2^-14 of what it means
 
  private:
-  // An item of 32 tokens, in one plane or, where `second` is not 0, in two.
-  __device__ void read_fp4(const uint8_t* first, int second, uint32_t exponents, const float* q_mean, const Segment& segment,
-                           uint32_t word) {
-    float sums[2][kTiles][4] = {};  // [ml]: of tokens 16 ml + g and 16 ml + 8 + g
-    const auto multiply_k = [&](const uint8_t* slot) {
-      multiply(
-          slot, slot + layout_.k_scales, layout_.dk, [this](int i, int j) -> const Columns& { return q_[2 * i + j]; },
-          [&sums](int, int half) -> Tile& { return sums[half]; });
-    };
-    multiply_k(first);
-    float scale = args_.code_scale * exp2_fast(-exponent_of(exponents, 0));
-    if (second != 0) {
-      const float exponent = exponent_of(exponents, 1), next = args_.code_scale * exp2_fast(-exponent);
-      const float factor = exp2_fast(fmaxf(-126.0f, fminf(exponent - exponent_of(exponents, 0), 126.0f)));
-      each([&](int ml, int tile, int e) { sums[ml][tile][e] *= factor; });
-      multiply_k(first + own(second));
-      scale = next;
-    }
-
+  // An item of 32 tokens, in one plane or in two. Of one in two planes that is to be taken out, what its first plane
+  // alone says is, and what both do is put in.
+  template <bool kTwoPlanes>
+  __device__ void read_fp4(const uint8_t* first, const uint8_t* second, uint32_t exponents, const float* q_mean,
+                           const Segment& segment, uint32_t word) {
+    const bool is_exchange = kTwoPlanes && Item::taken_out(word);
     constexpr int kCells = kDiagonal ? 2 : 4 * kTiles;  // a cell is a token and two rows of this lane
-    float x[kCells][2];
     const auto token = [this](int cell) {
       return kDiagonal ? t_ / 2 * 16 + cell * 8 + g_ : cell / kTiles % 2 * 16 + cell / kTiles / 2 * 8 + g_;
     };
-    if constexpr (kDiagonal) {
+    uint32_t p[kCells], p_out[kCells];
+    float sum[kRows], m_out[kRows], weight;
+    float sums[2][kTiles][4] = {};  // [ml]: of tokens 16 ml + g and 16 ml + 8 + g
+    float scale = args_.code_scale * exp2_fast(-exponent_of(exponents, 0));
+#pragma unroll 1
+    for (const uint8_t* slot = first;;) {
+      multiply(
+          slot, slot + layout_.k_scales, layout_.dk, [this](int i, int j) -> const Columns& { return q_[2 * i + j]; },
+          [&sums](int, int half) -> Tile& { return sums[half]; });
+      const bool is_whole = !kTwoPlanes || slot != first;
+      if (is_whole || is_exchange) {
+        float x[kCells][2];
+        if constexpr (kDiagonal) {
 #pragma unroll
-      for (int j = 0; j < 2; ++j)
+          for (int j = 0; j < 2; ++j)
 #pragma unroll
-        for (int e = 0; e < 2; ++e) x[j][e] = add_halves(sums[0][0][2 * j + e], sums[1][0][2 * j + e]);
-    } else {
-      each([&](int ml, int tile, int e) { x[(e / 2 * 2 + ml) * kTiles + tile][e % 2] = sums[ml][tile][e]; });
-    }
-    // Rows that do not exist may have any mean: nobody reads what becomes of them.
-    float base[kRows];
+            for (int e = 0; e < 2; ++e) x[j][e] = add_halves(sums[0][0][2 * j + e], sums[1][0][2 * j + e]);
+        } else {
+          each([&](int ml, int tile, int e) { x[(e / 2 * 2 + ml) * kTiles + tile][e % 2] = sums[ml][tile][e]; });
+        }
+        // Rows that do not exist may have any mean: nobody reads what becomes of them.
+        float base[kRows];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) base[r] = q_mean[row(r)];
-
-    uint32_t p[kCells];
-    float sum[kRows];
-    const float weight = absorb<kCells>(segment, word, scale, base, exponent_of(exponents, 2), token, x, p, sum);
-
-    Columns columns[2];  // B operands: p of tokens 8j + {0..7, 16..23}
-    if constexpr (kDiagonal) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const uint32_t y = transpose_8x8(p[j]);
-        columns[j][0][0] = g_ < 4 ? y : 0;
-        columns[j][0][1] = g_ < 4 ? 0 : y;
+        for (int r = 0; r < kRows; ++r) base[r] = q_mean[row(r)];
+        const uint32_t in_or_out = is_whole && is_exchange ? word & ~Item::kTakenOut : word;
+        weight = absorb<kCells>(segment, in_or_out, scale, base, exponent_of(exponents, 2), token, x, p, sum);
       }
-    } else {
+      if (is_whole) break;
+      if (is_exchange) {
 #pragma unroll
-      for (int cell = 0; cell < kCells; ++cell)
-        columns[cell / kTiles / 2][cell % kTiles][cell / kTiles % 2] = transpose_8x8(p[cell]);
+        for (int i = 0; i < kCells; ++i) p_out[i] = p[i];
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) m_out[r] = m[r];
+      }
+      const float exponent = exponent_of(exponents, 1);
+      const float factor = exp2_fast(fmaxf(-126.0f, fminf(exponent - exponent_of(exponents, 0), 126.0f)));
+      each([&](int ml, int tile, int e) { sums[ml][tile][e] *= factor; });
+      scale = args_.code_scale * exp2_fast(-exponent);
+      slot = second;
     }
-    const auto multiply_v = [&](const uint8_t* slot) {
+
+    const uint8_t* slot = first;
+#pragma unroll 1
+    for (int left = !kTwoPlanes ? 1 : is_exchange ? 3 : 2;;) {
+      Columns columns[2];  // B operands: p of tokens 8j + {0..7, 16..23}
+      if constexpr (kDiagonal) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const uint32_t y = transpose_8x8(p[j]);
+          columns[j][0][0] = g_ < 4 ? y : 0;
+          columns[j][0][1] = g_ < 4 ? 0 : y;
+        }
+      } else {
+#pragma unroll
+        for (int cell = 0; cell < kCells; ++cell)
+          columns[cell / kTiles / 2][cell % kTiles][cell / kTiles % 2] = transpose_8x8(p[cell]);
+      }
       multiply(
           slot + layout_.v_codes, slot + layout_.v_scales, layout_.dv,
           [&columns](int, int j) -> const Columns& { return columns[j]; },
           [this](int i, int half) -> Tile& { return o[2 * i + half]; });
-    };
-    multiply_v(first);
-    if (second != 0) {
-      // p carries the exponent of the first plane's V. The second one's is larger, but where it is all zero.
-      const float factor = exp2_fast(fminf(exponent_of(exponents, 2) - exponent_of(exponents, 3), 0.0f));
-      each([&](int j, int tile, int e) {
-        if (e < 2) columns[j][tile][e] = multiply_half2(columns[j][tile][e], pack_half2(factor, factor));
-      });
-      multiply_v(first + own(second));
+      if (--left == 0) break;
+      if (slot == first) {
+        // p carries the exponent of the first plane's V. The second one's is larger, but where it is all zero.
+        const float factor = exp2_fast(fminf(exponent_of(exponents, 2) - exponent_of(exponents, 3), 0.0f));
+#pragma unroll
+        for (int i = 0; i < kCells; ++i) p[i] = multiply_half2(p[i], pack_half2(factor, factor));
+        slot = second;
+      } else {
+#pragma unroll
+        for (int i = 0; i < kCells; ++i) {
+          const int r = i % kTiles * 2;
+          p[i] = multiply_half2(p_out[i], pack_half2(exp2_fast(m_out[r] - m[r]), exp2_fast(m_out[r + 1] - m[r + 1])));
+        }
+        slot = first;
+      }
+    }
+    if constexpr (kTwoPlanes)
 #pragma unroll
       for (int r = 0; r < kRows; ++r) l_high[r] += weight * sum[r];
-    }
   }
 
   // An item of 8 tokens in 16 bit.
@@ -403,8 +412,9 @@ class DecodeRows {
   // what l has taken. A score is scale * x + base - kGrid. token(cell) counts from the item's first; rows of cell c are
   // row(c % kTiles * 2) and the next.
   template <int kCells, class Token>
-  __device__ float absorb(const Segment& segment, uint32_t word, float scale, const float (&base)[kRows], float v_exponent,
-                          const Token& token, float (&x)[kCells][2], uint32_t (&p)[kCells], float (&sum)[kRows]) {
+  __device__ float absorb(const Segment& segment, uint32_t word, float scale, const float (&base)[kRows],
+                          float v_exponent, const Token& token, float (&x)[kCells][2], uint32_t (&p)[kCells],
+                          float (&sum)[kRows]) {
     each_score<kCells>([&](int i, int e, int r) { x[i][e] = __fmaf_rn(x[i][e], scale, base[r]); });
     if (word & Note<N>::kSpecial) cap_and_mask<kCells>(segment.unit, Item::token(word), token, x);
     if (kCells == kTiles && kDiagonal && t_ >= 2) x[0][0] = x[0][1] = kMasked;  // lanes without a token
@@ -466,12 +476,6 @@ class DecodeRows {
     return static_cast<float>(static_cast<int8_t>(exponents >> 8 * which));
   }
 
-  // x, of which nothing may be computed ahead: what only few items need stays where they need it.
-  __device__ static int own(int x) {
-    asm volatile("" : "+r"(x));
-    return x;
-  }
-
   // action(cell, e, r): row r of this lane is element e of the cell.
   template <int kCells, class Do>
   __device__ static void each_score(const Do& action) {
@@ -526,8 +530,7 @@ class DecodeRows {
   const DeviceLayout layout_;
   const Queries<N> queries_;
   Note<N>* notes_;
-  uint32_t read_ = 0;         // items since the begin
-  bool first_taken_ = false;  // of the item, which is not read to its end
+  uint32_t read_ = 0;  // items since the begin
   uint32_t q_[D / 16][kTiles][2];
   int g_, t_;
 };

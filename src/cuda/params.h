@@ -136,7 +136,7 @@ struct DecodeParams {
 };
 
 struct MassParams {
-  RankParams rank;         // q_norm is read, of the launch_rank before; score and lists are filled
+  RankParams rank;         // q_norm is read, of the launch_rank before; lists are filled; score is not used
   const float* state_ml;   // as attend left it: m and l of all that a row sees, a learned sink included
   const float* page_mass;  // as attend left it; of forced pages it is read for budgets of mass and tolerance alone,
   int mass_parts;          // which therefore need 8 parts

@@ -73,7 +73,7 @@ WorkspaceLayout workspace_layout(const Problem& p, const DecodeConfig& config, i
   take(l.counts, n * 8 * 4);
   take(l.tickets, n * std::max(1, config.tiles) * 4);
   take(l.order, pages * 4);
-  take(l.score, pages * 4);
+  if (!by_mass(p)) take(l.score, pages * 4);
   take(l.q_norm, n * 4);
   if (by_mass(p) || p.stats) {
     l.mass_bytes = of_rows * mass_parts(p) * 4;

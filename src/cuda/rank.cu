@@ -3,13 +3,12 @@
 //   launch_rank            score_kernel   q, summaries -> score (the policy's, of the mean row of a head; the largest
 //                                         of a unit's heads)
 //                          choose_kernel  score -> lists
-//   launch_choose_by_mass  mass_kernel    page masses and states that attend left -> score (shares of the softmax)
-//                          choose_kernel  likewise
+//   launch_choose_by_mass  choose_kernel  page masses and states that attend left -> shares of the softmax -> lists
 //
-// A unit's pages are dealt to as many CTAs as keep the GPU busy; one CTA chooses for a unit. Each kernel lets the next
-// one start at once, and before it waits for the kernel ahead it does all that needs no result of that: lengths, tables
-// and summaries come from the cache's kernels, none of which lets another start before its own end. It also rehearses
-// what follows, on blank rows and without results: code that runs once costs mostly the fetching of its instructions.
+// Scores of a unit's pages are dealt to as many CTAs as keep the GPU busy; one CTA chooses for a unit. Before a kernel
+// waits for the one ahead it does all that needs no result of that: lengths, tables and summaries come from the cache's
+// kernels, none of which lets another start before its own end. It also rehearses what follows, on blank rows and
+// without results: code that runs once costs mostly the fetching of its instructions.
 //
 // Binds on DRAM with many sequences (a summary is 272 bytes at d = 128, 3 % of what attend reads), with one on the
 // latency of the steps that follow from one another: q, products; then scores, range, bin, lists.
@@ -22,7 +21,7 @@
 namespace thriftattn::cuda {
 namespace {
 
-constexpr int kScoreThreads = 256, kMassThreads = 64, kChooseThreads = 512;
+constexpr int kScoreThreads = 256, kChooseThreads = 512;
 constexpr int kScorePages = 128;  // that a CTA has at once
 constexpr int kMeans = 16;        // heads that a CTA has at once
 
@@ -225,61 +224,75 @@ __global__ __launch_bounds__(kScoreThreads, kSteps == 2 ? 2 : 1) void score_kern
   for (int take = 0; take < 2 && at.s_q > 0; ++take) rank_pages(a, at, take == 0, MeanRows<kSteps>(memory), s);
 }
 
-// --- by mass
+// --- choosing
 
-struct MassArgs {
-  RankArgs rank;
+// How fp4_mass knows a page's score: from what attend has left. Null where scores stand in RankArgs::score.
+struct Masses {
   const float *state_ml, *page_mass;
-  int mass_parts;
+  int parts;
+};
+struct ChooseArgs {
+  RankArgs rank;
+  Masses masses;
 };
 
-__global__ __launch_bounds__(kMassThreads) void mass_kernel(const __grid_constant__ MassArgs args) {
-  extern __shared__ RowShare row[];  // [row_stride]
-  __shared__ alignas(16) float blank[4];
-  let_next_kernel_start();
+// The scores of a unit's pages by their masses, each left by the thread of the page's number modulo all threads. `row`
+// has room for row_stride. A rehearsal has one blank row and page for a thread, and leaves nothing.
+__device__ void scores_by_mass(const ChooseArgs& args, const UnitPlace& at, const Candidates& pages, bool rehearsal,
+                               const float* blank, RowShare* row, float* score) {
+  constexpr int kAtOnce = 2;
   const RankArgs& a = args.rank;
-  const UnitPlace at = unit_place(a);
-  const ForcedPages forced = forced_pages(a.how.force, at.block);
   const bool of_all = a.how.budget.kind == Budget::Kind::mass || a.how.budget.kind == Budget::Kind::tolerance;
-  const int first = at.first + static_cast<int>(blockIdx.x * kMassThreads + threadIdx.x);
-  if (threadIdx.x < 4) blank[threadIdx.x] = 0;
+  const int rows = rehearsal ? 1 : a.shape.group * at.s_q, s_q = rehearsal ? 1 : at.s_q;
+  const int parts = rehearsal ? 1 : args.masses.parts, t = static_cast<int>(threadIdx.x);
+  load_row_shares(rehearsal ? blank : args.masses.state_ml + at.u * a.row_stride * 4, rows, s_q, row);
+  __syncthreads();
+  const float* mass =
+      rehearsal ? blank : args.masses.page_mass + (at.u * a.cache.max_pages + pages.first) * parts * a.row_stride;
+  const int n = rehearsal ? t + 1 : pages.end - pages.first;
 #pragma unroll 1
-  for (int take = 0; take < 2; ++take) {
-    const bool rehearsal = take == 0;  // of one row and page, both blank
-    __syncthreads();
-    if (!rehearsal) wait_for_previous_kernel();
-    if (at.s_q == 0) continue;
-    const int rows = rehearsal ? 1 : a.shape.group * at.s_q, s_q = rehearsal ? 1 : at.s_q;
-    load_row_shares(rehearsal ? blank : args.state_ml + at.u * a.row_stride * 4, rows, s_q, row);
-    __syncthreads();
-    const int end = rehearsal ? min(at.end, first + 1) : at.end;
-#pragma unroll 1
-    for (int page = first; page < end; page += static_cast<int>(gridDim.x) * kMassThreads) {
-      if (!of_all && forced.has(page)) continue;
-      const int64_t i = at.u * a.cache.max_pages + page;
-      const float* mass = rehearsal ? blank : args.page_mass + i * args.mass_parts * a.row_stride;
-      const float share = mass_score(mass, rehearsal ? 1 : args.mass_parts, a.row_stride, row, rows, s_q);
-      if (!rehearsal) a.score[i] = share;
+  for (int i0 = t; i0 < n; i0 += kAtOnce * kChooseThreads) {
+    const float* of_page[kAtOnce];
+    bool wanted[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int i = i0 + k * kChooseThreads;
+      wanted[k] = !rehearsal && i < n && (of_all || !pages.forced(pages.first + i));
+      of_page[k] = mass + static_cast<int64_t>(rehearsal ? 0 : min(i, n - 1)) * parts * a.row_stride;
     }
+    float share[kAtOnce];
+    mass_scores(of_page, parts, a.row_stride, row, rows, s_q, share);
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k)
+      if (wanted[k]) score[i0 + k * kChooseThreads] = share[k];
   }
 }
 
-// --- choosing
-
-// Lengths are read before the wait, scores after it. A rehearsal would gain nothing here. It does not let attention
-// start before it ends, which then took longer by more than the launch does (docs/performance.md).
-__global__ __launch_bounds__(kChooseThreads, 2) void choose_kernel(const __grid_constant__ RankArgs a) {
+// Lengths are read before the wait, scores after it. A rehearsal would gain nothing here but for masses. It does not
+// let attention start before it ends, which then took longer by more than the launch does (docs/performance.md).
+__global__ __launch_bounds__(kChooseThreads, 2) void choose_kernel(const __grid_constant__ ChooseArgs args) {
   __shared__ ChooseShared<kChooseThreads> s;
   __shared__ ListShared<kChooseThreads> lists;
+  __shared__ alignas(16) float blank[4];
   extern __shared__ __align__(16) uint8_t memory[];
+  const RankArgs& a = args.rank;
+  const bool by_mass = args.masses.page_mass != nullptr;
   const UnitPlace at = unit_place(a);
   const Candidates pages = candidates_of(a, at);
+  RowShare* row = reinterpret_cast<RowShare*>(memory);
+  uint32_t* keys = reinterpret_cast<uint32_t*>(row + (by_mass ? a.row_stride : 0));
+  uint32_t* bins = keys + round_up(pages.end - pages.first, 4);
+  float* score = by_mass ? reinterpret_cast<float*>(keys) : a.score + at.u * a.cache.max_pages + at.first;
   if (threadIdx.x == 0) s.need = pages_wanted(a.how, pages);
-  wait_for_previous_kernel();
+  if (threadIdx.x < 4) blank[threadIdx.x] = 0;
+#pragma unroll 1
+  for (int take = by_mass ? 0 : 1; take < 2; ++take) {
+    const bool rehearsal = take == 0;
+    __syncthreads();
+    if (!rehearsal) wait_for_previous_kernel();
+    if (by_mass && at.s_q > 0) scores_by_mass(args, at, pages, rehearsal, blank, row, score);
+  }
   if (at.s_q > 0) {
-    float* score = a.score + at.u * a.cache.max_pages + at.first;
-    uint32_t* keys = reinterpret_cast<uint32_t*>(memory);
-    uint32_t* bins = keys + round_up(pages.end - pages.first, 4);
     const Cut cut = choose(a.how, pages, score, keys, bins, a.q_norm[at.u], summaries_of(a.cache, at.slot, at.g), s);
     write_lists(a.how, pages, cut, keys, a.lists, at.u, lists);
   } else if (threadIdx.x < 8) {
@@ -299,52 +312,40 @@ int64_t most_seen(const RankParams& p) {
   return std::min<int64_t>(in_window, p.cache.max_pages);
 }
 
-// Launches a kernel with as many CTAs for each unit as its pages keep busy, and together no more than
-// `at_once` for each multiprocessor.
-template <class Args>
-cudaError_t launch_over_pages(void (*kernel)(Args), const RankParams& p, int pages_at_once, int at_once, int threads,
-                              int shared_bytes, cudaStream_t stream, const Args& args) {
+cudaError_t launch_choose(const RankParams& p, const Masses& masses, cudaStream_t stream) {
+  const dim3 grid(1, static_cast<unsigned>(p.shape.h_kv), static_cast<unsigned>(p.batch.b));
+  const int64_t rows = masses.page_mass != nullptr ? p.row_stride : 0;
+  const int64_t bytes = rows * static_cast<int64_t>(sizeof(RowShare)) + round_up(most_seen(p), 4) * 5;
+  return launch_early(choose_kernel, grid, kChooseThreads, static_cast<int>(bytes), stream,
+                      ChooseArgs{rank_args(p), masses});
+}
+
+}  // namespace
+
+// A unit's pages are dealt to as many CTAs as they keep busy; all units' together are two for each multiprocessor.
+cudaError_t launch_rank(const RankParams& p, cudaStream_t stream) {
+  if (p.batch.b == 0) return cudaSuccess;
   int device = 0, multiprocessors = 0;
   if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
   if (const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
       error != cudaSuccess)
     return error;
+  const bool wide = p.shape.d > 128, norms = p.method.policy == Policy::fp4_mass;
   const int64_t units = static_cast<int64_t>(p.batch.b) * p.shape.h_kv;
-  const int64_t busy = std::max<int64_t>(1, (most_seen(p) + pages_at_once - 1) / pages_at_once);
-  const int64_t ctas = std::clamp<int64_t>(at_once * multiprocessors / units, 1, busy);
+  const int64_t busy = norms ? 1 : std::max<int64_t>(1, (most_seen(p) + kScorePages - 1) / kScorePages);
+  const int64_t ctas = std::clamp<int64_t>(2 * multiprocessors / units, 1, busy);
   const dim3 grid(static_cast<unsigned>(ctas), static_cast<unsigned>(p.shape.h_kv), static_cast<unsigned>(p.batch.b));
-  return launch_early(kernel, grid, threads, shared_bytes, stream, args);
-}
-
-cudaError_t launch_choose(const RankParams& p, const RankArgs& args, cudaStream_t stream) {
-  const dim3 grid(1, static_cast<unsigned>(p.shape.h_kv), static_cast<unsigned>(p.batch.b));
-  return launch_early(choose_kernel, grid, kChooseThreads, static_cast<int>(round_up(most_seen(p), 4)) * 5, stream,
-                      args);
-}
-
-}  // namespace
-
-cudaError_t launch_rank(const RankParams& params, cudaStream_t stream) {
-  if (params.batch.b == 0) return cudaSuccess;
-  const RankArgs args = rank_args(params);
-  const bool wide = params.shape.d > 128, norms = params.method.policy == Policy::fp4_mass;
-  const auto kernel = wide ? score_kernel<4> : score_kernel<2>;
-  const int shared = wide ? MeanRows<4>::bytes() : MeanRows<2>::bytes(), pages = norms ? INT_MAX : kScorePages;
-  if (const cudaError_t error = launch_over_pages(kernel, params, pages, 2, kScoreThreads, shared, stream, args);
+  const int shared = wide ? MeanRows<4>::bytes() : MeanRows<2>::bytes();
+  if (const cudaError_t error =
+          launch_early(wide ? score_kernel<4> : score_kernel<2>, grid, kScoreThreads, shared, stream, rank_args(p));
       error != cudaSuccess || norms)
     return error;
-  return launch_choose(params, args, stream);
+  return launch_choose(p, {}, stream);
 }
 
-cudaError_t launch_choose_by_mass(const MassParams& params, cudaStream_t stream) {
-  if (params.rank.batch.b == 0) return cudaSuccess;
-  const MassArgs args = {rank_args(params.rank), params.state_ml, params.page_mass, params.mass_parts};
-  if (const cudaError_t error =
-          launch_over_pages(mass_kernel, params.rank, kMassThreads, 16, kMassThreads,
-                            params.rank.row_stride * static_cast<int>(sizeof(RowShare)), stream, args);
-      error != cudaSuccess)
-    return error;
-  return launch_choose(params.rank, args.rank, stream);
+cudaError_t launch_choose_by_mass(const MassParams& p, cudaStream_t stream) {
+  if (p.rank.batch.b == 0) return cudaSuccess;
+  return launch_choose(p.rank, {p.state_ml, p.page_mass, p.mass_parts}, stream);
 }
 
 }  // namespace thriftattn::cuda
