@@ -18,7 +18,10 @@ cudaError_t launch(const DecodeParams& params, const DecodeConfig& config, Pass 
                   pass,
                   params.shape.sm_scale * kLog2E,
                   params.shape.softcap * kLog2E,
-                  params.shape.sm_scale * kLog2E * kCodeScale};
+                  params.shape.sm_scale * kLog2E * kCodeScale,
+                  params.mass_parts == 8 ? 3 : 5,
+                  static_cast<uint32_t>(params.cache.max_pages * params.mass_parts * params.row_stride)};
+  if (pass != Pass::attend) args.p.page_mass = nullptr;
   void* pointers[] = {&args};
   return launch_early(kernel, static_cast<unsigned>(config.blocks), static_cast<unsigned>(32 * config.warps),
                       config.shared_bytes, stream, pointers);
@@ -39,9 +42,9 @@ DecodeConfig decode_config(const Problem& problem, const Gpu& gpu) {
   const auto bytes = [&] { return shared_layout(layout, config.columns, config.warps, config.blocks).bytes; };
   while (config.warps > 1 && bytes() > gpu.shared_bytes) --config.warps;
   config.shared_bytes = bytes();
-  // Four items of a warp, were every twentieth page exchanged.
+  // Two items of a warp, were every twentieth page exchanged.
   const int64_t pages = int64_t{problem.b} * problem.h_kv * config.tiles * pages_for(problem.max_s_kv);
-  config.exchanges_at_once = pages > int64_t{40} * config.blocks * config.warps;
+  config.exchanges_at_once = pages > int64_t{20} * config.blocks * config.warps;
   return config;
 }
 

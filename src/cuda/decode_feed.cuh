@@ -25,7 +25,8 @@ struct alignas(16) Note {
   float q_mean[kColumns];  // kGrid + q . mean of the tile's rows: the reader puts it here, where there is a mean
 
   static constexpr uint32_t kWait = 1u << 31;
-  static constexpr uint32_t kSpecial = 1u << 30;  // scores are capped or masked, or their mass is wanted
+  static constexpr uint32_t kSpecial = 1u << 30;    // scores are capped or masked
+  static constexpr uint32_t kKeepsMass = 1u << 29;  // their mass is wanted
 };
 
 // The layout of records, a constant where D says it.
@@ -106,7 +107,9 @@ class Feed {
   }
 
   __device__ void take_note(const Item& item, Note<kColumns>& note, bool wait) const {
-    note.word = item.word | (wait ? Note<kColumns>::kWait : 0) | (is_special(item) ? Note<kColumns>::kSpecial : 0);
+    using N = Note<kColumns>;
+    note.word = item.word | (wait ? N::kWait : 0) | (is_special(item) ? N::kSpecial : 0) |
+                (keeps_mass(item) ? N::kKeepsMass : 0);
     note.mean = item.mean;
     if (item.summary != nullptr)
       copy_async<4>(shared_address(&note.exponents), item.summary);
@@ -120,8 +123,13 @@ class Feed {
   __device__ bool is_special(const Item& item) const {
     const int first = Item::token(item.word);
     const int tokens = Item::tier(item.word) == Tier::fp16 ? kHighItemTokens : kItemTokens;
-    return args_.softcap > 0 || args_.p.page_mass != nullptr || first < segment_.unit.first_common ||
-           first + tokens > segment_.unit.end_common;
+    return args_.softcap > 0 || first < segment_.unit.first_common || first + tokens > segment_.unit.end_common;
+  }
+
+  // Halves have no place for items of eighths.
+  __device__ bool keeps_mass(const Item& item) const {
+    const bool is_high = Item::tier(item.word) == Tier::fp16;
+    return args_.p.page_mass != nullptr && (keeps_eighths(args_) || !is_high);
   }
 
   const DecodeArgs& args_;

@@ -437,7 +437,7 @@ class DecodeRows {
       }
       p[i] = pack_half2(pair[0], pair[1]);
     }
-    if (word & Note<N>::kSpecial) put_mass(segment, word, v_exponent, sum);
+    if (word & Note<N>::kKeepsMass) put_mass(segment.unit, word, v_exponent, sum);
     float weight = exp2_fast(v_exponent);
     if (Item::taken_out(word)) {
       weight = -weight;
@@ -505,25 +505,24 @@ class DecodeRows {
     }
   }
 
-  // Of an item, whose word says that it is special; by one lane for each row.
-  __device__ void put_mass(const Segment& segment, uint32_t word, float exponent, const float (&sum)[kRows]) const {
+  // By one lane for each row. Rows that do not exist leave theirs where there is room for them: nobody reads it.
+  __device__ void put_mass(const Unit& unit, uint32_t word, float exponent, const float (&sum)[kRows]) const {
     const DecodeParams& p = args_.p;
-    const Unit& unit = segment.unit;
-    const bool is_high = Item::tier(word) == Tier::fp16, halves = p.mass_parts == 2;
-    if (p.page_mass == nullptr || segment.pass != Pass::attend || (is_high && halves)) return;
     int r;
     const float mass = sum_of_row(sum, r);
     float reference = m[0];
 #pragma unroll
     for (int i = 1; i < kRows; ++i) reference = i == r ? m[i] : reference;
-    if (g_ >= N / 4 || row(r) >= unit.rows) return;
-    const int part = Item::token(word) / (halves ? kItemTokens : kHighItemTokens);
-    float* to = p.page_mass + unit.first_row + row(r) +
-                (int64_t{unit.index} * p.cache.max_pages * p.mass_parts + part) * p.row_stride;
+    const uint32_t at = static_cast<uint32_t>(unit.first_row + row(r)),
+                   row_stride = static_cast<uint32_t>(p.row_stride);
+    if (g_ >= N / 4 || (N > 4 && at >= row_stride)) return;
+    const uint64_t part = static_cast<uint32_t>(Item::token(word)) >> args_.mass_shift;
+    float* to =
+        p.page_mass + (uint64_t{args_.mass_stride} * static_cast<uint32_t>(unit.index) + part * row_stride + at);
     *to = reference + exponent + log2_fast(mass);
-    if (is_high || halves) return;
+    if (keeps_eighths(args_) && Item::tier(word) != Tier::fp16)
 #pragma unroll 1
-    for (int i = 1; i < kItemTokens / kHighItemTokens; ++i) *(to += p.row_stride) = NAN;
+      for (int i = 1; i < kItemTokens / kHighItemTokens; ++i) *(to += row_stride) = NAN;
   }
 
   const DecodeArgs& args_;

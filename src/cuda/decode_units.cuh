@@ -30,7 +30,11 @@ struct DecodeArgs {
   Pass pass;
   float score_scale, softcap;  // sm_scale and softcap times log2 e
   float code_scale;            // score_scale of products with codes
+  int mass_shift;              // log2 of a part's tokens in p.page_mass, which is null but where the pass keeps masses
+  uint32_t mass_stride;        // from a unit's to the next one's there
 };
+
+__device__ inline bool keeps_eighths(const DecodeArgs& args) { return args.mass_shift == 3; }
 
 inline constexpr int kHighWeight = 8, kPlanesWeight = 27, kFewPlanesWeight = 18, kFp4Weight = 9;
 inline constexpr int kUnitWeight = 480;  // q, merge and results take a CTA as long as four or five items for every warp
@@ -183,7 +187,8 @@ struct Item {
 
   __device__ static Tier tier(uint32_t word) { return static_cast<Tier>(word & 3); }
   __device__ static bool taken_out(uint32_t word) { return word & kTakenOut; }
-  __device__ static int token(uint32_t word) { return static_cast<int>(word & 0x3ffffff8u); }
+  // Above them are bits of notes: a sequence has no more than 2^20 tokens.
+  __device__ static int token(uint32_t word) { return static_cast<int>(word & 0x1ffffff8u); }
 };
 
 // The n-th page in the order of reading, where there is a list.

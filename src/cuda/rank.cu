@@ -289,7 +289,10 @@ __global__ __launch_bounds__(kChooseThreads, 2) void choose_kernel(const __grid_
   for (int take = by_mass ? 0 : 1; take < 2; ++take) {
     const bool rehearsal = take == 0;
     __syncthreads();
-    if (!rehearsal) wait_for_previous_kernel();
+    if (!rehearsal) {
+      wait_for_previous_kernel();
+      if (by_mass) let_next_kernel_start();
+    }
     if (by_mass && at.s_q > 0) scores_by_mass(args, at, pages, rehearsal, blank, row, score);
   }
   if (at.s_q > 0) {
