@@ -20,7 +20,10 @@ cudaError_t launch(const DecodeParams& params, const DecodeConfig& config, Pass 
                   params.shape.softcap * kLog2E,
                   params.shape.sm_scale * kLog2E * kCodeScale,
                   params.mass_parts == 8 ? 3 : 5,
-                  static_cast<uint32_t>(params.cache.max_pages * params.mass_parts * params.row_stride)};
+                  static_cast<uint32_t>(params.cache.max_pages * params.mass_parts * params.row_stride),
+                  1.0 / config.tiles,
+                  1.0 / params.shape.h_kv,
+                  1.0 / config.blocks};
   if (pass != Pass::attend) args.p.page_mass = nullptr;
   void* pointers[] = {&args};
   return launch_early(kernel, static_cast<unsigned>(config.blocks), static_cast<unsigned>(32 * config.warps),

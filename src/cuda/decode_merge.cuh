@@ -268,7 +268,7 @@ class Merge {
     if (pass == Pass::attend && p.state_ml != nullptr) {
       state[0] = sum.m, state[1] = sum.l, state[2] = sum.l_high, state[3] = 0;
     } else {
-      const float inverse = sum.l == 0 ? 0 : 1 / sum.l;
+      const float inverse = sum.l == 0 ? 0 : reciprocal_fast(sum.l);
       factor *= inverse;
       factor_before *= inverse;
       if (p.lse != nullptr)
@@ -285,9 +285,9 @@ class Merge {
     int head;              // query head
   };
   __device__ RowPlace place(const Unit& unit, int row) const {
-    const int unit_row = unit.first_row + row;
-    return {unit.first_token + unit_row % unit.s_q, int64_t{unit.index} * args_.p.row_stride + unit_row,
-            unit.head * args_.p.shape.group + unit_row / unit.s_q};
+    const int unit_row = unit.first_row + row, of_group = quotient_of_small(unit_row, unit.s_q);
+    return {unit.first_token + unit_row - of_group * unit.s_q, int64_t{unit.index} * args_.p.row_stride + unit_row,
+            unit.head * args_.p.shape.group + of_group};
   }
 
   __device__ static void store(const thriftattn::cuda::Rows<void*>& out, int64_t i, float value) {

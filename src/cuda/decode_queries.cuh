@@ -47,8 +47,8 @@ struct Queries {
       const int r = i / (dk / 2), pair = i % (dk / 2), unit_row = u.first_row + r;
       float2 x{0, 0};
       if (r < u.rows && 2 * pair < p.shape.d) {
-        const int64_t token = u.first_token + unit_row % u.s_q;
-        const int head = u.head * p.shape.group + unit_row / u.s_q;
+        const int of_group = quotient_of_small(unit_row, u.s_q), head = u.head * p.shape.group + of_group;
+        const int64_t token = u.first_token + unit_row - of_group * u.s_q;
         x = load_pair(p.q.data, p.q.dtype, token * p.q.row_stride + head * p.q.head_stride + 2 * pair);
       }
       // Inf too makes its row NaN; a larger finite number is the largest of 16 bit.

@@ -462,7 +462,8 @@ class DecodeRows {
     if (first < unit.first_common || first + tokens > unit.end_common) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        const Seen seen = seen_by(args_.p.shape, unit.s_q, unit.s_kv, (unit.first_row + row(r)) % unit.s_q);
+        const int unit_row = unit.first_row + row(r), r_q = unit_row - quotient_of_small(unit_row, unit.s_q) * unit.s_q;
+        const Seen seen = seen_by(args_.p.shape, unit.s_q, unit.s_kv, r_q);
 #pragma unroll
         for (int i = 0; i < kCells; ++i)
           if (i % kTiles == r / 2 && (first + token(i) < seen.first || first + token(i) >= seen.end))

@@ -32,7 +32,19 @@ struct DecodeArgs {
   float code_scale;            // score_scale of products with codes
   int mass_shift;              // log2 of a part's tokens in p.page_mass, which is null but where the pass keeps masses
   uint32_t mass_stride;        // from a unit's to the next one's there
+  double per_tile, per_head, per_cta;  // 1 / tiles, 1 / h_kv, 1 / CTAs
 };
+
+// n / d for 0 <= n < 2^50, by per_d = 1.0 / d, and for 0 <= n < 2^20. Exact, as half of 1 / d is more than what
+// rounding moves the quotient; an integer division has four times the instructions, which cost most where they run
+// once.
+template <class Int>
+__device__ Int quotient(Int n, double per_d) {
+  return static_cast<Int>((static_cast<double>(n) + 0.5) * per_d);
+}
+__device__ inline int quotient_of_small(int n, int d) {
+  return static_cast<int>(__fdividef(static_cast<float>(n) + 0.5f, static_cast<float>(d)));
+}
 
 __device__ inline bool keeps_eighths(const DecodeArgs& args) { return args.mass_shift == 3; }
 
@@ -119,14 +131,14 @@ __device__ inline Seen seen_by(const Shape& shape, int s_q, int s_kv, int r) {
 __device__ inline Unit unit_at(const DecodeArgs& args, Pass pass, int number) {
   const DecodeParams& p = args.p;
   Unit u;
-  u.index = number / args.tiles;
-  u.sequence = u.index / p.shape.h_kv;
-  u.head = u.index % p.shape.h_kv;
+  u.index = quotient(number, args.per_tile);
+  u.sequence = quotient(u.index, args.per_head);
+  u.head = u.index - u.sequence * p.shape.h_kv;
   u.slot = p.batch.slot[u.sequence];
   u.s_q = p.batch.s_q[u.sequence];
   u.first_token = p.batch.first_row[u.sequence];
   u.s_kv = p.cache.s_kv[u.slot];
-  u.first_row = number % args.tiles * args.columns;
+  u.first_row = (number - u.index * args.tiles) * args.columns;
   u.rows = max(0, min(args.columns, p.shape.group * u.s_q - u.first_row));
   u.full = u.s_kv / kPageTokens;
   const Seen oldest = seen_by(p.shape, u.s_q, u.s_kv, 0), newest = seen_by(p.shape, u.s_q, u.s_kv, u.s_q - 1);
@@ -282,8 +294,12 @@ __device__ inline Item item_at(const DecodeArgs& args, Pass pass, const Unit& u,
 struct Share {
   int64_t begin, end, part;
 
-  // The CTA that takes what begins at weight w.
-  __device__ int cta_of(int64_t w) const { return static_cast<int>(w / part); }
+  // The CTA that takes what begins at weight w: floats know it but for one.
+  __device__ int cta_of(int64_t w) const {
+    const int n = static_cast<int>(__fdividef(static_cast<float>(w), static_cast<float>(part)));
+    const int64_t begins = n * part;
+    return n - (w < begins) + (w >= begins + part);
+  }
 };
 
 // What a CTA reads of one unit: its items [first, end).
@@ -382,8 +398,7 @@ __device__ inline bool find_share(const DecodeArgs& args, uint32_t* sums, Share&
       first += threads;
       if (first < units) continue;
       const int64_t least = int64_t{threads} / 32 * kFp4Weight;  // an item for every warp
-      const int64_t rounded = total + gridDim.x - 1;
-      mine.part = max(rounded >> 32 == 0 ? static_cast<uint32_t>(rounded) / gridDim.x : rounded / gridDim.x, least);
+      mine.part = max(quotient(total + gridDim.x - 1, args.per_cta), least);
       mine.begin = mine.part * blockIdx.x;
       mine.end = min(mine.begin + mine.part, total);
       if (mine.begin >= total) return false;
