@@ -270,30 +270,34 @@ __device__ void scores_by_mass(const ChooseArgs& args, const UnitPlace& at, cons
 
 // Lengths are read before the wait, scores after it. A rehearsal would gain nothing here but for masses. It does not
 // let attention start before it ends, which then took longer by more than the launch does (docs/performance.md).
+template <bool kByMass>
 __global__ __launch_bounds__(kChooseThreads, 2) void choose_kernel(const __grid_constant__ ChooseArgs args) {
   __shared__ ChooseShared<kChooseThreads> s;
   __shared__ ListShared<kChooseThreads> lists;
   __shared__ alignas(16) float blank[4];
   extern __shared__ __align__(16) uint8_t memory[];
   const RankArgs& a = args.rank;
-  const bool by_mass = args.masses.page_mass != nullptr;
   const UnitPlace at = unit_place(a);
   const Candidates pages = candidates_of(a, at);
   RowShare* row = reinterpret_cast<RowShare*>(memory);
-  uint32_t* keys = reinterpret_cast<uint32_t*>(row + (by_mass ? a.row_stride : 0));
+  uint32_t* keys = reinterpret_cast<uint32_t*>(row + (kByMass ? a.row_stride : 0));
   uint32_t* bins = keys + round_up(pages.end - pages.first, 4);
-  float* score = by_mass ? reinterpret_cast<float*>(keys) : a.score + at.u * a.cache.max_pages + at.first;
+  float* score = kByMass ? reinterpret_cast<float*>(keys) : a.score + at.u * a.cache.max_pages + at.first;
   if (threadIdx.x == 0) s.need = pages_wanted(a.how, pages);
-  if (threadIdx.x < 4) blank[threadIdx.x] = 0;
+  if constexpr (kByMass) {
+    if (threadIdx.x < 4) blank[threadIdx.x] = 0;
 #pragma unroll 1
-  for (int take = by_mass ? 0 : 1; take < 2; ++take) {
-    const bool rehearsal = take == 0;
-    __syncthreads();
-    if (!rehearsal) {
-      wait_for_previous_kernel();
-      if (by_mass) let_next_kernel_start();
+    for (int take = 0; take < 2; ++take) {
+      const bool rehearsal = take == 0;
+      __syncthreads();
+      if (!rehearsal) {
+        wait_for_previous_kernel();
+        let_next_kernel_start();
+      }
+      if (at.s_q > 0) scores_by_mass(args, at, pages, rehearsal, blank, row, score);
     }
-    if (by_mass && at.s_q > 0) scores_by_mass(args, at, pages, rehearsal, blank, row, score);
+  } else {
+    wait_for_previous_kernel();
   }
   if (at.s_q > 0) {
     const Cut cut = choose(a.how, pages, score, keys, bins, a.q_norm[at.u], summaries_of(a.cache, at.slot, at.g), s);
@@ -317,10 +321,11 @@ int64_t most_seen(const RankParams& p) {
 
 cudaError_t launch_choose(const RankParams& p, const Masses& masses, cudaStream_t stream) {
   const dim3 grid(1, static_cast<unsigned>(p.shape.h_kv), static_cast<unsigned>(p.batch.b));
-  const int64_t rows = masses.page_mass != nullptr ? p.row_stride : 0;
+  const bool by_mass = masses.page_mass != nullptr;
+  const int64_t rows = by_mass ? p.row_stride : 0;
   const int64_t bytes = rows * static_cast<int64_t>(sizeof(RowShare)) + round_up(most_seen(p), 4) * 5;
-  return launch_early(choose_kernel, grid, kChooseThreads, static_cast<int>(bytes), stream,
-                      ChooseArgs{rank_args(p), masses});
+  return launch_early(by_mass ? choose_kernel<true> : choose_kernel<false>, grid, kChooseThreads,
+                      static_cast<int>(bytes), stream, ChooseArgs{rank_args(p), masses});
 }
 
 }  // namespace
