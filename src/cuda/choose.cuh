@@ -86,20 +86,27 @@ THRIFTATTN_HD inline Candidates candidates(const BlockPages& block, const Force&
 
 inline constexpr uint32_t kForcedKey = 0;  // below any score's
 
-// What becomes of one page.
+THRIFTATTN_HD inline bool is_taken(const Cut& cut, int page, uint32_t key) {
+  return key > cut.key || (key == cut.key && page < cut.page_limit);
+}
+
+// What becomes of one page: of a forced one, and of another.
 struct Verdict {
   Tier tier;
   bool listed;  // promoted: read in another tier than the rest
   bool wanted;  // and not stored
 };
+THRIFTATTN_HD inline Verdict if_forced(const Choosing& how, bool residual, bool has_high) {
+  const Tier tier = forced_tier(how.rest, has_high, residual);
+  return {tier, tier != how.rest, tier == how.rest && tier != Tier::fp16};
+}
+THRIFTATTN_HD inline Verdict if_not_forced(const Choosing& how, bool taken) {
+  const bool stored = how.high != Tier::none;
+  return {taken && stored ? how.high : how.rest, taken && stored, taken && !stored};
+}
 THRIFTATTN_HD inline Verdict judge(const Choosing& how, const Candidates& c, const Cut& cut, int page, uint32_t key) {
-  if (key == kForcedKey) {
-    const Tier tier = forced_tier(how.rest, c.has_high(page), c.residual);
-    return {tier, tier != how.rest, tier == how.rest && tier != Tier::fp16};
-  }
-  const bool taken = key > cut.key || (key == cut.key && page < cut.page_limit);
-  return {taken && how.high != Tier::none ? how.high : how.rest, taken && how.high != Tier::none,
-          taken && how.high == Tier::none};
+  return key == kForcedKey ? if_forced(how, c.residual, c.has_high(page))
+                           : if_not_forced(how, is_taken(cut, page, key));
 }
 
 #ifdef __CUDACC__
@@ -430,12 +437,12 @@ __device__ void write_lists(const Choosing& how, const Candidates& c, const Cut&
   const int first = warp_id() * per_warp * kStrip + 4 * lane_id();
   const int end = min((n + 3) / 4 * 4, (warp_id() + 1) * per_warp * kStrip);
   const auto count_of = [](uint32_t tier) { return (tier == kHigh ? 1u : 0u) + (tier == kPair ? 65536u : 0u); };
-  // Verdicts on forced pages with and without their 16-bit form, and on those taken, do not depend on the page.
-  const Tier lost = forced_tier(how.rest, false, c.residual);
-  const auto listed = [&](Tier tier) { return tier != how.rest ? static_cast<uint32_t>(tier) : 0; };
-  const uint32_t if_kept = listed(Tier::fp16), if_lost = listed(lost);
-  const uint32_t if_taken = how.high != Tier::none ? static_cast<uint32_t>(how.high) : 0;
-  const bool lost_wanted = lost == how.rest && lost != Tier::fp16, taken_wanted = how.high == Tier::none;
+  // Verdicts do not depend on the page: the tier of one that is listed, and 4 where it is wanted and not stored.
+  const auto noted = [](const Verdict& v) {
+    return (v.listed ? static_cast<uint32_t>(v.tier) : 0) | (v.wanted ? 4u : 0u);
+  };
+  const uint32_t if_kept = noted(if_forced(how, c.residual, true)), if_lost = noted(if_forced(how, c.residual, false));
+  const uint32_t if_taken = noted(if_not_forced(how, true));
   uint32_t count = 0;
   int wanted = 0;
 #pragma unroll 1
@@ -446,10 +453,12 @@ __device__ void write_lists(const Choosing& how, const Candidates& c, const Cut&
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const int page = c.first + i + k;
-      const bool forced = key[k] == kForcedKey && i + k < n, kept = c.has_high(page);
-      const bool taken = key[k] > cut.key || (key[k] == cut.key && page < cut.page_limit);
-      tier[k] = forced ? (kept ? if_kept : if_lost) : taken ? if_taken : 0;
-      wanted += (forced && !kept && lost_wanted) || (taken && taken_wanted);
+      const bool forced = key[k] == kForcedKey && i + k < n;
+      const uint32_t verdict = forced                        ? (c.has_high(page) ? if_kept : if_lost)
+                               : is_taken(cut, page, key[k]) ? if_taken
+                                                             : 0;
+      tier[k] = verdict & 3;
+      wanted += static_cast<int>(verdict >> 2);
       count += count_of(tier[k]);
     }
     *at = {tier[0], tier[1], tier[2], tier[3]};

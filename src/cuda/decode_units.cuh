@@ -26,7 +26,8 @@ enum class Pass : int { attend, exchange, again };  // again: attend's items onc
 
 struct DecodeArgs {
   DecodeParams p;
-  int columns, tiles, exchanges_at_once;
+  int columns, tiles;
+  bool exchanges_at_once;
   Pass pass;
   float score_scale, softcap;  // sm_scale and softcap times log2 e
   float code_scale;            // score_scale of products with codes

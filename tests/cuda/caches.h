@@ -28,7 +28,9 @@ class CudaCache : public ::testing::Test {
     ASSERT_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   }
   void TearDown() override {
-    if (stream) EXPECT_CUDA(cudaStreamDestroy(stream));
+    if (stream) {
+      EXPECT_CUDA(cudaStreamDestroy(stream));
+    }
   }
 
   cudaStream_t stream = nullptr;

@@ -9,6 +9,7 @@
 #include <span>
 #include <vector>
 
+#include "cuda/gpu.h"
 #include "cuda/params.h"
 #include "format/codecs.h"
 #include "format/selection.h"
@@ -16,48 +17,9 @@
 namespace thriftattn::cuda {
 namespace {
 
+using testing::OnDevice;
+
 constexpr double kLog2E = 1.4426950408889634;
-
-void check(cudaError_t error) { ASSERT_EQ(error, cudaSuccess) << cudaGetErrorString(error); }
-
-bool no_gpu() {
-  int count = 0;
-  return cudaGetDeviceCount(&count) != cudaSuccess || count == 0;
-}
-
-Gpu this_gpu() {
-  cudaDeviceProp p;
-  check(cudaGetDeviceProperties(&p, 0));
-  return {0,
-          p.name,
-          p.major * 10 + p.minor,
-          p.multiProcessorCount,
-          static_cast<int64_t>(p.sharedMemPerBlockOptin),
-          p.l2CacheSize,
-          static_cast<int64_t>(p.totalGlobalMem)};
-}
-
-// Device memory with what a vector holds.
-template <class T>
-class OnDevice {
- public:
-  explicit OnDevice(const std::vector<T>& from) : size_(from.size()) {
-    check(cudaMalloc(&data_, std::max<size_t>(1, size_) * sizeof(T)));
-    check(cudaMemcpy(data_, from.data(), size_ * sizeof(T), cudaMemcpyHostToDevice));
-  }
-  OnDevice(const OnDevice&) = delete;
-  ~OnDevice() { cudaFree(data_); }
-  T* get() const { return data_; }
-  std::vector<T> read() const {
-    std::vector<T> to(size_);
-    check(cudaMemcpy(to.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost));
-    return to;
-  }
-
- private:
-  T* data_ = nullptr;
-  size_t size_;
-};
 
 struct Sequence {
   int s_kv = 0, s_q = 1;
@@ -402,7 +364,7 @@ Output run(const Fixture& f, Mode mode = Mode::attend) {
   problem.phase = Phase::decode;
   problem.b = b, problem.max_s_q = f.max_s_q, problem.max_s_kv = f.max_pages * 64;
   problem.h_q = c.h_q, problem.h_kv = c.h_kv, problem.d = c.d, problem.d_v = c.d_v;
-  DecodeConfig config = decode_config(problem, this_gpu());
+  DecodeConfig config = decode_config(problem, *testing::gpu_machine()->gpu);
   if (c.blocks > 0) config.blocks = c.blocks;
   if (c.warps > 0) config.warps = c.warps;
   config.exchanges_at_once = c.at_once;
@@ -480,17 +442,17 @@ Output run(const Fixture& f, Mode mode = Mode::attend) {
   p.force = c.force;
   p.partials = partials.get(), p.tickets = tickets.get();
   cudaStream_t stream;
-  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  EXPECT_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   if (mode == Mode::exchange) {
     p.state_ml = state_ml.get(), p.state_o = state_o.get();
-    check(launch_attend(p, config, stream));
+    EXPECT_CUDA(launch_attend(p, config, stream));
     p.lists = {f.max_pages, all_order.get(), all_counts.get()};
-    check(launch_exchange(p, config, stream));
+    EXPECT_CUDA(launch_exchange(p, config, stream));
   } else {
-    check(launch_attend(p, config, stream));
+    EXPECT_CUDA(launch_attend(p, config, stream));
   }
-  check(cudaStreamSynchronize(stream));
-  check(cudaStreamDestroy(stream));
+  EXPECT_CUDA(cudaStreamSynchronize(stream));
+  EXPECT_CUDA(cudaStreamDestroy(stream));
   for (const int32_t ticket : tickets.read()) EXPECT_EQ(ticket, 0);
 
   Output o;
@@ -555,10 +517,8 @@ int some_high(int, int page) { return page % 5 == 1 ? 3 : -1; }
 int some_planes(int, int page) { return page % 5 == 1 ? 2 : -1; }
 int all_high(int, int) { return 3; }
 
-class Decode : public testing::Test {
-  void SetUp() override {
-    if (no_gpu()) GTEST_SKIP() << "no GPU";
-  }
+class Decode : public ::testing::Test {
+  void SetUp() override { SKIP_WITHOUT_GPU(); }
 };
 
 TEST_F(Decode, UniformFp4) { expect_right({.sequences = {{1000}}}); }
@@ -578,7 +538,7 @@ TEST_F(Decode, EveryLength) {
 TEST_F(Decode, EveryHeadSize) {
   for (int d : {16, 48, 64, 80, 96, 128, 192, 256})
     for (int d_v : {d, d == 128 ? 64 : 128}) {
-      SCOPED_TRACE(testing::Message() << d << " " << d_v);
+      SCOPED_TRACE(::testing::Message() << d << " " << d_v);
       expect_right({.h_q = 4, .h_kv = 2, .d = d, .d_v = d_v, .sequences = {{500}, {70}}, .listed = mixed});
       expect_right({.h_q = 7, .h_kv = 1, .d = d, .d_v = d_v, .sequences = {{400}}, .listed = mixed});
     }
@@ -587,7 +547,7 @@ TEST_F(Decode, EveryHeadSize) {
 TEST_F(Decode, EveryGroupAndNumberOfRows) {
   for (int group : {1, 2, 3, 4, 5, 7, 8, 12, 16})
     for (int s_q : {1, 2, 5, 16}) {
-      SCOPED_TRACE(testing::Message() << group << " " << s_q);
+      SCOPED_TRACE(::testing::Message() << group << " " << s_q);
       expect_right({.h_q = group, .h_kv = 1, .sequences = {{450, s_q}}, .listed = mixed});
       if (group % 4 == 0)
         expect_right({.h_q = group, .h_kv = 1, .d = 64, .d_v = 64, .sequences = {{450, s_q}}, .listed = mixed});
@@ -609,7 +569,7 @@ TEST_F(Decode, ManyShortSequences) {
 TEST_F(Decode, Windows) {
   for (int64_t window : {1, 40, 64, 100, 300, 5000})
     for (bool causal : {true, false}) {
-      SCOPED_TRACE(testing::Message() << window << " " << causal);
+      SCOPED_TRACE(::testing::Message() << window << " " << causal);
       expect_right(
           {.h_q = 4, .h_kv = 2, .sequences = {{700, 5}, {90, 1}}, .causal = causal, .window = window, .listed = mixed});
     }
@@ -687,7 +647,7 @@ TEST_F(Decode, PageShuffleAndRerunGiveTheSameBits) {
 TEST_F(Decode, AnyNumberOfBlocksAndWarps) {
   for (int blocks : {1, 2, 7, 50})
     for (int warps : {1, 5, 0}) {
-      SCOPED_TRACE(testing::Message() << blocks << " " << warps);
+      SCOPED_TRACE(::testing::Message() << blocks << " " << warps);
       expect_right(
           {.h_q = 8, .h_kv = 2, .sequences = {{1700}, {400, 3}}, .listed = mixed, .blocks = blocks, .warps = warps});
     }
@@ -748,7 +708,7 @@ TEST_F(Decode, ForcedPagesByArithmetic) {
     for (bool all_high : {true, false})
       for (bool residual : {true, false})
         for (int64_t window : {0, 500}) {
-          SCOPED_TRACE(testing::Message() << force.sink << " " << force.diagonal << " " << force.previous << " "
+          SCOPED_TRACE(::testing::Message() << force.sink << " " << force.diagonal << " " << force.previous << " "
                                           << all_high << " " << residual << " " << window);
           const Case c{.h_q = 8,
                        .h_kv = 2,
@@ -801,7 +761,7 @@ TEST_F(Decode, ExchangeIsAttentionUnderTheSameLists) {
 TEST_F(Decode, ExchangeOfALoudPage) {
   for (double loud : {3.0, 8.0, 12.0, 40.0, 70.0})
     for (int tier : {2, 3}) {
-      SCOPED_TRACE(testing::Message() << loud << " " << tier);
+      SCOPED_TRACE(::testing::Message() << loud << " " << tier);
       Case c{.h_q = 4, .sequences = {{1500}}, .loud_page = 7, .loud = loud};
       c.listed = tier == 2 ? [](int, int page) { return page == 7 || page == 20 ? 2 : -1; }
                            : [](int, int page) { return page == 7 || page == 20 ? 3 : -1; };

@@ -11,6 +11,7 @@
 #include <random>
 #include <vector>
 
+#include "cuda/gpu.h"
 #include "cuda/params.h"
 #include "format/page_codec.h"
 #include "format/rows.h"
@@ -19,34 +20,7 @@
 namespace thriftattn::cuda {
 namespace {
 
-void check(cudaError_t error) { ASSERT_EQ(error, cudaSuccess) << cudaGetErrorString(error); }
-
-bool no_gpu() {
-  int count = 0;
-  return cudaGetDeviceCount(&count) != cudaSuccess || count == 0;
-}
-
-// An array on the device.
-template <class T>
-class OnDevice {
- public:
-  explicit OnDevice(const std::vector<T>& from) : n_(from.size()) {
-    check(cudaMalloc(reinterpret_cast<void**>(&data_), std::max<size_t>(1, n_) * sizeof(T)));
-    check(cudaMemcpy(data_, from.data(), n_ * sizeof(T), cudaMemcpyHostToDevice));
-  }
-  OnDevice(const OnDevice&) = delete;
-  ~OnDevice() { cudaFree(data_); }
-  T* get() const { return data_; }
-  std::vector<T> read() const {
-    std::vector<T> to(n_);
-    check(cudaMemcpy(to.data(), data_, n_ * sizeof(T), cudaMemcpyDeviceToHost));
-    return to;
-  }
-
- private:
-  T* data_ = nullptr;
-  size_t n_;
-};
+using testing::OnDevice;
 
 struct Case {
   std::vector<int> s_q, s_kv;  // of every sequence
@@ -180,9 +154,9 @@ class Prefill {
         std::vector<uint8_t>(static_cast<size_t>(prefill_scratch_bytes(problem, {})), 0xff));
     p.scratch = scratch.get();
     p.high_room = prefill_high_room(problem);
-    check(launch_expand(p, nullptr));
-    check(launch_prefill(p, nullptr));
-    check(cudaDeviceSynchronize());
+    EXPECT_CUDA(launch_expand(p, nullptr));
+    EXPECT_CUDA(launch_prefill(p, nullptr));
+    EXPECT_CUDA(cudaDeviceSynchronize());
 
     Result result;
     const std::vector<uint8_t> out = d_out.read();
@@ -534,9 +508,7 @@ bool same(const Result& a, const Result& b) {
 
 class CudaPrefill : public ::testing::Test {
  protected:
-  void SetUp() override {
-    if (no_gpu()) GTEST_SKIP() << "no GPU";
-  }
+  void SetUp() override { SKIP_WITHOUT_GPU(); }
 };
 
 TEST_F(CudaPrefill, EveryLength) {

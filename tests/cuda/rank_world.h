@@ -21,6 +21,7 @@
 #include "attention/session.h"
 #include "cpu/select.h"
 #include "cuda/choose.cuh"
+#include "cuda/gpu.h"
 #include "cuda/params.h"
 #include "format/params.h"
 #include "format/selection.h"
@@ -28,37 +29,6 @@
 namespace thriftattn::testing::ranking {
 
 inline constexpr double kClose = 1e-5;  // of the largest score: such pages may change places
-
-#define ASSERT_CUDA(call) ASSERT_EQ(cudaSuccess, call)
-#define SKIP_WITHOUT_GPU() \
-  if (int gpus = 0; cudaGetDeviceCount(&gpus) != cudaSuccess || gpus == 0) GTEST_SKIP() << "no GPU can be used"
-
-// An array on the device, every byte of which is 0xff (NaN, -1) until something is written.
-template <class T>
-class OnDevice {
- public:
-  explicit OnDevice(size_t n) : n_(n) {
-    EXPECT_EQ(cudaSuccess, cudaMalloc(&data_, bytes()));
-    poison();
-  }
-  explicit OnDevice(const std::vector<T>& from) : OnDevice(from.size()) {
-    EXPECT_EQ(cudaSuccess, cudaMemcpy(data_, from.data(), n_ * sizeof(T), cudaMemcpyHostToDevice));
-  }
-  OnDevice(const OnDevice&) = delete;
-  ~OnDevice() { cudaFree(data_); }
-  void poison() { EXPECT_EQ(cudaSuccess, cudaMemset(data_, 0xff, bytes())); }
-  T* get() const { return static_cast<T*>(data_); }
-  std::vector<T> read() const {
-    std::vector<T> to(n_);
-    EXPECT_EQ(cudaSuccess, cudaMemcpy(to.data(), data_, n_ * sizeof(T), cudaMemcpyDeviceToHost));
-    return to;
-  }
-
- private:
-  size_t bytes() const { return std::max<size_t>(n_ * sizeof(T), 16); }
-  size_t n_;
-  void* data_ = nullptr;
-};
 
 // What a step brings one sequence.
 struct Growth {

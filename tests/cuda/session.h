@@ -14,35 +14,12 @@
 #include <vector>
 
 #include "attention/session.h"
+#include "cuda/gpu.h"
 #include "format/codecs.h"
 #include "format/rows.h"
 #include "thriftattn/cuda.h"
 
 namespace thriftattn::testing {
-
-// The first GPU; none where there is no driver or no device.
-inline const std::optional<Machine>& gpu_machine() {
-  static const std::optional<Machine> here = [] {
-    auto machine = cuda::machine(0);
-    return machine.ok() ? std::optional(*machine) : std::nullopt;
-  }();
-  return here;
-}
-
-#define SKIP_WITHOUT_GPU()                                               \
-  do {                                                                   \
-    if (!::thriftattn::testing::gpu_machine()) GTEST_SKIP() << "no GPU"; \
-  } while (0)
-#define ASSERT_CUDA(call)                                                       \
-  do {                                                                          \
-    const cudaError_t error_of_call = (call);                                   \
-    ASSERT_EQ(error_of_call, cudaSuccess) << cudaGetErrorString(error_of_call); \
-  } while (0)
-#define EXPECT_CUDA(call)                                                       \
-  do {                                                                          \
-    const cudaError_t error_of_call = (call);                                   \
-    EXPECT_EQ(error_of_call, cudaSuccess) << cudaGetErrorString(error_of_call); \
-  } while (0)
 
 // Floats on the device in one of the caller's types; fresh ones are NaN.
 class Floats {
