@@ -16,6 +16,7 @@ inline constexpr float kGrid = 192.0f;  // scores are made with this added: numb
 // A warp's notes on its items in order: item n's is number n % kNotes. Copies are under way when a word says so: the
 // reader of that item waits for them, and they are all there until another word says so.
 inline constexpr int kNotes = 64;  // 32 made, and those that are still in the ring
+inline constexpr int kMeans = 16;  // notes whose q_mean the reader makes at once, when one of them says that he waits
 
 template <int kColumns>
 struct alignas(16) Note {
@@ -95,7 +96,7 @@ class Feed {
       record_ = item.record;
       bytes_ = tier == Tier::fp16 ? layout_.high_item_bytes : layout_.item_bytes;
       if (tier == Tier::none) record_ = args_.p.cache.fp4, bytes_ = 16;  // anything: nobody reads it
-      take_note(item, notes_[(made_ + lane) % kNotes], lane == 0);
+      take_note(item, notes_[(made_ + lane) % kNotes], lane % kMeans == 0);
     } else {
       notes_[(made_ + lane) % kNotes].mean = nullptr;
     }

@@ -3,7 +3,7 @@
 //   q --the CTA, once a unit--> a high plane in FP16, the B operand of all products, and a low one: what rounding left
 //   k_mean of 16 pages, the A operand, x both planes --mma, planes added--> q_mean of 16 notes
 //
-// Both planes together have 22 bits of q, or what is above 2^-25 of it. The reader of a warp's items does this, 32
+// Both planes together have 22 bits of q, or what is above 2^-25 of it. The reader of a warp's items does this, 16
 // items at a time, and not the feed that makes their notes: a feed may be a unit ahead of the rows that are staged.
 #pragma once
 
@@ -62,52 +62,49 @@ struct Queries {
   }
 };
 
-// Fills q_mean of the 32 notes from number `first` on, those that have a mean. By one warp.
+// Fills q_mean of the kMeans notes from number `first` on, those that have a mean. By one warp.
 template <int D, int N, bool kExact>
 __device__ void put_means(const DecodeArgs& args, const Queries<N>& queries, Note<N>* notes, uint32_t first) {
   constexpr int kTiles = Queries<N>::kTiles, kAtOnce = 4;  // blocks of 32 channels whose loads are under way
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, d = kExact ? D : args.p.shape.d;
+  const uint8_t* mean[2];  // of items g and g + 8
+#pragma unroll
+  for (int k = 0; k < 2; ++k) mean[k] = notes[(first + g + 8 * k) % kNotes].mean;
+  if (!__any_sync(~0u, mean[0] != nullptr || mean[1] != nullptr)) return;
+  float sums[kTiles][4] = {};
 #pragma unroll 1
-  for (uint32_t at = first; at != first + 32; at += 16) {
-    const uint8_t* mean[2];  // of items g and g + 8
+  for (int c0 = 0; c0 < queries.dk; c0 += 32 * kAtOnce) {
+    uint4 a[kAtOnce][2];
 #pragma unroll
-    for (int k = 0; k < 2; ++k) mean[k] = notes[(at + g + 8 * k) % kNotes].mean;
-    if (!__any_sync(~0u, mean[0] != nullptr || mean[1] != nullptr)) continue;
-    float sums[kTiles][4] = {};
-#pragma unroll 1
-    for (int c0 = 0; c0 < queries.dk; c0 += 32 * kAtOnce) {
-      uint4 a[kAtOnce][2];
+    for (int i = 0; i < kAtOnce; ++i)
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i)
+      for (int k = 0; k < 2; ++k) {
+        const int c = c0 + 32 * i + 8 * t;
+        a[i][k] = mean[k] != nullptr && (kExact || c < d) ? __ldg(reinterpret_cast<const uint4*>(mean[k] + 2 * c))
+                                                          : uint4{0, 0, 0, 0};
+      }
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          const int c = c0 + 32 * i + 8 * t;
-          a[i][k] = mean[k] != nullptr && (kExact || c < d) ? __ldg(reinterpret_cast<const uint4*>(mean[k] + 2 * c))
-                                                            : uint4{0, 0, 0, 0};
-        }
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (!kExact && c0 + 32 * i >= queries.dk) break;
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (!kExact && c0 + 32 * i >= queries.dk) break;
-#pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-          const uint4 b = *reinterpret_cast<const uint4*>(queries.column(tile, g) + (c0 + 32 * i + 8 * t) / 2);
-          mma_16x8x16(sums[tile], a[i][0].x, a[i][1].x, a[i][0].y, a[i][1].y, b.x, b.y);
-          mma_16x8x16(sums[tile], a[i][0].z, a[i][1].z, a[i][0].w, a[i][1].w, b.z, b.w);
-        }
+      for (int tile = 0; tile < kTiles; ++tile) {
+        const uint4 b = *reinterpret_cast<const uint4*>(queries.column(tile, g) + (c0 + 32 * i + 8 * t) / 2);
+        mma_16x8x16(sums[tile], a[i][0].x, a[i][1].x, a[i][0].y, a[i][1].y, b.x, b.y);
+        mma_16x8x16(sums[tile], a[i][0].z, a[i][1].z, a[i][0].w, a[i][1].w, b.z, b.w);
       }
     }
-    // Lanes t and t ^ 2 hold both planes of rows 2 (t % 2) and on: t < 2 puts those of item g, the others of g + 8.
-    const bool lower = t < 2;
-    Note<N>& note = notes[(at + g + (lower ? 0 : 8)) % kNotes];
+  }
+  // Lanes t and t ^ 2 hold both planes of rows 2 (t % 2) and on: t < 2 puts those of item g, the others of g + 8.
+  const bool lower = t < 2;
+  Note<N>& note = notes[(first + g + (lower ? 0 : 8)) % kNotes];
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      const float x =
-          (lower ? sums[tile][0] : sums[tile][2]) + __shfl_xor_sync(~0u, lower ? sums[tile][2] : sums[tile][0], 2);
-      const float y =
-          (lower ? sums[tile][1] : sums[tile][3]) + __shfl_xor_sync(~0u, lower ? sums[tile][3] : sums[tile][1], 2);
-      *reinterpret_cast<float2*>(note.q_mean + 4 * tile + 2 * (t % 2)) = {fmaf(x, args.score_scale, kGrid),
-                                                                          fmaf(y, args.score_scale, kGrid)};
-    }
+  for (int tile = 0; tile < kTiles; ++tile) {
+    const float x =
+        (lower ? sums[tile][0] : sums[tile][2]) + __shfl_xor_sync(~0u, lower ? sums[tile][2] : sums[tile][0], 2);
+    const float y =
+        (lower ? sums[tile][1] : sums[tile][3]) + __shfl_xor_sync(~0u, lower ? sums[tile][3] : sums[tile][1], 2);
+    *reinterpret_cast<float2*>(note.q_mean + 4 * tile + 2 * (t % 2)) = {fmaf(x, args.score_scale, kGrid),
+                                                                        fmaf(y, args.score_scale, kGrid)};
   }
   __syncwarp();
 }
