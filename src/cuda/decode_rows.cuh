@@ -36,9 +36,10 @@ template <int D, int N, bool kExact, bool kMxfp4>
 class DecodeRows {
  public:
   static constexpr bool kDiagonal = N == 4;
-  static constexpr int kTiles = kDiagonal ? 1 : N / 8;  // of 8 columns of B
-  static constexpr int kGroups = kDiagonal ? 1 : 2;     // scale groups that a lane multiplies by
-  static constexpr int kRows = 2 * kTiles;              // rows of a lane: row(r), r in [0, kRows)
+  static constexpr int kTiles = kDiagonal ? 1 : N / 8;          // of 8 columns of B
+  static constexpr int kGroups = kDiagonal ? 1 : 2;             // scale groups that a lane multiplies by
+  static constexpr int kRows = 2 * kTiles;                      // rows of a lane: row(r), r in [0, kRows)
+  static constexpr int kFp4Cells = kDiagonal ? 2 : 4 * kTiles;  // of an item in FP4: a token and two rows of this lane
   static constexpr int kColumns = N, kMaxOutputs = N * D;
   static constexpr bool kExactSize = kExact;
   using Tile = float[kTiles][4];
@@ -151,7 +152,7 @@ class DecodeRows {
   __device__ void read_fp4(const uint8_t* first, const uint8_t* second, uint32_t exponents, const float* q_mean,
                            const Segment& segment, uint32_t word) {
     const bool is_exchange = kTwoPlanes && Item::taken_out(word);
-    constexpr int kCells = kDiagonal ? 2 : 4 * kTiles;  // a cell is a token and two rows of this lane
+    constexpr int kCells = kFp4Cells;
     const auto token = [this](int cell) {
       return kDiagonal ? t_ / 2 * 16 + cell * 8 + g_ : cell / kTiles % 2 * 16 + cell / kTiles / 2 * 8 + g_;
     };
@@ -196,6 +197,18 @@ class DecodeRows {
       slot = second;
     }
 
+    add_values<kTwoPlanes>(first, second, exponents, is_exchange, p, p_out, m_out);
+    if constexpr (kTwoPlanes)
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) l_high[r] += weight * sum[r];
+  }
+
+  // To o the products of p and V, of both planes, and of an exchange those of p_out, which has m_out, and V's first.
+  template <bool kTwoPlanes>
+  __device__ void add_values(const uint8_t* first, const uint8_t* second, uint32_t exponents, bool is_exchange,
+                             uint32_t (&p)[kFp4Cells], const uint32_t (&p_out)[kFp4Cells],
+                             const float (&m_out)[kRows]) {
+    constexpr int kCells = kFp4Cells;
     const uint8_t* slot = first;
 #pragma unroll 1
     for (int left = !kTwoPlanes ? 1 : is_exchange ? 3 : 2;;) {
@@ -232,9 +245,6 @@ class DecodeRows {
         slot = first;
       }
     }
-    if constexpr (kTwoPlanes)
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) l_high[r] += weight * sum[r];
   }
 
   // An item of 8 tokens in 16 bit.
