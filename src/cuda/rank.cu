@@ -249,7 +249,11 @@ __device__ void scores_by_mass(const ChooseArgs& args, const UnitPlace& at, cons
   __syncthreads();
   const float* mass =
       rehearsal ? blank : args.masses.page_mass + (at.u * a.cache.max_pages + pages.first) * parts * a.row_stride;
-  const int n = rehearsal ? t + 1 : pages.end - pages.first;
+  // The first page whose masses are there, read in place of those that are not wanted.
+  int some = pages.first;
+  if (!of_all) some = max(some, pages.sink_end);
+  if (!of_all && some >= pages.near_first) some = max(some, pages.near_end);
+  const int n = rehearsal ? t + 1 : some < pages.end ? pages.end - pages.first : 0;
 #pragma unroll 1
   for (int i0 = t; i0 < n; i0 += kAtOnce * kChooseThreads) {
     const float* of_page[kAtOnce];
@@ -258,7 +262,10 @@ __device__ void scores_by_mass(const ChooseArgs& args, const UnitPlace& at, cons
     for (int k = 0; k < kAtOnce; ++k) {
       const int i = i0 + k * kChooseThreads;
       wanted[k] = !rehearsal && i < n && (of_all || !pages.forced(pages.first + i));
-      of_page[k] = mass + static_cast<int64_t>(rehearsal ? 0 : min(i, n - 1)) * parts * a.row_stride;
+      of_page[k] = mass + static_cast<int64_t>(wanted[k]   ? i
+                                               : rehearsal ? 0
+                                                           : some - pages.first) *
+                              parts * a.row_stride;
     }
     float share[kAtOnce];
     mass_scores(of_page, parts, a.row_stride, row, rows, s_q, share);

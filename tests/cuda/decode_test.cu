@@ -709,7 +709,7 @@ TEST_F(Decode, ForcedPagesByArithmetic) {
       for (bool residual : {true, false})
         for (int64_t window : {0, 500}) {
           SCOPED_TRACE(::testing::Message() << force.sink << " " << force.diagonal << " " << force.previous << " "
-                                          << all_high << " " << residual << " " << window);
+                                            << all_high << " " << residual << " " << window);
           const Case c{.h_q = 8,
                        .h_kv = 2,
                        .sequences = {{64 * 13 + 20}, {64 * 9}, {130, 3}, {64 * 30 + 5, 9}, {40}, {64 * 7 + 1, 2}},
