@@ -249,11 +249,7 @@ __device__ void scores_by_mass(const ChooseArgs& args, const UnitPlace& at, cons
   __syncthreads();
   const float* mass =
       rehearsal ? blank : args.masses.page_mass + (at.u * a.cache.max_pages + pages.first) * parts * a.row_stride;
-  // The first page whose masses are there, read in place of those that are not wanted.
-  int some = pages.first;
-  if (!of_all) some = max(some, pages.sink_end);
-  if (!of_all && some >= pages.near_first) some = max(some, pages.near_end);
-  const int n = rehearsal ? t + 1 : some < pages.end ? pages.end - pages.first : 0;
+  const int n = rehearsal ? t + 1 : pages.end - pages.first;
 #pragma unroll 1
   for (int i0 = t; i0 < n; i0 += kAtOnce * kChooseThreads) {
     const float* of_page[kAtOnce];
@@ -262,10 +258,8 @@ __device__ void scores_by_mass(const ChooseArgs& args, const UnitPlace& at, cons
     for (int k = 0; k < kAtOnce; ++k) {
       const int i = i0 + k * kChooseThreads;
       wanted[k] = !rehearsal && i < n && (of_all || !pages.forced(pages.first + i));
-      of_page[k] = mass + static_cast<int64_t>(wanted[k]   ? i
-                                               : rehearsal ? 0
-                                                           : some - pages.first) *
-                              parts * a.row_stride;
+      // Forced pages may have no masses: what is read there is not used.
+      of_page[k] = mass + static_cast<int64_t>(rehearsal ? 0 : min(i, n - 1)) * parts * a.row_stride;
     }
     float share[kAtOnce];
     mass_scores(of_page, parts, a.row_stride, row, rows, s_q, share);
