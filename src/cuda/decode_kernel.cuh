@@ -67,16 +67,16 @@ __global__ void __launch_bounds__(32 * max_warps(D, N), 1) decode_kernel(const _
   Ring ring(shared + own_ring, slot_bytes(device));
   Segment& first_segment = segments[2 * warps];
   // A share is found from lengths, and from counts where pages are listed. Lengths are made by begin_step, end_step,
-  // cut and write, none of which lets another kernel start before its own end, so they are there; lists may be made by
-  // the kernel ahead, which did, as q, pages and states may be.
-  const bool reads_lists = args.p.promote == Promote::listed;
+  // cut and write, none of which lets another kernel start before its own end, so they are there; lists that are not
+  // given may be made by the kernel ahead, which did, as q, pages and states may be.
+  const bool waits_for_lists = args.p.promote == Promote::listed && !args.p.lists.given;
   const auto follow = [] {
     wait_for_previous_kernel();
     let_next_kernel_start();
   };
-  if (reads_lists) follow();
+  if (waits_for_lists) follow();
   const bool has_share = find_share(args, reinterpret_cast<uint32_t*>(shared + layout.scan), share, first_segment);
-  if (!reads_lists) follow();
+  if (!waits_for_lists) follow();
   if (!has_share) return;
   Feed<N> feed(args, device, share, segments[2 * warp + 1], notes);
   feed.start(first_segment);

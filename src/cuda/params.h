@@ -92,6 +92,7 @@ struct Lists {
   int32_t* counts;  // [units, 8]: promoted, then in fp16, in fp4x2, in fp4, in none, wanted but not stored,
                     // LayerCache::released as it was (Promote::forced alone), 0
   bool promoted_alone = false;  // the others are left out of `order`, for an exchange, which does not read them
+  bool given = false;           // they were there before the step, and need no waiting for
 };
 
 // What a unit may see, as format/selection.h's block_pages says, is computed by each kernel from s_kv and s_q.
