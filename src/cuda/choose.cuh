@@ -316,7 +316,7 @@ __device__ Cut choose(const Choosing& how, const Candidates& c, float* score, ui
                       float q_norm, const Summaries& summaries, ChooseShared<kThreads>& s) {
   const int n = c.end - c.first, t = static_cast<int>(threadIdx.x);
   Weighing weigh_page;
-  if (how.budget.kind == Budget::Kind::mass || how.budget.kind == Budget::Kind::tolerance) {
+  if (weighs_pages(how.budget)) {
     double need = 0;
     weigh_page = weigh(how, c, score, q_norm, summaries, s, need);
     if (t == 0) s.need = need > 0 ? static_cast<uint32_t>(fmin(need, 0x1.8p31)) : 0;

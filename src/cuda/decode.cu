@@ -24,7 +24,7 @@ cudaError_t launch(const DecodeParams& params, const DecodeConfig& config, Pass 
                   1.0 / config.tiles,
                   1.0 / params.shape.h_kv,
                   1.0 / config.blocks};
-  if (pass != Pass::attend) args.p.page_mass = nullptr;
+  if (pass != Pass::attend) args.p.page_mass = nullptr;  // they are the first reading's
   void* pointers[] = {&args};
   return launch_early(kernel, static_cast<unsigned>(config.blocks), static_cast<unsigned>(32 * config.warps),
                       config.shared_bytes, stream, pointers);

@@ -97,7 +97,7 @@ class DecodeRows {
     word = __shfl_sync(~0u, word, 0);  // it is the same in all lanes, and the compiler is to know it
     int planes = 1;
     if (const Tier tier = Item::tier(word); tier == Tier::fp4) {
-      read_fp4<false>(slot, slot, exponents, note.q_mean, segment, word);
+      read_fp4<false>(slot, nullptr, exponents, note.q_mean, segment, word);
     } else if (tier == Tier::fp4x2) {
       read_fp4<true>(slot, ring.wait(1), exponents, note.q_mean, segment, word);
       planes = 2;
@@ -152,11 +152,10 @@ class DecodeRows {
   __device__ void read_fp4(const uint8_t* first, const uint8_t* second, uint32_t exponents, const float* q_mean,
                            const Segment& segment, uint32_t word) {
     const bool is_exchange = kTwoPlanes && Item::taken_out(word);
-    constexpr int kCells = kFp4Cells;
     const auto token = [this](int cell) {
       return kDiagonal ? t_ / 2 * 16 + cell * 8 + g_ : cell / kTiles % 2 * 16 + cell / kTiles / 2 * 8 + g_;
     };
-    uint32_t p[kCells], p_out[kCells];
+    uint32_t p[kFp4Cells], p_out[kFp4Cells];
     float sum[kRows], m_out[kRows], weight;
     float sums[2][kTiles][4] = {};  // [ml]: of tokens 16 ml + g and 16 ml + 8 + g
     float scale = args_.code_scale * exp2_fast(-exponent_of(exponents, 0));
@@ -167,7 +166,7 @@ class DecodeRows {
           [&sums](int, int half) -> Tile& { return sums[half]; });
       const bool is_whole = !kTwoPlanes || slot != first;
       if (is_whole || is_exchange) {
-        float x[kCells][2];
+        float x[kFp4Cells][2];
         if constexpr (kDiagonal) {
 #pragma unroll
           for (int j = 0; j < 2; ++j)
@@ -181,12 +180,12 @@ class DecodeRows {
 #pragma unroll
         for (int r = 0; r < kRows; ++r) base[r] = q_mean[row(r)];
         const uint32_t in_or_out = is_whole && is_exchange ? word & ~Item::kTakenOut : word;
-        weight = absorb<kCells>(segment, in_or_out, scale, base, exponent_of(exponents, 2), token, x, p, sum);
+        weight = absorb<kFp4Cells>(segment, in_or_out, scale, base, exponent_of(exponents, 2), token, x, p, sum);
       }
       if (is_whole) break;
       if (is_exchange) {
 #pragma unroll
-        for (int i = 0; i < kCells; ++i) p_out[i] = p[i];
+        for (int i = 0; i < kFp4Cells; ++i) p_out[i] = p[i];
 #pragma unroll
         for (int r = 0; r < kRows; ++r) m_out[r] = m[r];
       }
@@ -208,7 +207,6 @@ class DecodeRows {
   __device__ void add_values(const uint8_t* first, const uint8_t* second, uint32_t exponents, bool is_exchange,
                              uint32_t (&p)[kFp4Cells], const uint32_t (&p_out)[kFp4Cells],
                              const float (&m_out)[kRows]) {
-    constexpr int kCells = kFp4Cells;
     const uint8_t* slot = first;
 #pragma unroll 1
     for (int left = !kTwoPlanes ? 1 : is_exchange ? 3 : 2;;) {
@@ -222,7 +220,7 @@ class DecodeRows {
         }
       } else {
 #pragma unroll
-        for (int cell = 0; cell < kCells; ++cell)
+        for (int cell = 0; cell < kFp4Cells; ++cell)
           columns[cell / kTiles / 2][cell % kTiles][cell / kTiles % 2] = transpose_8x8(p[cell]);
       }
       multiply(
@@ -234,11 +232,11 @@ class DecodeRows {
         // p carries the exponent of the first plane's V. The second one's is larger, but where it is all zero.
         const float factor = exp2_fast(fminf(exponent_of(exponents, 2) - exponent_of(exponents, 3), 0.0f));
 #pragma unroll
-        for (int i = 0; i < kCells; ++i) p[i] = multiply_half2(p[i], pack_half2(factor, factor));
+        for (int i = 0; i < kFp4Cells; ++i) p[i] = multiply_half2(p[i], pack_half2(factor, factor));
         slot = second;
       } else {
 #pragma unroll
-        for (int i = 0; i < kCells; ++i) {
+        for (int i = 0; i < kFp4Cells; ++i) {
           const int r = i % kTiles * 2;
           p[i] = multiply_half2(p_out[i], pack_half2(exp2_fast(m_out[r] - m[r]), exp2_fast(m_out[r + 1] - m[r + 1])));
         }
@@ -330,6 +328,7 @@ class DecodeRows {
     for (int step = kDiagonal ? 2 : 4; step < 32; step *= 2) x += __shfl_xor_sync(~0u, x, step);
     return x;
   }
+
   // The same for one row of a lane's, row(r), which it chooses: rows are halved while lanes are added up. Each of the N
   // rows is some lane's below N.
   __device__ float sum_of_row(const float (&x)[kRows], int& r) const {
@@ -353,6 +352,7 @@ class DecodeRows {
     }
     return sum[0];
   }
+
   __device__ static float max_tokens(float x) {
 #pragma unroll
     for (int step = kDiagonal ? 2 : 4; step < 32; step *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));

@@ -36,9 +36,8 @@ struct DecodeArgs {
   double per_tile, per_head, per_cta;  // 1 / tiles, 1 / h_kv, 1 / CTAs
 };
 
-// n / d for 0 <= n < 2^50, by per_d = 1.0 / d, and for 0 <= n < 2^20. Exact, as half of 1 / d is more than what
-// rounding moves the quotient; an integer division has four times the instructions, which cost most where they run
-// once.
+// n / d, of 0 <= n < 2^50 by per_d = 1.0 / d, and of 0 <= n < 2^20 in floats: exact, as rounding moves the quotient by
+// less than half of 1 / d. An integer division has four times the instructions, which cost most where they run once.
 template <class Int>
 __device__ Int quotient(Int n, double per_d) {
   return static_cast<Int>((static_cast<double>(n) + 0.5) * per_d);

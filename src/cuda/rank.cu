@@ -242,7 +242,7 @@ __device__ void scores_by_mass(const ChooseArgs& args, const UnitPlace& at, cons
                                const float* blank, RowShare* row, float* score) {
   constexpr int kAtOnce = 2;
   const RankArgs& a = args.rank;
-  const bool of_all = a.how.budget.kind == Budget::Kind::mass || a.how.budget.kind == Budget::Kind::tolerance;
+  const bool of_all = weighs_pages(a.how.budget);
   const int rows = rehearsal ? 1 : a.shape.group * at.s_q, s_q = rehearsal ? 1 : at.s_q;
   const int parts = rehearsal ? 1 : args.masses.parts, t = static_cast<int>(threadIdx.x);
   load_row_shares(rehearsal ? blank : args.masses.state_ml + at.u * a.row_stride * 4, rows, s_q, row);
@@ -269,8 +269,9 @@ __device__ void scores_by_mass(const ChooseArgs& args, const UnitPlace& at, cons
   }
 }
 
-// Lengths are read before the wait, scores after it. A rehearsal would gain nothing here but for masses. It does not
-// let attention start before it ends, which then took longer by more than the launch does (docs/performance.md).
+// Lengths are read before the wait, scores after it. A rehearsal would gain nothing here but for masses. An exchange
+// may start as soon as masses are there; attention to all pages not before the end, or it would take longer by more
+// than the launch does (docs/performance.md).
 template <bool kByMass>
 __global__ __launch_bounds__(kChooseThreads, 2) void choose_kernel(const __grid_constant__ ChooseArgs args) {
   __shared__ ChooseShared<kChooseThreads> s;

@@ -173,7 +173,6 @@ class Launch {
     d.promote = promote;
     d.force = p_.method.force;
     d.lists = w_.lists();
-    d.lists.given = w_.given;
     d.row_stride = row_stride(p_);
     d.mass_parts = mass_parts(p_);
     if (p_.stats) {

@@ -37,10 +37,7 @@ inline bool exchanges(const Problem& p) { return by_mass(p) && p.method.rest == 
 
 // Parts of a page whose softmax sums are kept apart (DecodeParams): halves of the pages read in FP4 serve a ranking by
 // them, eighths of all pages whoever asks for the mass of forced ones too.
-inline int mass_parts(const Problem& p) {
-  const Budget::Kind kind = p.method.budget.kind;
-  return p.stats || kind == Budget::Kind::mass || kind == Budget::Kind::tolerance ? 8 : 2;
-}
+inline int mass_parts(const Problem& p) { return p.stats || weighs_pages(p.method.budget) ? 8 : 2; }
 
 // Offsets in the workspace's one allocation; kAbsent = the plan has no use for it. params.h gives the shapes.
 struct WorkspaceLayout {
@@ -77,7 +74,10 @@ struct __attribute__((visibility("hidden"))) Workspace::State {
     return offset == WorkspaceLayout::kAbsent ? nullptr : reinterpret_cast<T*>(memory.data() + offset);
   }
   Lists lists() const {
-    return {static_cast<int>(max_pages(plan.problem)), pointer<uint32_t>(at.order), pointer<int32_t>(at.counts)};
+    return {.max_pages = static_cast<int>(max_pages(plan.problem)),
+            .order = pointer<uint32_t>(at.order),
+            .counts = pointer<int32_t>(at.counts),
+            .given = given};
   }
 };
 

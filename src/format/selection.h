@@ -83,7 +83,12 @@ THRIFTATTN_HD inline float error_contribution(const PageSummary& facts, float sh
   return share * (std::abs(sm_scale) * q_norm * facts.eps_k * facts.v_norm + facts.eps_v);
 }
 
-// Pages to promote by count, forced ones included; for mass and tolerance, which depend on the scores, only `forced`.
+// Whether a budget weighs pages by their shares of the mass, those of forced ones too, instead of counting them.
+THRIFTATTN_HD inline bool weighs_pages(const Budget& budget) {
+  return budget.kind == Budget::Kind::mass || budget.kind == Budget::Kind::tolerance;
+}
+
+// Pages to promote by count, forced ones included; of a budget that weighs pages only `forced`.
 THRIFTATTN_HD inline int64_t budget_pages(const Budget& budget, const BlockPages& b, int64_t forced,
                                           bool one_k_for_all_rows) {
   const double n = static_cast<double>(b.n()), total = static_cast<double>(b.total), f = budget.value;
