@@ -62,9 +62,11 @@ class Feed {
   // Where it is: at or ahead of what is being read.
   __device__ const Segment& segment() const { return segment_; }
 
-  // Starts the copy of the next item, or plane of one, if there is one.
-  __device__ void fill(Ring& ring) {
-    if (next_ == batch_ && !make_batch()) return;
+  // Starts the copy of the next item, or plane of one, if there is one. before_new() comes before anything is read of a
+  // page that this step's tokens are in.
+  template <class BeforeNew>
+  __device__ void fill(Ring& ring, const BeforeNew& before_new) {
+    if (next_ == batch_ && !make_batch(before_new)) return;
     ring.fill(next_, record_, bytes_);
     if (planes_ >> next_ & 1) {
       planes_ ^= 1u << next_;
@@ -75,32 +77,35 @@ class Feed {
   }
 
  private:
-  __device__ void enter() {
-    at_ = segment_.first + static_cast<int>(threadIdx.x) / 32;
-    end_ = segment_.end;
-  }
+  __device__ void enter() { at_ = segment_.first + static_cast<int>(threadIdx.x) / 32; }
 
-  __device__ bool make_batch() {
+  template <class BeforeNew>
+  __device__ bool make_batch(const BeforeNew& before_new) {
     const int warps = static_cast<int>(blockDim.x) / 32, lane = threadIdx.x % 32;
-    while (at_ >= end_) {
+    while (at_ >= segment_.end) {
       if (!next_segment(args_, share_, segment_)) return false;
       enter();
     }
-    batch_ = min(32, (end_ - at_ + warps - 1) / warps);
+    batch_ = min(32, (segment_.end - at_ + warps - 1) / warps);
     next_ = 0;
-    bool second_plane = false;
+    bool second_plane = false, is_new = false;
+    Item item;
     if (lane < batch_) {
-      const Item item = item_at(args_, segment_.pass, segment_.unit, at_ + lane * warps);
+      const Unit& unit = segment_.unit;
+      item = item_at(args_, segment_.pass, unit, at_ + lane * warps);
       const Tier tier = Item::tier(item.word);
       second_plane = tier == Tier::fp4x2;
+      is_new = Item::token(item.word) / kPageTokens >= (unit.s_kv - unit.s_q) / kPageTokens;
       record_ = item.record;
       bytes_ = tier == Tier::fp16 ? layout_.high_item_bytes : layout_.item_bytes;
       if (tier == Tier::none) record_ = args_.p.cache.fp4, bytes_ = 16;  // anything: nobody reads it
-      take_note(item, notes_[(made_ + lane) % kNotes], lane % kMeans == 0);
-    } else {
-      notes_[(made_ + lane) % kNotes].mean = nullptr;
     }
     planes_ = __ballot_sync(~0u, second_plane);
+    if (__any_sync(~0u, is_new)) before_new();
+    if (lane < batch_)
+      take_note(item, notes_[(made_ + lane) % kNotes], lane % kMeans == 0);
+    else
+      notes_[(made_ + lane) % kNotes].mean = nullptr;
     __syncwarp();  // a lane may read another's note next
     made_ += batch_;
     at_ += 32 * warps;
@@ -138,7 +143,7 @@ class Feed {
   const Share& share_;
   Segment& segment_;
   Note<kColumns>* notes_;
-  int at_ = 0, end_ = 0;             // this warp's next item of the segment, and where they end
+  int at_ = 0;                       // this warp's next item of the segment
   const uint8_t* record_ = nullptr;  // of this lane's item, and what to copy of it
   int bytes_ = 0;
   uint32_t made_ = 0;         // items since the begin

@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(32 * max_warps(D, N), 1) decode_kernel(const _
   Segment& first_segment = segments[2 * warps];
   // A share is found from lengths, and from counts where pages are listed. Lengths are made by begin_step, end_step,
   // cut and write, none of which lets another kernel start before its own end, so they are there; lists that are not
-  // given may be made by the kernel ahead, which did, as q, pages and states may be.
+  // given may be made by the kernel ahead, which did, as q, states and the pages of this step's tokens may be.
   const bool waits_for_lists = args.p.promote == Promote::listed && !args.p.lists.given;
   const auto follow = [] {
     wait_for_previous_kernel();
@@ -76,8 +76,10 @@ __global__ void __launch_bounds__(32 * max_warps(D, N), 1) decode_kernel(const _
   };
   if (waits_for_lists) follow();
   const bool has_share = find_share(args, reinterpret_cast<uint32_t*>(shared + layout.scan), share, first_segment);
-  if (!waits_for_lists) follow();
-  if (!has_share) return;
+  if (!has_share) {
+    follow();
+    return;
+  }
   Feed<N> feed(args, device, share, segments[2 * warp + 1], notes);
   feed.start(first_segment);
   copy_segment(segment, first_segment);
@@ -85,57 +87,69 @@ __global__ void __launch_bounds__(32 * max_warps(D, N), 1) decode_kernel(const _
                     reinterpret_cast<float*>(shared + layout.merge));
   Rows rows(args, queries, notes);
 
-  bool cancelled = false;  // some unit's exchange
-  int end_number = 0;
   // On to the next segment; after all of them to the units whose exchange cancelled, whole. False where there is none.
+  // The feed, which looks ahead when a warp's items end, is there already where there is one more, or at one behind it.
   const auto move_on = [&] {
     int number = segment.number + 1;
-    if (segment.pass != Pass::again) {
-      if (feed.segment().number == number) {
-        copy_segment(segment, feed.segment());
-        return true;
-      }
-      if (next_segment(args, share, segment)) return true;
-      if (!cancelled) return false;
-      end_number = number;
-      number = first_segment.number;
-    } else if (threadIdx.x == 0) {
-      args.p.tickets[segment.number] = 0;
+    const bool again = segment.pass == Pass::again;
+    const Segment& ahead = feed.segment();
+    if (!again && ahead.number == number) {
+      copy_segment(segment, ahead);
+      return true;
     }
-    while (number < end_number && args.p.tickets[number] != cancelled_ticket(blockIdx.x)) ++number;
-    if (number == end_number) return false;
-    const Segment whole = whole_unit(unit_at(args, Pass::again, number), Pass::again, number);
+    const bool is_next = !again && ahead.number > number;
+    if (!is_next) {
+      if (!again)
+        number = first_segment.number;
+      else if (threadIdx.x == 0)
+        args.p.tickets[segment.number] = 0;
+      while (number < share.cancelled_end && args.p.tickets[number] != cancelled_ticket(blockIdx.x)) ++number;
+      if (number >= share.cancelled_end) return false;
+    }
+    const Pass pass = is_next ? segment.pass : Pass::again;
+    const Unit unit = unit_at(args, pass, number);
+    const Segment next =
+        is_next ? segment_of(unit, pass, number, segment.next(), share) : whole_unit(unit, pass, number);
     __syncwarp();
-    if (threadIdx.x % 32 == 0) segment = whole;
+    if (threadIdx.x % 32 == 0) segment = next;
     __syncwarp();
-    feed.start(segment);
+    if (!is_next) feed.start(segment);
     return true;
   };
 
-  queries.load(args.p, segment.unit);  // before the first copies are asked for, which it would have to wait behind
+  // q comes before the copies that it would have to wait behind: all of them behind a wait for lists, or else but the
+  // first, which starts while the kernel ahead may still run.
+  if (waits_for_lists) queries.load(args.p, segment.unit);
   bool begun = false;
-  int i = 0, end = 0, to_fill = kRingSlots;  // the warp's next item of the segment, where they end, slots
+  int left = 0;                                    // of the warp's items of the segment
+  int to_fill = waits_for_lists ? kRingSlots : 1;  // slots
   while (true) {
 #pragma unroll 1
-    for (; to_fill > 0; --to_fill) feed.fill(ring);
-    if (i >= end) {
+    for (; to_fill > 0; --to_fill)
+      feed.fill(ring, [&] {
+        if (!waits_for_lists) follow();
+      });
+    if (left == 0) {
       do {
         if (begun) {
-          cancelled |= merge.finish(rows, segment, share);
+          merge.finish(rows, segment, share);
           if (!move_on()) return;
-          queries.load(args.p, segment.unit);
           if (segment.pass == Pass::again) to_fill = kRingSlots;  // the feed has begun anew
+        } else if (!waits_for_lists) {
+          follow();
+          to_fill = kRingSlots - 1;
         }
+        if (begun || !waits_for_lists) queries.load(args.p, segment.unit);
         begun = true;
         rows.start();
         __syncthreads();
         rows.take_queries();
-        i = segment.first + warp, end = segment.end;
-      } while (i >= end && to_fill == 0);
+        left = max(0, (segment.end - segment.first - warp + warps - 1) / warps);
+      } while (left == 0 && to_fill == 0);
       if (to_fill > 0) continue;
     }
     to_fill = rows.read(ring, segment);
-    i += warps;
+    --left;
   }
 }
 

@@ -51,9 +51,9 @@ class Merge {
   __device__ Merge(const DecodeArgs& args, const MergeLayout& layout, float* shared)
       : args_(args), layout_(layout), shared_(shared) {}
 
-  // By the whole CTA, which has read the items of a segment. True where an exchange cancelled and the unit's rows have
-  // to be read again.
-  __device__ bool finish(Rows& rows, const Segment& segment, const Share& share) {
+  // By the whole CTA, which has read the items of a segment. Where an exchange cancelled, so that the unit's rows have
+  // to be read again, the unit's ticket and the CTA's share say so.
+  __device__ void finish(Rows& rows, const Segment& segment, Share& share) {
     const int warp = threadIdx.x / 32, columns = Rows::kColumns, dv = outputs();
     rows.add_lanes();
     if (rows.speaks_for_rows())
@@ -95,16 +95,18 @@ class Merge {
       if (threadIdx.x < columns) reinterpret_cast<RowSum*>(partial + columns * dv)[threadIdx.x] = totals()[threadIdx.x];
       const int first = segment.cut_begin ? share.cta_of(items_begin(segment.unit, segment.begin)) : blockIdx.x;
       const int last = segment.cut_end ? share.cta_of(segment.next() - 1) : blockIdx.x;
-      if (!draw_ticket(args_.p.tickets + segment.number, last - first + 1)) return false;
+      if (!draw_ticket(args_.p.tickets + segment.number, last - first + 1)) return;
       gather_partials(first, last - first + 1);
       partial = nullptr;
     }
     cancelled = __syncthreads_or(cancelled);
     write_rows(segment.unit, segment.pass);
     if (args_.p.promote == Promote::forced && threadIdx.x == 0) put_counts(segment.unit);
-    if (cancelled && threadIdx.x == 0) args_.p.tickets[segment.number] = cancelled_ticket(blockIdx.x);
+    if (cancelled && threadIdx.x == 0) {
+      args_.p.tickets[segment.number] = cancelled_ticket(blockIdx.x);
+      share.cancelled_end = segment.number + 1;
+    }
     __syncthreads();
-    return cancelled;
   }
 
  private:

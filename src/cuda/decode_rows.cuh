@@ -207,9 +207,8 @@ class DecodeRows {
   __device__ void add_values(const uint8_t* first, const uint8_t* second, uint32_t exponents, bool is_exchange,
                              uint32_t (&p)[kFp4Cells], const uint32_t (&p_out)[kFp4Cells],
                              const float (&m_out)[kRows]) {
-    const uint8_t* slot = first;
 #pragma unroll 1
-    for (int left = !kTwoPlanes ? 1 : is_exchange ? 3 : 2;;) {
+    for (const uint8_t* slot = first;;) {
       Columns columns[2];  // B operands: p of tokens 8j + {0..7, 16..23}
       if constexpr (kDiagonal) {
 #pragma unroll
@@ -227,20 +226,23 @@ class DecodeRows {
           slot + layout_.v_codes, slot + layout_.v_scales, layout_.dv,
           [&columns](int, int j) -> const Columns& { return columns[j]; },
           [this](int i, int half) -> Tile& { return o[2 * i + half]; });
-      if (--left == 0) break;
-      if (slot == first) {
+      if (!kTwoPlanes) break;
+      if (slot != second) {
         // p carries the exponent of the first plane's V. The second one's is larger, but where it is all zero.
         const float factor = exp2_fast(fminf(exponent_of(exponents, 2) - exponent_of(exponents, 3), 0.0f));
 #pragma unroll
         for (int i = 0; i < kFp4Cells; ++i) p[i] = multiply_half2(p[i], pack_half2(factor, factor));
         slot = second;
+      } else if (!is_exchange) {
+        break;
       } else {
 #pragma unroll
         for (int i = 0; i < kFp4Cells; ++i) {
           const int r = i % kTiles * 2;
           p[i] = multiply_half2(p_out[i], pack_half2(exp2_fast(m_out[r] - m[r]), exp2_fast(m_out[r + 1] - m[r + 1])));
         }
-        slot = first;
+        slot = second = first;  // the last one
+        is_exchange = false;
       }
     }
   }

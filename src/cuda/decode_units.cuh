@@ -134,10 +134,24 @@ __device__ inline Unit unit_at(const DecodeArgs& args, Pass pass, int number) {
   u.index = quotient(number, args.per_tile);
   u.sequence = quotient(u.index, args.per_head);
   u.head = u.index - u.sequence * p.shape.h_kv;
+  // All of this is under way at once; a CTA that begins late waits for it longest. Where sequences are not in their
+  // slots' order their lengths are asked for again.
+  const bool reads_lists = p.promote == Promote::listed;
+  int4 counts{};
+  int in_none = 0;
+  if (reads_lists) {
+    counts = *reinterpret_cast<const int4*>(p.lists.counts + int64_t{8} * u.index);
+    in_none = p.lists.counts[int64_t{8} * u.index + 4];
+  }
   u.slot = p.batch.slot[u.sequence];
   u.s_q = p.batch.s_q[u.sequence];
   u.first_token = p.batch.first_row[u.sequence];
-  u.s_kv = p.cache.s_kv[u.slot];
+  u.s_kv = p.cache.s_kv[u.sequence];
+  int released = p.cache.all_high ? 0 : p.cache.released[u.sequence];
+  if (u.slot != u.sequence) {
+    u.s_kv = p.cache.s_kv[u.slot];
+    if (!p.cache.all_high) released = p.cache.released[u.slot];
+  }
   u.first_row = (number - u.index * args.tiles) * args.columns;
   u.rows = max(0, min(args.columns, p.shape.group * u.s_q - u.first_row));
   u.full = u.s_kv / kPageTokens;
@@ -156,16 +170,11 @@ __device__ inline Unit unit_at(const DecodeArgs& args, Pass pass, int number) {
     u.near_first = seen(forced.first, u.sink_end);
     u.near_end = seen(forced.end, u.near_first);
     u.lost_first = p.cache.all_high ? u.full : p.cache.sink;
-    u.lost_end = p.cache.all_high ? u.full : max(p.cache.sink, p.cache.released[u.slot]);
+    u.lost_end = p.cache.all_high ? u.full : max(p.cache.sink, released);
   }
 
-  int in_none = 0;
-  u.fp16 = u.fp4x2 = u.fp4 = 0;
-  if (p.promote == Promote::listed) {
-    const int4 counts = *reinterpret_cast<const int4*>(p.lists.counts + int64_t{8} * u.index);
-    u.fp16 = counts.y, u.fp4x2 = counts.z, u.fp4 = counts.w;
-    in_none = p.lists.counts[int64_t{8} * u.index + 4];
-  } else if (p.promote == Promote::forced) {
+  u.fp16 = counts.y, u.fp4x2 = counts.z, u.fp4 = counts.w;
+  if (p.promote == Promote::forced) {
     const int lost = u.forced_without_high();
     u.fp16 = u.sink_end - u.first_page + u.near_end - u.near_first - lost;
     if (p.cache.residual != nullptr) u.fp4x2 = lost;
@@ -203,35 +212,29 @@ struct Item {
   __device__ static int token(uint32_t word) { return static_cast<int>(word & 0x1ffffff8u); }
 };
 
-// The n-th page in the order of reading, where there is a list.
-__device__ inline int listed_page(const DecodeParams& p, const Unit& u, int n) {
-  return static_cast<int>(p.lists.order[int64_t{u.index} * p.lists.max_pages + n] >> 2);
-}
-
-// The n-th promoted page, by tier.
-__device__ inline int promoted_page(const DecodeParams& p, const Unit& u, int n) {
-  if (p.promote == Promote::listed) return listed_page(p, u, n);
-  const bool high = n < u.fp16;
-  int page = u.first_page + (high ? n : n - u.fp16);
+// The n-th full page that is seen in the order of reading: promoted ones by tier, then the others.
+__device__ inline int page_at(const DecodeParams& p, const Unit& u, int n) {
+  if (p.promote == Promote::listed)
+    return static_cast<int>(p.lists.order[int64_t{u.index} * p.lists.max_pages + n] >> 2);
+  if (n >= u.promoted) {
+    int page = u.first_page + n - u.promoted;
 #pragma unroll 1
-  for (int k = 0, left = high ? n : n - u.fp16; k < kForcedRuns; ++k) {
-    const ForcedRun run = forced_run(u, k);
-    if (run.high != high) continue;
-    page = run.first + left;
-    if (left < run.count()) break;
-    left -= run.count();
+    for (int k = 0; k < kForcedRuns && u.promoted > 0; ++k) {
+      const ForcedRun run = forced_run(u, k);
+      if ((run.high || u.fp4x2 > 0) && page >= run.first) page += run.count();
+    }
+    return page;
   }
-  return page;
-}
-
-// The n-th full page that is seen and not promoted.
-__device__ inline int other_page(const DecodeParams& p, const Unit& u, int n) {
-  if (p.promote == Promote::listed) return listed_page(p, u, u.promoted + n);
+  const bool high = n < u.fp16;
+  if (!high) n -= u.fp16;
   int page = u.first_page + n;
 #pragma unroll 1
-  for (int k = 0; k < kForcedRuns && u.promoted > 0; ++k) {
+  for (int k = 0; k < kForcedRuns; ++k) {
     const ForcedRun run = forced_run(u, k);
-    if ((run.high || u.fp4x2 > 0) && page >= run.first) page += run.count();
+    if (run.high != high) continue;
+    page = run.first + n;
+    if (n < run.count()) break;
+    n -= run.count();
   }
   return page;
 }
@@ -239,28 +242,25 @@ __device__ inline int other_page(const DecodeParams& p, const Unit& u, int n) {
 // Item i of a unit.
 __device__ inline Item item_at(const DecodeArgs& args, Pass pass, const Unit& u, int i) {
   const DecodeParams& p = args.p;
-  const auto promoted = [&p, &u](int n) { return promoted_page(p, u, n); };
-  const auto other = [&p, &u](int n) { return other_page(p, u, n); };
-  Tier tier;
-  int page, part;
-  if (i < u.tail_items) {
-    tier = Tier::fp16, page = u.full, part = i;
-  } else if (i < u.items.high) {
-    const int n = (i - u.tail_items) / kHighPageItems;
-    tier = Tier::fp16, page = n < u.fp16 ? promoted(n) : other(n - u.fp16);
-    part = (i - u.tail_items) % kHighPageItems;
-  } else if (i < u.items.high + u.items.planes) {
-    i -= u.items.high;
-    tier = Tier::fp4x2, page = promoted(u.fp16 + i / kPageItems), part = i % kPageItems;
-  } else {
+  Tier tier = Tier::fp16;
+  int n = -1, part = i;  // of the page in the order of reading, none for the tail; of the item in its page
+  if (i >= u.items.high + u.items.planes) {
     i -= u.items.high + u.items.planes;
-    const int n = i / kPageItems, above = u.fp16 + u.fp4x2;
-    tier = Tier::fp4, part = i % kPageItems;
-    const int taken_out = u.items.few_planes ? above : u.fp16;
-    page = pass == Pass::exchange ? promoted(n < taken_out ? n : n + above - taken_out + u.fp4)
-           : n < u.fp4            ? promoted(above + n)
-                                  : other(n - u.fp4);
+    tier = Tier::fp4, n = i / kPageItems, part = i % kPageItems;
+    const int above = u.fp16 + u.fp4x2;
+    if (pass != Pass::exchange)
+      n += n < u.fp4 ? above : u.promoted - u.fp4;
+    else if (n >= (u.items.few_planes ? above : u.fp16))
+      n += u.fp4 + (u.items.few_planes ? 0 : u.fp4x2);
+  } else if (i >= u.items.high) {
+    i -= u.items.high;
+    tier = Tier::fp4x2, n = u.fp16 + i / kPageItems, part = i % kPageItems;
+  } else if (i >= u.tail_items) {
+    i -= u.tail_items;
+    n = i / kHighPageItems, part = i % kHighPageItems;
+    if (n >= u.fp16) n += u.promoted - u.fp16;
   }
+  const int page = n < 0 ? u.full : page_at(p, u, n);
 
   const bool is_high = tier == Tier::fp16;
   Item item;
@@ -293,6 +293,7 @@ __device__ inline Item item_at(const DecodeArgs& args, Pass pass, const Unit& u,
 // Weights [begin, end) of all, one of equal parts of `part`.
 struct Share {
   int64_t begin, end, part;
+  int cancelled_end;  // behind the last unit whose exchange cancelled here
 
   // The CTA that takes what begins at weight w: floats know it but for one.
   __device__ int cta_of(int64_t w) const {
@@ -381,7 +382,7 @@ __device__ inline bool find_share(const DecodeArgs& args, uint32_t* sums, Share&
   const int units = args.p.batch.b * args.p.shape.h_kv * args.tiles;
   const int threads = static_cast<int>(blockDim.x);
   int64_t total = 0, before = 0;
-  Share mine{0, 0, 0};
+  Share mine{};
 #pragma unroll 1
   for (int first = 0;;) {
     const int number = first + static_cast<int>(threadIdx.x);

@@ -7,8 +7,9 @@
 //
 // Scores of a unit's pages are dealt to as many CTAs as keep the GPU busy; one CTA chooses for a unit. Before a kernel
 // waits for the one ahead it does all that needs no result of that: lengths, tables and summaries come from the cache's
-// kernels, none of which lets another start before its own end. It also rehearses what follows, on blank rows and
-// without results: code that runs once costs mostly the fetching of its instructions.
+// kernels, none of which lets another start before its own end. (Summaries that the step's append may just have written
+// are waited for.) It also rehearses what follows, on blank rows and without results: code that runs once costs mostly
+// the fetching of its instructions.
 //
 // Binds on DRAM with many sequences (a summary is 272 bytes at d = 128, 3 % of what attend reads), with one on the
 // latency of the steps that follow from one another: q, products; then scores, range, bin, lists.
@@ -42,6 +43,7 @@ struct UnitPlace {
   int slot, g, s_q;
   BlockPages block;
   int first, end;  // the full pages that it sees
+  bool filled;     // some of them by this step
 };
 
 __device__ UnitPlace unit_place(const RankArgs& a) {
@@ -55,6 +57,7 @@ __device__ UnitPlace unit_place(const RankArgs& a) {
   at.block = block_pages(s_kv - at.s_q, s_kv - 1, s_kv, {a.shape.causal, a.shape.window});
   at.first = static_cast<int>(at.block.first_visible);
   at.end = static_cast<int>(at.block.visible);
+  at.filled = at.end > (s_kv - at.s_q) / kPageTokens;
   return at;
 }
 
@@ -182,6 +185,7 @@ __device__ void rank_pages(const RankArgs& a, const UnitPlace& at, bool rehearsa
       load_means(a, rows, h0, heads, to, s);
       loaded = true;
     };
+    if (at.filled && !rehearsal) wait_for_previous_kernel();
     Best<kSteps> best{s, score, h0 == 0, end};
     const auto emit = [&](int, int row, float sum) { best.see(row, heads, sum * sm_scale); };
     const auto emit_mean = [&](int, int row, float sum) {
