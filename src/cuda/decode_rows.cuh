@@ -86,13 +86,14 @@ class DecodeRows {
   __device__ int read(Ring& ring, const Segment& segment) {
     const uint32_t number = read_;
     const Note<N>& note = notes_[number % kNotes];
-    uint32_t exponents = note.exponents, word = note.word;
+    uint32_t word = note.word;
     if (word & Note<N>::kWait) {
       word ^= Note<N>::kWait;
       copies_done();
+      __syncwarp();
       put_means<D, N, kExact>(args_, queries_, notes_, number);
-      exponents = note.exponents;
     }
+    const uint32_t exponents = note.exponents;
     const uint8_t* slot = ring.wait();
     word = __shfl_sync(~0u, word, 0);  // it is the same in all lanes, and the compiler is to know it
     int planes = 1;
