@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(32 * max_warps(D, N), 1) decode_kernel(const _
         rows.start();
         __syncthreads();
         rows.take_queries();
-        left = max(0, (segment.end - segment.first - warp + warps - 1) / warps);
+        left = (segment.end - segment.first - warp + warps - 1) / warps;
       } while (left == 0 && to_fill == 0);
       if (to_fill > 0) continue;
     }

@@ -136,10 +136,9 @@ __device__ inline Unit unit_at(const DecodeArgs& args, Pass pass, int number) {
   u.head = u.index - u.sequence * p.shape.h_kv;
   // All of this is under way at once; a CTA that begins late waits for it longest. Where sequences are not in their
   // slots' order their lengths are asked for again.
-  const bool reads_lists = p.promote == Promote::listed;
   int4 counts{};
   int in_none = 0;
-  if (reads_lists) {
+  if (p.promote == Promote::listed) {
     counts = *reinterpret_cast<const int4*>(p.lists.counts + int64_t{8} * u.index);
     in_none = p.lists.counts[int64_t{8} * u.index + 4];
   }
