@@ -37,37 +37,31 @@ constexpr int kRows = kMaxProductRows;
 
 const uint8_t* plane_of(const PageRef& page, int plane) { return plane == 0 ? page.fp4 : page.residual; }
 
-// Where the parts of a page lie that is read next: of each plane, or of the 16-bit form in the place of the first.
-struct Next {
-  Ahead k[2], v[2], mean;
+// What is brought near while a product works: K or V of a page, in each plane, or the 16-bit form in the place of the
+// first.
+struct Part {
+  Ahead plane[2];
 };
 
-Next next_page(const BlockTask& t, int64_t p, Tier tier) {
+Part part_of(const BlockTask& t, int64_t p, Tier tier, bool values) {
   const PageRef& page = t.pages[p];
   const PageLayout& l = *t.layout;
-  Next next;
-  if (tier == Tier::none) return next;
+  Part part;
+  if (tier == Tier::none) return part;
   if (tier == Tier::fp16) {
     const auto* high = reinterpret_cast<const uint8_t*>(page.high);
-    next.k[0] = {high, 2 * l.high_v};
-    next.v[0] = {high + 2 * l.high_v, l.high_bytes - 2 * l.high_v};
-    return next;
+    part.plane[0] = values ? Ahead{high + 2 * l.high_v, l.high_bytes - 2 * l.high_v} : Ahead{high, 2 * l.high_v};
+    return part;
   }
   for (int plane = 0; plane < (tier == Tier::fp4x2 ? 2 : 1); ++plane) {
     const uint8_t* record = plane_of(page, plane);
-    next.k[plane] = {record + l.k_codes, l.v_codes - l.k_codes};
-    next.v[plane] = {record + l.v_codes, l.fp4_bytes - l.v_codes};
+    part.plane[plane] =
+        values ? Ahead{record + l.v_codes, l.fp4_bytes - l.v_codes} : Ahead{record + l.k_codes, l.v_codes - l.k_codes};
   }
-  next.mean = {page.summary, l.summary_bytes};
-  return next;
+  return part;
 }
-
-// start[r] = q[r] . mean, in FP32, for n rows; up to three more are written.
-void mean_starts(const BlockTask& t, const uint16_t* mean, int first, int n, float* start) {
-  for (int r0 = 0; r0 < n; r0 += 4)
-    dot_four(t.q + static_cast<int64_t>(first + r0) * t.layout->d, std::min(4, n - r0), t.high_dtype, mean, t.layout->d,
-             start + r0);
-}
+Part keys_of(const BlockTask& t, int64_t p, Tier tier) { return part_of(t, p, tier, false); }
+Part values_of(const BlockTask& t, int64_t p, Tier tier) { return part_of(t, p, tier, true); }
 
 // s[n, 64] = products of rows [first, first + n) with one plane of a page's keys, plus start[n], or plus s where start
 // is null.
@@ -81,62 +75,61 @@ void add_plane_scores(const BlockTask& t, const PageRef& page, int plane, int fi
               factor, start, s, ahead);
 }
 
-// s[n, 64] = products of rows [first, first + n) with the first plane of a page's keys and with their mean.
-void first_plane_scores(const BlockTask& t, const PageRef& page, int first, int n, const Next& next, float* s) {
-  next.mean.touch_all();
-  float start[kRows] = {};
-  if (t.centring) mean_starts(t, mean_of(t, page), first, n, start);
-  add_plane_scores(t, page, 0, first, n, start, next.k[0], s);
+// s[n, 64] = scores of rows [first, first + n) by the first plane of page p's keys and their mean.
+void first_plane_scores(const BlockTask& t, int64_t p, int first, int n, const Ahead& ahead, float* s) {
+  static constexpr float kNone[kRows] = {};
+  add_plane_scores(t, t.pages[p], 0, first, n, t.starts ? t.starts + p * t.start_stride + first : kNone, ahead, s);
 }
 
-// s[n, 64] = products of rows [first, first + n) with the keys of page p.
-void score_rows(const BlockTask& t, int64_t p, Tier tier, int first, int n, const Next& next, float* s) {
+// s[n, 64] = scores of rows [first, first + n) with the keys of page p.
+void score_rows(const BlockTask& t, int64_t p, Tier tier, int first, int n, const Part& ahead, float* s) {
   const PageLayout& l = *t.layout;
   const PageRef& page = t.pages[p];
   if (tier == Tier::fp16) {
     const float* q = t.q + static_cast<int64_t>(first) * l.d;
     if (t.high_dtype == DType::f16) {
-      multiply<High<DType::f16>>(n, l.d, kPageTokens, q, l.d, page.high, kPageTokens, s, kPageTokens, false, next.k[0]);
+      multiply<High<DType::f16>>(n, l.d, kPageTokens, q, l.d, page.high, kPageTokens, s, kPageTokens, false,
+                                 ahead.plane[0]);
     } else {
       multiply<High<DType::bf16>>(n, l.d, kPageTokens, q, l.d, page.high, kPageTokens, s, kPageTokens, false,
-                                  next.k[0]);
+                                  ahead.plane[0]);
     }
     return;
   }
-  first_plane_scores(t, page, first, n, next, s);
+  first_plane_scores(t, p, first, n, ahead.plane[0], s);
   if (tier == Tier::fp4x2) {
-    add_plane_scores(t, page, 1, first, n, nullptr, next.k[1], s);
+    add_plane_scores(t, page, 1, first, n, nullptr, ahead.plane[1], s);
   } else {
-    next.k[1].touch_all();
+    ahead.plane[1].touch_all();
   }
 }
 
-// The softmax of one page for up to kRows rows: its maximum, and the sum of e = 2^(s - m).
+// The softmax of one page for up to kRows rows, and how it is merged with others.
 struct PageSoftmax {
-  HWY_ALIGN float m[16], l[16];
+  HWY_ALIGN float m[16], l[16];  // its maximum, and the sum of e = 2^(s - m)
+  HWY_ALIGN float weight[16];    // what e counts in the state
+  Tier tier = Tier::none;
+  float sign = 1;  // -1 where the page is taken out
+
+  PageSoftmax() {
+    std::fill_n(m, 16, kMinusInf);
+    std::fill_n(l, 16, 0.0f);
+  }
 };
 
-// The products s[n, 64] of page p become e.
+// The scores s[n, 64] of page p become e, of at least 2^-125: what is hidden is as good as none, and as an integer
+// none.
 void page_softmax(const BlockTask& t, int64_t p, int first, int n, float* s, PageSoftmax& page) {
   const DF df;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(df));
-  VF scale = hn::Set(df, t.sm_scale * kLog2e);
-  if (t.softcap > 0 || !sees_all(t, p)) {
-    finish_scores(t, p, first, n, s);
-    scale = hn::Set(df, 1.0f);
-  }
-  for (int i = 0; i < 16; i += static_cast<int>(lanes)) {
-    hn::Store(hn::Set(df, kMinusInf), df, page.m + i);
-    hn::Store(hn::Zero(df), df, page.l + i);
-  }
+  if (t.softcap > 0 || !sees_all(t, p)) finish_scores(t, p, first, n, s);
   for (int r0 = 0; r0 < n; r0 += 4) {
     const int rows = std::min(4, n - r0);
     VF most[4], sum[4];
     for (int r = 0; r < 4; ++r) {
       const float* x = s + (r0 + std::min(r, rows - 1)) * kPageTokens;
-      most[r] = hn::Mul(hn::LoadU(df, x), scale);
-      for (int64_t i = lanes; i < kPageTokens; i += lanes)
-        most[r] = hn::Max(most[r], hn::Mul(hn::LoadU(df, x + i), scale));
+      most[r] = hn::LoadU(df, x);
+      for (int64_t i = lanes; i < kPageTokens; i += lanes) most[r] = hn::Max(most[r], hn::LoadU(df, x + i));
     }
     float m[4], l[4];
     reduce_four(most, Larger(), m);
@@ -145,7 +138,7 @@ void page_softmax(const BlockTask& t, int64_t p, int first, int n, float* s, Pag
       float* x = s + (r0 + r) * kPageTokens;
       const VF top = hn::Set(df, m[r] == kMinusInf ? 0.0f : m[r]);
       for (int64_t i = 0; i < kPageTokens; i += lanes) {
-        const VF e = exp2_negative(hn::MulSub(hn::LoadU(df, x + i), scale, top));
+        const VF e = exp2_clamped(hn::Sub(hn::LoadU(df, x + i), top));
         hn::StoreU(e, df, x + i);
         sum[r] = hn::Add(sum[r], e);
       }
@@ -161,27 +154,33 @@ void page_softmax(const BlockTask& t, int64_t p, int first, int n, float* s, Pag
   }
 }
 
-// Moves the state of rows [first, first + n) to a maximum that holds for the page too, and adds the page's sums `sign`
-// times. weight[r] is what the page's e count there, and shrink[r] by what everything before was multiplied.
-void merge_sums(const BlockTask& t, Tier tier, int first, int n, float sign, const PageSoftmax& page, float* weight,
-                float* shrink) {
+// Moves the state of rows [first, first + n) to a maximum that holds for the pages too, adds their sums, and finds
+// their weights.
+void merge_sums(const BlockTask& t, int first, int n, std::span<PageSoftmax> pages) {
   const DF df;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(df));
   const SoftmaxState& state = t.state;
   const VF lowest = hn::Set(df, -1e30f);    // in the place of -inf, which less itself is no number
+  HWY_ALIGN float shrink[16];               // by what all that was read before is multiplied
   for (int64_t i = 0; i < n; i += lanes) {  // the state has room for whole registers
     const int64_t at = first + i;
-    const VF old = hn::LoadU(df, state.m + at), here = hn::Load(df, page.m + i), m = hn::Max(old, here);
+    const VF old = hn::LoadU(df, state.m + at);
+    VF m = old;
+    for (const PageSoftmax& page : pages) m = hn::Max(m, hn::Load(df, page.m + i));
     const VF top = hn::Max(m, lowest);
-    const VF a = hn::AllTrue(df, hn::Ge(old, here)) ? hn::Set(df, 1.0f) : exp2_negative(hn::Sub(old, top));
-    const VF b = hn::Mul(exp2_negative(hn::Sub(here, top)), hn::Set(df, sign));
-    const VF sum = hn::Mul(b, hn::Load(df, page.l + i));
+    const VF a = hn::AllTrue(df, hn::Eq(old, m)) ? hn::Set(df, 1.0f) : exp2_negative(hn::Sub(old, top));
+    VF l = hn::Mul(hn::LoadU(df, state.l + at), a), l_high = hn::Mul(hn::LoadU(df, state.l_high + at), a);
+    for (PageSoftmax& page : pages) {
+      const VF weight = hn::Mul(exp2_negative(hn::Sub(hn::Load(df, page.m + i), top)), hn::Set(df, page.sign));
+      const VF sum = hn::Mul(weight, hn::Load(df, page.l + i));
+      hn::Store(weight, df, page.weight + i);
+      l = hn::Add(l, sum);
+      if (page.tier > Tier::fp4) l_high = hn::Add(l_high, sum);
+    }
     hn::Store(a, df, shrink + i);
-    hn::Store(b, df, weight + i);
     hn::StoreU(m, df, state.m + at);
-    hn::StoreU(hn::MulAdd(hn::LoadU(df, state.l + at), a, sum), df, state.l + at);
-    const VF high = hn::Mul(hn::LoadU(df, state.l_high + at), a);
-    hn::StoreU(tier > Tier::fp4 ? hn::Add(high, sum) : high, df, state.l_high + at);
+    hn::StoreU(l, df, state.l + at);
+    hn::StoreU(l_high, df, state.l_high + at);
   }
   for (int r = 0; r < n; ++r) {
     if (shrink[r] == 1.0f) continue;
@@ -206,7 +205,8 @@ void add_plane_values(const BlockTask& t, const PageRef& page, int plane, int fi
 }
 
 // o[rows] += weight * e V of page p.
-void add_values(const BlockTask& t, int64_t p, Tier tier, int first, int n, float* e, float* weight, const Next& next) {
+void add_values(const BlockTask& t, int64_t p, Tier tier, int first, int n, float* e, const float* weight,
+                const Part& ahead) {
   const PageLayout& l = *t.layout;
   const PageRef& page = t.pages[p];
   float* o = t.state.o + static_cast<int64_t>(first) * l.d_v;
@@ -216,128 +216,196 @@ void add_values(const BlockTask& t, int64_t p, Tier tier, int first, int n, floa
       for (int i = 0; i < kPageTokens; ++i) e[r * kPageTokens + i] *= weight[r];
     const uint16_t* v = page.high + l.high_v;
     if (t.high_dtype == DType::f16) {
-      multiply<High<DType::f16>>(n, tokens, l.d_v, e, kPageTokens, v, l.d_v, o, l.d_v, true, next.v[0]);
+      multiply<High<DType::f16>>(n, tokens, l.d_v, e, kPageTokens, v, l.d_v, o, l.d_v, true, ahead.plane[0]);
     } else {
-      multiply<High<DType::bf16>>(n, tokens, l.d_v, e, kPageTokens, v, l.d_v, o, l.d_v, true, next.v[0]);
+      multiply<High<DType::bf16>>(n, tokens, l.d_v, e, kPageTokens, v, l.d_v, o, l.d_v, true, ahead.plane[0]);
     }
     return;
   }
-  add_plane_values(t, page, 0, first, n, e, weight, next.v[0]);
+  add_plane_values(t, page, 0, first, n, e, weight, ahead.plane[0]);
   if (tier == Tier::fp4x2) {
-    add_plane_values(t, page, 1, first, n, e, weight, next.v[1]);
+    add_plane_values(t, page, 1, first, n, e, weight, ahead.plane[1]);
   } else {
-    next.v[1].touch_all();
+    ahead.plane[1].touch_all();
   }
 }
 
-// Adds page p, read in `tier`, to the state of all rows.
-void attend_page(const BlockTask& t, int64_t p, Tier tier, const Next& next) {
-  HWY_ALIGN float s[kRows * kPageTokens];
-  HWY_ALIGN float weight[16], shrink[16];
-  PageSoftmax page;
+// Some pages of one task, read together: their softmaxes, which are chains of a few instructions that wait for one
+// another, then lie side by side, the task's state and rows stay in L1, and the state moves once for all of them.
+struct Turn {
+  static constexpr int64_t kMost = 8;
+  const BlockTask* task = nullptr;
+  int64_t first = 0, n = 0;
+  Tier tier[kMost];
+
+  bool in_fp4(int64_t i) const { return i < n && (tier[i] == Tier::fp4 || tier[i] == Tier::fp4x2); }
+  Part keys(int64_t i) const { return i < n ? keys_of(*task, first + i, tier[i]) : Part{}; }
+  Part values(int64_t i) const { return i < n ? values_of(*task, first + i, tier[i]) : Part{}; }
+  // What is wanted of the summary of page i: the exponents at its front and the mean that follows.
+  Ahead summary(int64_t i) const {
+    if (!in_fp4(i)) return {};
+    const bool with_mean = task->starts && !task->starts_known;
+    return {task->pages[first + i].summary, with_mean ? task->layout->mean + 2 * int64_t{task->layout->d} : 64};
+  }
+
+  // starts of the pages that are read in FP4.
+  void make_starts() const {
+    if (!task->starts || task->starts_known) return;
+    const uint16_t* mean[kMost + 1];
+    float* to[kMost + 1];
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      if (!in_fp4(i)) continue;
+      mean[count] = mean_of(*task, task->pages[first + i]);
+      to[count++] = task->starts + (first + i) * task->start_stride;
+    }
+    if (count % 2 == 1) mean[count] = mean[count - 1], to[count] = to[count - 1];
+    const int d = task->layout->d;
+    for (int64_t i = 0; i < count; i += 2)
+      for (int r = 0; r < task->rows; r += 4)
+        dot_four_by_two(task->q + static_cast<int64_t>(r) * d, std::min(4, task->rows - r), task->high_dtype, mean[i],
+                        mean[i + 1], d, to[i] + r, to[i + 1] + r);
+  }
+};
+
+// What is read next is brought near this many products ahead, of a third of a microsecond each: one is too late for
+// DRAM, more than three are no faster.
+constexpr int64_t kLead = 3;
+
+// Adds the pages of a turn to its task's state; or fills page_m and page_l of them alone.
+template <bool kScoresAlone>
+void read_turn(const Turn& turn, const Turn& next) {
+  const BlockTask& t = *turn.task;
+  HWY_ALIGN float s[Turn::kMost * kRows * kPageTokens];
+  turn.make_starts();
   for (int first = 0; first < t.rows; first += kRows) {
     const int n = std::min(kRows, t.rows - first);
-    score_rows(t, p, tier, first, n, next, s);
-    page_softmax(t, p, first, n, s, page);
-    merge_sums(t, tier, first, n, 1.0f, page, weight, shrink);
-    add_values(t, p, tier, first, n, s, weight, next);
+    const int64_t of_page = int64_t{padded_rows(n)} * kPageTokens;
+    PageSoftmax pages[Turn::kMost];
+    for (int64_t i = 0; i < turn.n; ++i) {
+      next.summary(i).touch_all();
+      const int64_t j = i + kLead;
+      const Part ahead = j < turn.n ? turn.keys(j) : kScoresAlone ? next.keys(j - turn.n) : turn.values(j - turn.n);
+      if (turn.tier[i] != Tier::none) score_rows(t, turn.first + i, turn.tier[i], first, n, ahead, s + i * of_page);
+    }
+    for (int64_t i = 0; i < turn.n; ++i) {
+      pages[i].tier = turn.tier[i];
+      if (turn.tier[i] != Tier::none) {
+        page_softmax(t, turn.first + i, first, n, s + i * of_page, pages[i]);
+      } else if (t.page_m) {
+        for (int r = first; r < first + n; ++r) t.page_m[r * t.page_stride + turn.first + i] = kMinusInf;
+      }
+    }
+    if (kScoresAlone) continue;
+    merge_sums(t, first, n, {pages, static_cast<size_t>(turn.n)});
+    for (int64_t i = 0; i < turn.n; ++i) {
+      const int64_t j = i + kLead;
+      const Part ahead = j < turn.n ? turn.values(j) : next.keys(j - turn.n);
+      if (turn.tier[i] != Tier::none)
+        add_values(t, turn.first + i, turn.tier[i], first, n, s + i * of_page, pages[i].weight, ahead);
+    }
   }
 }
 
-// Takes page p out of the state as it was read in fp4, and adds it in `tier`. `next`: the planes that follow;
-// `next_high`: the 16-bit form.
-void exchange_page(const BlockTask& t, int64_t p, Tier tier, const Next& next, const Next& next_high) {
-  HWY_ALIGN float low[kRows * kPageTokens], high[kRows * kPageTokens];
-  HWY_ALIGN float low_weight[16], high_weight[16], shrink[16];
-  PageSoftmax low_page, high_page;
-  BlockTask unreported = t;
-  unreported.page_m = unreported.page_l = nullptr;
-  for (int first = 0; first < t.rows; first += kRows) {
-    const int n = std::min(kRows, t.rows - first);
-    if (tier == Tier::fp4x2) {
-      first_plane_scores(t, t.pages[p], first, n, next, low);
-      std::copy_n(low, padded_rows(n) * kPageTokens, high);
-      add_plane_scores(t, t.pages[p], 1, first, n, nullptr, next.k[1], high);
-    } else {
-      score_rows(t, p, Tier::fp4, first, n, next, low);
-      score_rows(t, p, tier, first, n, next_high, high);
-    }
-    page_softmax(unreported, p, first, n, low, low_page);
-    page_softmax(t, p, first, n, high, high_page);
-    merge_sums(t, Tier::fp4, first, n, -1.0f, low_page, low_weight, shrink);
-    merge_sums(t, tier, first, n, 1.0f, high_page, high_weight, shrink);
-    for (int r = 0; r < n; ++r) low_weight[r] *= shrink[r];
-    if (tier != Tier::fp4x2) {
-      add_values(t, p, Tier::fp4, first, n, low, low_weight, next);
-      add_values(t, p, tier, first, n, high, high_weight, next_high);
-      continue;
-    }
-    // Both read the first plane: once, with the difference of what they weigh.
-    add_plane_values(t, t.pages[p], 1, first, n, high, high_weight, next.v[1]);
-    for (int r = 0; r < n; ++r) {
-      const float most = std::max(-low_weight[r], high_weight[r]);
-      const float from_low = most > 0 ? low_weight[r] / most : 0.0f,
-                  from_high = most > 0 ? high_weight[r] / most : 0.0f;
-      for (int i = r * kPageTokens; i < (r + 1) * kPageTokens; ++i) low[i] = low[i] * from_low + high[i] * from_high;
-      low_weight[r] = most;
-    }
-    add_plane_values(t, t.pages[p], 0, first, n, low, low_weight, next.v[0]);
-  }
-}
-
-// Pages that a walk visits of one task before it turns to the next one: its state and rows then stay in L1.
-constexpr int64_t kPagesInTurn = 8;
-
-// Calls visit(task, page, tier, next) for every page of the tasks, some pages of each in turn. The tasks have one range
-// of pages.
-template <class Visit>
-void walk(std::span<const BlockTask> tasks, const Visit& visit) {
+// Reads every page of the tasks, a turn of each after another. The tasks have one range of pages.
+template <bool kScoresAlone>
+void walk(std::span<const BlockTask> tasks) {
   TierCursor cursors[kMaxHeadsPerWalk];
   for (size_t h = 0; h < tasks.size(); ++h) cursors[h].promoted = tasks[h].promoted[0];
-  const BlockTask* task = nullptr;  // of the page that is visited once it is known which one follows
-  int64_t page = 0;
-  Tier tier = Tier::none;
-  for (int64_t first = tasks[0].first_page; first < tasks[0].end_page; first += kPagesInTurn)
-    for (size_t h = 0; h < tasks.size(); ++h)
-      for (int64_t p = first; p < std::min(first + kPagesInTurn, tasks[0].end_page); ++p) {
-        const Tier following = (p + 1) * kPageTokens > tasks[h].s_kv ? Tier::fp16 : cursors[h].at(p, tasks[h].rest);
-        if (task) visit(*task, page, tier, next_page(tasks[h], p, following));
-        task = &tasks[h];
-        page = p;
-        tier = following;
+  const int64_t end = tasks[0].end_page;
+  int64_t first = tasks[0].first_page;
+  size_t h = 0;
+  const auto following = [&] {
+    Turn turn;
+    if (first >= end) return turn;
+    turn.task = &tasks[h];
+    turn.first = first;
+    turn.n = std::min(Turn::kMost, end - first);
+    for (int64_t p = first; p < first + turn.n; ++p)
+      turn.tier[p - first] = (p + 1) * kPageTokens > tasks[h].s_kv ? Tier::fp16 : cursors[h].at(p, tasks[h].rest);
+    if (++h == tasks.size()) h = 0, first += Turn::kMost;
+    return turn;
+  };
+  for (Turn turn = following(), next; turn.n > 0; turn = next) {
+    next = following();
+    read_turn<kScoresAlone>(turn, next);
+  }
+}
+
+void decode(std::span<const BlockTask> tasks) { walk<false>(tasks); }
+void decode_scores(std::span<const BlockTask> tasks) { walk<true>(tasks); }
+
+// Takes pages out of the state as they were read in fp4, and adds them in their tier; at most kExchanged of them, which
+// `next` follow.
+constexpr size_t kExchanged = Turn::kMost / 2;
+void exchange_turn(const BlockTask& t, std::span<const Promoted> pages, std::span<const Promoted> next) {
+  HWY_ALIGN float s[2 * kExchanged * kRows * kPageTokens];  // of page i as it was read at 2i, as it is to be at 2i + 1
+  BlockTask unreported = t;
+  unreported.page_m = unreported.page_l = nullptr;
+  // K or V of the i-th page from pages[0] on: its first plane, and what it is to be read in besides.
+  const auto part = [&](size_t i, bool values) {
+    const std::span<const Promoted> from = i < pages.size() ? pages : next;
+    if (i >= pages.size()) i -= pages.size();
+    if (i >= from.size()) return Part{};
+    const Part first = part_of(t, from[i].page, Tier::fp4, values);
+    const Part other = part_of(t, from[i].page, from[i].tier, values);
+    return Part{{first.plane[0], other.plane[from[i].tier == Tier::fp4x2 ? 1 : 0]}};
+  };
+  for (const Promoted& page : next.first(std::min(next.size(), kExchanged)))
+    Ahead{t.pages[page.page].summary, 64}.touch_all();
+  for (int first = 0; first < t.rows; first += kRows) {
+    const int n = std::min(kRows, t.rows - first);
+    const int64_t of_page = int64_t{padded_rows(n)} * kPageTokens;
+    PageSoftmax sums[2 * kExchanged];
+    for (size_t i = 0; i < pages.size(); ++i) {
+      const auto [p, tier] = pages[i];
+      float *low = s + 2 * i * of_page, *high = low + of_page;
+      const Part ahead = i + 1 < pages.size() ? part(i + 1, false) : part(0, true);
+      score_rows(t, p, Tier::fp4, first, n, {{ahead.plane[0]}}, low);
+      if (tier == Tier::fp4x2) {
+        std::copy_n(low, of_page, high);
+        add_plane_scores(t, t.pages[p], 1, first, n, nullptr, ahead.plane[1], high);
+      } else {
+        score_rows(t, p, tier, first, n, {{ahead.plane[1]}}, high);
       }
-  if (task) visit(*task, page, tier, Next{});
-}
-
-void decode(std::span<const BlockTask> tasks) {
-  walk(tasks, [](const BlockTask& t, int64_t p, Tier tier, const Next& next) {
-    if (tier != Tier::none) return attend_page(t, p, tier, next);
-    for (int r = 0; r < t.rows && t.page_m; ++r) t.page_m[r * t.page_stride + p] = kMinusInf;  // it has no mass
-  });
-}
-
-void decode_scores(std::span<const BlockTask> tasks) {
-  walk(tasks, [](const BlockTask& t, int64_t p, Tier tier, const Next& next) {
-    HWY_ALIGN float s[kRows * kPageTokens];
-    PageSoftmax page;
-    for (int first = 0; first < t.rows && tier != Tier::none; first += kRows) {
-      const int n = std::min(kRows, t.rows - first);
-      score_rows(t, p, tier, first, n, next, s);
-      page_softmax(t, p, first, n, s, page);
     }
-  });
+    for (size_t i = 0; i < pages.size(); ++i) {
+      float* low = s + 2 * i * of_page;
+      sums[2 * i].tier = Tier::fp4, sums[2 * i].sign = -1;
+      sums[2 * i + 1].tier = pages[i].tier;
+      page_softmax(unreported, pages[i].page, first, n, low, sums[2 * i]);
+      page_softmax(t, pages[i].page, first, n, low + of_page, sums[2 * i + 1]);
+    }
+    merge_sums(t, first, n, {sums, 2 * pages.size()});
+    for (size_t i = 0; i < pages.size(); ++i) {
+      const auto [p, tier] = pages[i];
+      float *low = s + 2 * i * of_page, *high = low + of_page;
+      float *out = sums[2 * i].weight, *in = sums[2 * i + 1].weight;
+      const Part ahead = i + 1 < pages.size() ? part(i + 1, true) : part(pages.size(), false);
+      if (tier != Tier::fp4x2) {
+        add_values(t, p, Tier::fp4, first, n, low, out, {{ahead.plane[0]}});
+        add_values(t, p, tier, first, n, high, in, {{ahead.plane[1]}});
+        continue;
+      }
+      // Both read the first plane: once, with the difference of what they weigh.
+      add_plane_values(t, t.pages[p], 1, first, n, high, in, ahead.plane[1]);
+      for (int r = 0; r < n; ++r) {
+        const float most = std::max(-out[r], in[r]);
+        const float from_low = most > 0 ? out[r] / most : 0.0f, from_high = most > 0 ? in[r] / most : 0.0f;
+        for (int k = r * kPageTokens; k < (r + 1) * kPageTokens; ++k) low[k] = low[k] * from_low + high[k] * from_high;
+        out[r] = most;
+      }
+      add_plane_values(t, t.pages[p], 0, first, n, low, out, ahead.plane[0]);
+    }
+  }
 }
 
 void exchange(const BlockTask& t) {
-  const std::span<const Promoted> pages = t.promoted[0];
-  for (size_t i = 0; i < pages.size(); ++i) {
-    Next next, next_high;
-    if (i + 1 < pages.size()) {
-      const auto [page, tier] = pages[i + 1];
-      next = next_page(t, page, tier == Tier::fp4x2 ? tier : Tier::fp4);
-      if (tier == Tier::fp16) next_high = next_page(t, page, tier);
-    }
-    exchange_page(t, pages[i].page, pages[i].tier, next, next_high);
+  std::span<const Promoted> pages = t.promoted[0];
+  while (!pages.empty()) {
+    const size_t n = std::min(pages.size(), kExchanged);
+    exchange_turn(t, pages.first(n), pages.subspan(n));
+    pages = pages.subspan(n);
   }
 }
 

@@ -288,45 +288,58 @@ void score(const BlockTask& t, Tiles& tiles) {
   }
 }
 
-void rank(Policy policy, const PageLayout& layout, DType high_dtype, const float* q_mean, int heads, float sm_scale,
-          const PageRef* pages, int64_t n, float* score) {
+// What `quest` and `second_moment` make of one mean row and a page, before sm_scale; q_dot_mean is known for the
+// latter.
+float quest_score(const PageLayout& layout, DType type, const float* q, const uint8_t* summary) {
   const DF df;
-  const int64_t lanes = static_cast<int64_t>(hn::Lanes(df));
+  const auto* low = reinterpret_cast<const uint16_t*>(summary + layout.min);
+  const auto* high = reinterpret_cast<const uint16_t*>(summary + layout.max);
+  VF sum = hn::Zero(df);
+  for (int c = 0; c < layout.d; c += static_cast<int>(hn::Lanes(df))) {
+    const VF x = hn::LoadU(df, q + c);
+    sum = hn::Add(sum, hn::Max(hn::Mul(x, load_high(type, low + c)), hn::Mul(x, load_high(type, high + c))));
+  }
+  return hn::GetLane(hn::SumOfLanes(df, sum));
+}
+float moment_score(const PageLayout& layout, const float* q, const uint8_t* summary, float sm_scale, float q_dot_mean) {
+  const DF df;
+  const auto* variance = reinterpret_cast<const float*>(summary + layout.variance);
+  VF sum = hn::Zero(df);
+  for (int c = 0; c < layout.d; c += static_cast<int>(hn::Lanes(df))) {
+    const VF x = hn::LoadU(df, q + c);
+    sum = hn::MulAdd(hn::Mul(x, x), hn::LoadU(df, variance + c), sum);
+  }
+  return q_dot_mean + 0.5f * sm_scale * hn::GetLane(hn::SumOfLanes(df, sum));
+}
+
+void rank(Policy policy, const PageLayout& layout, DType high_dtype, const float* q_mean, int heads, float sm_scale,
+          const PageRef* pages, int64_t n, float* score, float* products) {
   constexpr int64_t kAhead = 8;  // pages: summaries lie apart, and nothing else brings them nearer
-  for (int64_t p = 0; p < n; ++p) {
-    const uint8_t* summary = pages[p].summary;
-    if (p + kAhead < n)
-      for (int64_t at = 0; at < layout.summary_bytes; at += 64)
-        __builtin_prefetch(pages[p + kAhead].summary + at, 0, 3);
-    score[p] = kMinusInf;
+  for (int64_t p0 = 0; p0 < n; p0 += 2) {
+    const int some_pages = static_cast<int>(std::min<int64_t>(2, n - p0));
+    const uint8_t* summary[2] = {pages[p0].summary, pages[p0 + some_pages - 1].summary};
+    for (int64_t p = p0 + kAhead; p < std::min(p0 + kAhead + 2, n); ++p)
+      for (int64_t at = 0; at < layout.summary_bytes; at += 64) __builtin_prefetch(pages[p].summary + at, 0, 3);
+    float best[2] = {kMinusInf, kMinusInf};
     for (int h0 = 0; h0 < heads; h0 += 4) {
       const float* q = q_mean + static_cast<int64_t>(h0) * layout.d;
       const int some = std::min(4, heads - h0);
-      float of_head[4];
+      float of_head[2][4];
       if (policy != Policy::quest)
-        dot_four(q, some, high_dtype, reinterpret_cast<const uint16_t*>(summary + layout.mean), layout.d, of_head);
-      for (int h = 0; h < some; ++h, q += layout.d) {
-        VF sum = hn::Zero(df);
-        if (policy == Policy::quest) {
-          const auto* low = reinterpret_cast<const uint16_t*>(summary + layout.min);
-          const auto* high = reinterpret_cast<const uint16_t*>(summary + layout.max);
-          for (int64_t c = 0; c < layout.d; c += lanes) {
-            const VF x = hn::LoadU(df, q + c);
-            sum = hn::Add(
-                sum, hn::Max(hn::Mul(x, load_high(high_dtype, low + c)), hn::Mul(x, load_high(high_dtype, high + c))));
-          }
-          of_head[h] = hn::GetLane(hn::SumOfLanes(df, sum));
-        } else if (policy == Policy::second_moment) {
-          const auto* variance = reinterpret_cast<const float*>(summary + layout.variance);
-          for (int64_t c = 0; c < layout.d; c += lanes) {
-            const VF x = hn::LoadU(df, q + c);
-            sum = hn::MulAdd(hn::Mul(x, x), hn::LoadU(df, variance + c), sum);
-          }
-          of_head[h] += 0.5f * sm_scale * hn::GetLane(hn::SumOfLanes(df, sum));
+        dot_four_by_two(q, some, high_dtype, reinterpret_cast<const uint16_t*>(summary[0] + layout.mean),
+                        reinterpret_cast<const uint16_t*>(summary[1] + layout.mean), layout.d, of_head[0], of_head[1]);
+      for (int i = 0; i < some_pages; ++i) {
+        if (products) std::copy_n(of_head[i], 4, products + (p0 + i) * round_up(heads, 4) + h0);
+        for (int h = 0; h < some; ++h) {
+          const float* row = q + static_cast<int64_t>(h) * layout.d;
+          float x = of_head[i][h];
+          if (policy == Policy::quest) x = quest_score(layout, high_dtype, row, summary[i]);
+          if (policy == Policy::second_moment) x = moment_score(layout, row, summary[i], sm_scale, x);
+          best[i] = std::max(best[i], sm_scale * x);
         }
-        score[p] = std::max(score[p], sm_scale * of_head[h]);
       }
     }
+    for (int i = 0; i < some_pages; ++i) score[p0 + i] = best[i];
   }
 }
 

@@ -70,6 +70,12 @@ struct BlockTask {
   // Decode steps in kv4: q as integers of 16 bits, rows padded to a multiple of 8 by zeros; row r is q16 * q_unit[r].
   const int16_t* q16;   // rows * layout->k.depth, in the order of word_position
   const float* q_unit;  // [rows]
+
+  // There too, q.k_mean where scores start from it: of page p and row r at [p * start_stride + r]. attend and score
+  // leave it of the pages that they read in FP4, unless it is known before.
+  float* starts;
+  int64_t start_stride;  // rows, rounded up to fours
+  bool starts_known;
 };
 
 inline constexpr int kMaxHeadsPerWalk = 16;
@@ -102,9 +108,10 @@ struct Kernels {
   // Scores every page of the task, K only, each in its tier; fills page_m and page_l.
   void (*score)(const BlockTask& task, Tiles& tiles);
   // score[p] for p in [0, n) of the policies that rank before reading, block_mean, quest and second_moment: the largest
-  // of `heads` mean rows q_mean [heads, d].
+  // of `heads` mean rows q_mean [heads, d]. products, where not null and the policy is not quest: q_mean.k_mean of page
+  // p and head h at [p * heads rounded up to fours + h].
   void (*rank)(Policy policy, const PageLayout& layout, DType high_dtype, const float* q_mean, int heads,
-               float sm_scale, const PageRef* pages, int64_t n, float* score);
+               float sm_scale, const PageRef* pages, int64_t n, float* score, float* products);
   // q4 = dec(enc(q)) of `rows` rows of d channels in the method's format (mma4).
   void (*quantize_rows)(const Method& method, int64_t rows, int d, const float* q, float* q4);
   DecodeKernels decode;

@@ -154,6 +154,8 @@ class Run {
     return bad == 0;
   }
 
+  static constexpr int kHeadsAtOnce = 8;  // whose means share one reading of the summaries
+
   // The mean row of one head; false where it has no finite row.
   bool mean_row(const Rows& rows, int64_t first, int64_t count, float* mean) const {
     const int d = problem_.d;
@@ -175,16 +177,16 @@ class Run {
   }
 
   // Scores the pages of one block before reading them: the maximum over `heads` runs of `count` rows from `first`.
+  // `products`, where not null, gets what the kernel says.
   float rank(const Rows& rows, int64_t first, int64_t count, int heads, const PageRef* pages, const BlockPages& block,
-             Choice& choice) const {
-    constexpr int kHeads = 8;  // at once: their means share one reading of the summaries
-    float means[kHeads * kMaxChannels], q_norm = 0;
+             Choice& choice, float* products = nullptr) const {
+    float means[kHeadsAtOnce * kMaxChannels], q_norm = 0;
     float *score = choice.score.data() + block.first_visible, *of_some = choice.share.data();
     const int64_t n = block.n();
     std::fill_n(score, n, kMinusInf);
     for (int h = 0; h < heads;) {
       int some = 0;
-      for (; h < heads && some < kHeads; ++h) {
+      for (; h < heads && some < kHeadsAtOnce; ++h) {
         float* mean = means + static_cast<int64_t>(some) * problem_.d;
         if (!mean_row(rows, first + h * count, count, mean)) continue;
         q_norm = std::max(q_norm, norm(mean, problem_.d));
@@ -195,7 +197,7 @@ class Run {
         for (int64_t p = 0; p < n; ++p) score[p] = static_cast<float>(p);
       } else {
         kernels_.rank(problem_.method.policy, *call_.layout, problem_.cache.high_dtype, means, some, problem_.sm_scale,
-                      pages + block.first_visible, n, of_some);
+                      pages + block.first_visible, n, of_some, products);
         for (int64_t p = 0; p < n; ++p) score[p] = std::max(score[p], of_some[p]);
       }
     }
@@ -378,10 +380,14 @@ class Run {
     const UnitPlace at = place(u);
     Unit& unit = scratch_.units[u];
     load_q(at.s, 0, at.s.s_q, at.g * group_, group_, unit.rows_);
-    if (!mma4_)
-      kernels_.decode.quantize_q(*call_.layout, static_cast<int>(at.rows), unit.rows_.q.data(), unit.q16.data(),
+    if (!mma4_) {
+      const float scale = problem_.sm_scale * kLog2e;
+      for (int64_t i = 0; i < at.rows * problem_.d; ++i) unit.q[i] = unit.rows_.q[i] * scale;
+      kernels_.decode.quantize_q(*call_.layout, static_cast<int>(at.rows), unit.q.data(), unit.q16.data(),
                                  unit.q_unit.data());
+    }
     unit.block = block_pages(at.offset, at.s.s_kv - 1, at.s.s_kv, mask_);
+    unit.starts_known = false;
     Choice& c = unit.choice;
     if (at.s.s_q == 0) {
       c.count = 0;
@@ -399,7 +405,15 @@ class Run {
       }
       return;
     } else {
-      const float q_norm = rank(unit.rows_, 0, at.s.s_q, group_, at.pages, unit.block, c);
+      // With one row a head, its products with the means are where the scores of FP4 pages start.
+      const Policy policy = problem_.method.policy;
+      unit.starts_known = (policy == Policy::block_mean || policy == Policy::second_moment) && !unit.starts.empty() &&
+                          at.s.s_q == 1 && group_ <= kHeadsAtOnce &&
+                          std::count(unit.rows_.finite.begin(), unit.rows_.finite.begin() + group_, 1) == group_;
+      float* starts = unit.starts_known ? &unit.starts[unit.block.first_visible * round_up(at.rows, 4)] : nullptr;
+      const float q_norm = rank(unit.rows_, 0, at.s.s_q, group_, at.pages, unit.block, c, starts);
+      if (starts)
+        for (int64_t i = 0; i < unit.block.n() * round_up(at.rows, 4); ++i) starts[i] *= problem_.sm_scale * kLog2e;
       choose(problem_, unit.block, at.pages, q_norm, c);
     }
     count(unit.block, c, scratch_.workers[w]);
@@ -417,8 +431,15 @@ class Run {
                              first + pages * (split + 1) / plan_.splits, at.offset, 1, static_cast<int>(at.rows),
                              static_cast<int>(std::max<int64_t>(1, at.s.s_q)), unit.rows_);
     t.promoted[0] = unit.choice.result();
+    if (!mma4_) {  // scores are then in units of log2 as they are
+      t.q = unit.q.data();
+      t.sm_scale = 1.0f / kLog2e;
+    }
     t.q16 = unit.q16.data();
     t.q_unit = unit.q_unit.data();
+    t.starts = unit.starts.empty() ? nullptr : unit.starts.data();
+    t.start_stride = round_up(at.rows, 4);
+    t.starts_known = unit.starts_known;
     t.state = state_of(unit, split);
     want_pages(unit.rows_, t);
     return t;

@@ -97,8 +97,10 @@ struct Unit {
         choice(max_pages(p)),
         exchanged(exchanges(p) ? max_pages(p) : 0),
         mass_before(exchanges(p) ? rows : 0),
+        q(mma4 ? 0 : rows * p.d),
         q16(mma4 ? 0 : Rows::padded(rows) * round_up(p.d, 32)),
-        q_unit(mma4 ? 0 : Rows::padded(rows)) {
+        q_unit(mma4 ? 0 : Rows::padded(rows)),
+        starts(mma4 || !p.cache.centring ? 0 : max_pages(p) * round_up(rows, 4)) {
     for (int s = 1; s < splits; ++s) partial.emplace_back(rows, 0, p.d_v, false, 0);
   }
   Rows rows_;                 // the first split's state, and the merged one
@@ -107,8 +109,11 @@ struct Unit {
   std::vector<Promoted> exchanged;  // promoted pages that were read in FP4 first
   int64_t exchanged_count = 0;
   std::vector<float> mass_before;  // [rows], log2 of the sum over all pages before the exchange
-  std::vector<int16_t> q16;        // [rows, padded d], rows padded too
+  std::vector<float> q;            // [rows, d], times sm_scale log2 e
+  std::vector<int16_t> q16;        // [rows, padded d], rows padded too; the same
   std::vector<float> q_unit;       // [rows]
+  std::vector<float> starts;       // [max pages, rows rounded up to fours], as BlockTask says; or empty
+  bool starts_known = false;
   BlockPages block;
 };
 

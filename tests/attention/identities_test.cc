@@ -92,7 +92,8 @@ TEST_P(Identity, PromoteAllIsFp16BitForBit) {
     const Ran a = promoted.attend(rows(), given(all)), b = fp16.attend(rows(), call());
     if (phase() == Phase::decode && a.plan.problem.method.arithmetic == Arithmetic::mma4) {  // a kernel of its own
       EXPECT_LE(distance(a.out, b.out, tokens_), kReordered) << spec;
-      for (size_t i = 0; i < a.lse.size(); ++i) EXPECT_NEAR(a.lse[i], b.lse[i], 1e-5) << spec;
+      for (size_t i = 0; i < a.lse.size(); ++i)  // up to 17: scores in FP32, summed in another order
+        EXPECT_NEAR(a.lse[i], b.lse[i], 1e-6 * std::max(10.0f, std::abs(b.lse[i]))) << spec;
       continue;
     }
     EXPECT_EQ(a.out, b.out) << spec;
