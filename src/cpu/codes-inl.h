@@ -55,7 +55,7 @@ HWY_INLINE Unpacked unpack(VU codes) {
                                                    0, 1, 2, 3, 4, 6, 8, 12, 0, 255, 254, 253, 252, 250, 248, 244,
                                                    0, 1, 2, 3, 4, 6, 8, 12, 0, 255, 254, 253, 252, 250, 248, 244};
   const __m512i table = _mm512_load_si512(kTwice);
-  asm("" : "+v"(codes.raw));
+  asm("" : "+v"(codes.raw));  // loaded once: g++ would load them again for every shift
   const auto lookup = [table](VU x)
                           HWY_ATTR { return VI16{_mm512_maskz_permutexvar_epi8(0xaaaaaaaaaaaaaaaa, x.raw, table)}; };
   return {lookup(hn::ShiftLeft<8>(codes)), lookup(codes), lookup(hn::ShiftLeft<4>(codes)),

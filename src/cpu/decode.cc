@@ -4,12 +4,13 @@
 //   e, in 15 bits --integer products with V codes--> o [rows, d_v]
 //
 // An fp4x2 page runs the same loop over both planes; a 16-bit page is multiplied in FP32, its values converted as they
-// are loaded. Pages come nearly in the order in which they lie in memory, that of all KV heads of a page before the
-// next: a few pages of one head, whose state and q then stay in L1, and the same of the next head.
+// are loaded. q is scaled beforehand, so that products are scores in units of log2. Pages are read in turns: the keys
+// of eight pages of one head, their softmaxes, their values; then those of the next head, whose records lie beside
+// them.
 //
-// What binds it: an FP4 page of d = 128 is 9216 bytes and, for four rows, about 4,400 vector instructions, of which
+// What binds it: an FP4 page of d = 128 is 9216 bytes and, for four rows, about 4,200 vector instructions, of which
 // 2048 are integer dot products. These take longer than the bytes, the more so where another thread shares the core;
-// prefetching the next record while this one is multiplied is what lets them overlap. A 16-bit page is 32 KB and 10,000
+// prefetching the records of products to come is what lets them overlap. A 16-bit page is 32 KB and 10,000
 // instructions: memory binds.
 //
 // A page is a softmax of its own, with its own maximum, that is merged into the row's state: what it adds does not
