@@ -61,8 +61,6 @@ Part part_of(const BlockTask& t, int64_t p, Tier tier, bool values) {
   }
   return part;
 }
-Part keys_of(const BlockTask& t, int64_t p, Tier tier) { return part_of(t, p, tier, false); }
-Part values_of(const BlockTask& t, int64_t p, Tier tier) { return part_of(t, p, tier, true); }
 
 // s[n, 64] = products of rows [first, first + n) with one plane of a page's keys, plus start[n], or plus s where start
 // is null.
@@ -240,8 +238,8 @@ struct Turn {
   Tier tier[kMost];
 
   bool in_fp4(int64_t i) const { return i < n && (tier[i] == Tier::fp4 || tier[i] == Tier::fp4x2); }
-  Part keys(int64_t i) const { return i < n ? keys_of(*task, first + i, tier[i]) : Part{}; }
-  Part values(int64_t i) const { return i < n ? values_of(*task, first + i, tier[i]) : Part{}; }
+  Part keys(int64_t i) const { return i < n ? part_of(*task, first + i, tier[i], false) : Part{}; }
+  Part values(int64_t i) const { return i < n ? part_of(*task, first + i, tier[i], true) : Part{}; }
   // What is wanted of the summary of page i: the exponents at its front and the mean that follows.
   Ahead summary(int64_t i) const {
     if (!in_fp4(i)) return {};
@@ -252,8 +250,8 @@ struct Turn {
   // starts of the pages that are read in FP4.
   void make_starts() const {
     if (!task->starts || task->starts_known) return;
-    const uint16_t* mean[kMost + 1];
-    float* to[kMost + 1];
+    const uint16_t* mean[kMost];  // an even number of places, so that the last one may stand twice
+    float* to[kMost];
     int64_t count = 0;
     for (int64_t i = 0; i < n; ++i) {
       if (!in_fp4(i)) continue;
@@ -264,8 +262,8 @@ struct Turn {
     const int d = task->layout->d;
     for (int64_t i = 0; i < count; i += 2)
       for (int r = 0; r < task->rows; r += 4)
-        dot_four_by_two(task->q + static_cast<int64_t>(r) * d, std::min(4, task->rows - r), task->high_dtype, mean[i],
-                        mean[i + 1], d, to[i] + r, to[i + 1] + r);
+        dot_four<2>(task->q + static_cast<int64_t>(r) * d, std::min(4, task->rows - r), task->high_dtype,
+                    {mean[i], mean[i + 1]}, d, {to[i] + r, to[i + 1] + r});
   }
 };
 
@@ -284,7 +282,7 @@ void read_turn(const Turn& turn, const Turn& next) {
     const int64_t of_page = int64_t{padded_rows(n)} * kPageTokens;
     PageSoftmax pages[Turn::kMost];
     for (int64_t i = 0; i < turn.n; ++i) {
-      next.summary(i).touch_all();
+      if (first == 0) next.summary(i).touch_all();
       const int64_t j = i + kLead;
       const Part ahead = j < turn.n ? turn.keys(j) : kScoresAlone ? next.keys(j - turn.n) : turn.values(j - turn.n);
       if (turn.tier[i] != Tier::none) score_rows(t, turn.first + i, turn.tier[i], first, n, ahead, s + i * of_page);

@@ -116,7 +116,7 @@ void score_tile(const BlockTask& t, int64_t p, Tier tier, const float* q, const 
   for (int r = 0; r < t.rows && apart; r += 4) {
     float start[4];
     const int some = std::min(4, t.rows - r);
-    dot_four(t.q + static_cast<int64_t>(first + r) * d, some, t.high_dtype, mean_of(t, t.pages[p]), d, start);
+    dot_four<1>(t.q + static_cast<int64_t>(first + r) * d, some, t.high_dtype, {mean_of(t, t.pages[p])}, d, {start});
     for (int e = 0; e < some; ++e)
       for (int64_t i = 0; i < kPageTokens; i += n) hn::StoreU(hn::Set(df, start[e]), df, s + (r + e) * kPageTokens + i);
   }
@@ -326,8 +326,10 @@ void rank(Policy policy, const PageLayout& layout, DType high_dtype, const float
       const int some = std::min(4, heads - h0);
       float of_head[2][4];
       if (policy != Policy::quest)
-        dot_four_by_two(q, some, high_dtype, reinterpret_cast<const uint16_t*>(summary[0] + layout.mean),
-                        reinterpret_cast<const uint16_t*>(summary[1] + layout.mean), layout.d, of_head[0], of_head[1]);
+        dot_four<2>(q, some, high_dtype,
+                    {reinterpret_cast<const uint16_t*>(summary[0] + layout.mean),
+                     reinterpret_cast<const uint16_t*>(summary[1] + layout.mean)},
+                    layout.d, {of_head[0], of_head[1]});
       for (int i = 0; i < some_pages; ++i) {
         if (products) std::copy_n(of_head[i], 4, products + (p0 + i) * round_up(heads, 4) + h0);
         for (int h = 0; h < some; ++h) {

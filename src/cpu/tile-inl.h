@@ -269,37 +269,26 @@ struct Sum {
   }
 };
 
-// out[r] = q[r] . x for up to four rows of q [rows, d]; all four of out are written.
-inline void dot_four(const float* q, int rows, DType type, const uint16_t* x, int d, float* out) {
+// out[k][r] = q[r] . x[k] for up to four rows of q [rows, d]; all four of each out are written. Two x have twice as
+// many sums under way, which wait for one another half as long.
+template <int K>
+HWY_INLINE void dot_four(const float* q, int rows, DType type, const uint16_t* const (&x)[K], int d,
+                         float* const (&out)[K]) {
   const DF df;
-  VF sum[4] = {hn::Zero(df), hn::Zero(df), hn::Zero(df), hn::Zero(df)};
+  VF sum[K][4];
+  for (int k = 0; k < K; ++k)
+    for (int r = 0; r < 4; ++r) sum[k][r] = hn::Zero(df);
   const float* row[4];
   for (int r = 0; r < 4; ++r) row[r] = q + static_cast<int64_t>(std::min(r, rows - 1)) * d;  // one too many twice
   for (int c = 0; c < d; c += static_cast<int>(hn::Lanes(df))) {
-    const VF v = load_high(type, x + c);
-    for (int r = 0; r < 4; ++r) sum[r] = hn::MulAdd(v, hn::LoadU(df, row[r] + c), sum[r]);
-  }
-  reduce_four(sum, Sum(), out);
-}
-
-// The same of two x: twice as many sums, which wait for one another half as long.
-inline void dot_four_by_two(const float* q, int rows, DType type, const uint16_t* x, const uint16_t* y, int d,
-                            float* of_x, float* of_y) {
-  const DF df;
-  VF sum[2][4];
-  for (int r = 0; r < 4; ++r) sum[0][r] = sum[1][r] = hn::Zero(df);
-  const float* row[4];
-  for (int r = 0; r < 4; ++r) row[r] = q + static_cast<int64_t>(std::min(r, rows - 1)) * d;  // one too many twice
-  for (int c = 0; c < d; c += static_cast<int>(hn::Lanes(df))) {
-    const VF u = load_high(type, x + c), v = load_high(type, y + c);
+    VF v[K];
+    for (int k = 0; k < K; ++k) v[k] = load_high(type, x[k] + c);
     for (int r = 0; r < 4; ++r) {
       const VF w = hn::LoadU(df, row[r] + c);
-      sum[0][r] = hn::MulAdd(u, w, sum[0][r]);
-      sum[1][r] = hn::MulAdd(v, w, sum[1][r]);
+      for (int k = 0; k < K; ++k) sum[k][r] = hn::MulAdd(v[k], w, sum[k][r]);
     }
   }
-  reduce_four(sum[0], Sum(), of_x);
-  reduce_four(sum[1], Sum(), of_y);
+  for (int k = 0; k < K; ++k) reduce_four(sum[k], Sum(), out[k]);
 }
 
 // --- exponential
