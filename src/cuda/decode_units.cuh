@@ -6,6 +6,7 @@
 //
 //   attend     tail, pages in fp16 | pages in fp4x2 | pages in fp4
 //   exchange   pages in fp16 | pages in fp4x2 | all of these and those in none once more in fp4, to be taken out
+//   again      tail, pages in fp16 | pages in fp4x2 | all pages, in fp4 but for these and those in none
 //
 // An exchange may also read pages in fp4x2 once for both (DecodeConfig::exchanges_at_once).
 //
@@ -189,6 +190,7 @@ __device__ inline Unit unit_at(const DecodeArgs& args, Pass pass, int number) {
   u.items.planes = kPageItems * u.fp4x2;
   u.items.few_planes = pass == Pass::exchange && !args.exchanges_at_once;
   u.items.fp4 = kPageItems * (pass == Pass::exchange      ? u.fp16 + (u.items.few_planes ? u.fp4x2 : 0) + in_none
+                              : pass == Pass::again       ? u.full - u.first_page
                               : p.shape.rest == Tier::fp4 ? u.fp4 + rest
                                                           : u.fp4);
   return u;
@@ -210,6 +212,17 @@ struct Item {
   // Above them are bits of notes: a sequence has no more than 2^20 tokens.
   __device__ static int token(uint32_t word) { return static_cast<int>(word & 0x1ffffff8u); }
 };
+
+// Whether a list has the page in another tier than fp4.
+__device__ inline bool is_listed_apart(const DecodeParams& p, const Unit& u, int page) {
+  const uint32_t* order = p.lists.order + int64_t{u.index} * p.lists.max_pages;
+  const int above = u.fp16 + u.fp4x2;
+  bool found = false;
+#pragma unroll 1
+  for (int n = 0; n < u.promoted; ++n)
+    found |= (n < above || n >= above + u.fp4) && static_cast<int>(order[n] >> 2) == page;
+  return found;
+}
 
 // The n-th full page that is seen in the order of reading: promoted ones by tier, then the others.
 __device__ inline int page_at(const DecodeParams& p, const Unit& u, int n) {
@@ -247,9 +260,9 @@ __device__ inline Item item_at(const DecodeArgs& args, Pass pass, const Unit& u,
     i -= u.items.high + u.items.planes;
     tier = Tier::fp4, n = i / kPageItems, part = i % kPageItems;
     const int above = u.fp16 + u.fp4x2;
-    if (pass != Pass::exchange)
+    if (pass == Pass::attend)
       n += n < u.fp4 ? above : u.promoted - u.fp4;
-    else if (n >= (u.items.few_planes ? above : u.fp16))
+    else if (pass == Pass::exchange && n >= (u.items.few_planes ? above : u.fp16))
       n += u.fp4 + (u.items.few_planes ? 0 : u.fp4x2);
   } else if (i >= u.items.high) {
     i -= u.items.high;
@@ -259,11 +272,12 @@ __device__ inline Item item_at(const DecodeArgs& args, Pass pass, const Unit& u,
     n = i / kHighPageItems, part = i % kHighPageItems;
     if (n >= u.fp16) n += u.promoted - u.fp16;
   }
-  const int page = n < 0 ? u.full : page_at(p, u, n);
-
   const bool is_high = tier == Tier::fp16;
+  const bool by_number = pass == Pass::again && tier == Tier::fp4;  // lists may hold the promoted pages alone
+  const int page = n < 0 ? u.full : by_number ? u.first_page + n : page_at(p, u, n);
   Item item;
   item.word = static_cast<uint32_t>(page * kPageTokens + part * (is_high ? kHighItemTokens : kItemTokens));
+  if (by_number && is_listed_apart(p, u, page)) return item;
   if (pass == Pass::exchange) {
     if (u.forced(page)) return item;
     if (tier == Tier::fp4 || (tier == Tier::fp4x2 && !u.items.few_planes)) item.word |= Item::kTakenOut;
