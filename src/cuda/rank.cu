@@ -275,7 +275,7 @@ __device__ void scores_by_mass(const ChooseArgs& args, const UnitPlace& at, cons
 
 // Lengths are read before the wait, scores after it. A rehearsal would gain nothing here but for masses. An exchange
 // may start as soon as masses are there; attention to all pages not before the end, or it would take longer by more
-// than the launch does (docs/performance.md).
+// than the launch does (docs/performance-gpu.md).
 template <bool kByMass>
 __global__ __launch_bounds__(kChooseThreads, 2) void choose_kernel(const __grid_constant__ ChooseArgs args) {
   __shared__ ChooseShared<kChooseThreads> s;
