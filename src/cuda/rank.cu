@@ -104,29 +104,27 @@ __device__ bool measures(const RankArgs& a) { return a.how.budget.kind == Budget
 template <int kSteps>
 __device__ void load_means(const RankArgs& a, const QueryRows& rows, int h0, int heads, const MeanRows<kSteps>& to,
                            ScoreShared<kSteps>& s) {
-  constexpr int kAtOnce = 8 / kSteps;  // rows
 #pragma unroll 1
   for (int h = warp_id(); h < heads; h += kScoreThreads / 32) {
-    RowInWarp<kSteps> mean;
+    RowInWarp<kSteps> mean, row, next;
     mean.clear();
     int count = 0;
+    // The next row is under way while one is added. Several at once would take less time where there are many, but
+    // their code more where there is one.
 #pragma unroll 1
-    for (int r0 = 0; r0 < rows.count; r0 += kAtOnce) {
-      RowInWarp<kSteps> row[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i)
-        if (r0 + i < rows.count) row[i].load(rows.q, rows.first + r0 + i, rows.head + h0 + h, a.shape.d);
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (r0 + i >= rows.count || !row[i].finite()) continue;
+    for (int r = 0; r <= rows.count; ++r) {
+      if (r < rows.count) next.load(rows.q, rows.first + r, rows.head + h0 + h, a.shape.d);
+      if (r > 0 && row.finite()) {
         ++count;
-        mean.add(row[i]);
+        mean.add(row);
       }
+      row = next;
     }
     if (count > 1) mean.divide(static_cast<float>(count));
     const float scale = to.planes.write(h, mean);
+    if (a.how.policy != Policy::block_mean)
 #pragma unroll
-    for (int i = 0; i < 2 * kSteps; ++i) to.floats.at(h, mean.channel(i)) = mean.x[i];
+      for (int i = 0; i < 2 * kSteps; ++i) to.floats.at(h, mean.channel(i)) = mean.x[i];
     const float norm = measures(a) ? mean.norm() : 0.0f;
     if (lane_id() == 0) {
       s.scale[h] = scale;
@@ -159,7 +157,8 @@ struct Best {
 };
 
 // Scores of the CTA's pages, as many heads at a time as there is room for. A rehearsal has no pages and a blank row.
-template <int kSteps>
+// kMean: by block_mean, else by another policy: a kernel for each is shorter.
+template <int kSteps, bool kMean>
 __device__ void rank_pages(const RankArgs& a, const UnitPlace& at, bool rehearsal, const MeanRows<kSteps>& to,
                            ScoreShared<kSteps>& s) {
   const QueryRows rows = rehearsal ? QueryRows{{s.blank, DType::f16, 0, 0}, 0, 1, 0}
@@ -193,15 +192,17 @@ __device__ void rank_pages(const RankArgs& a, const UnitPlace& at, bool rehearsa
     };
     const auto done = [&](int page) { best.store(page, 7); };
     const auto done_mean = [&](int page) { best.store(page, 1); };
-    if (policy == Policy::block_mean)
+    if constexpr (kMean) {
       for_each_mean_product(summaries, a.cache.canonical, pages, to.planes, heads, prepare, emit_mean, done_mean);
-    if (policy == Policy::quest)
-      for_each_product<QuestProduct>(summaries, a.cache.canonical, sm_scale, pages, to.floats, heads, prepare, emit,
-                                     done);
-    if (policy == Policy::second_moment)
-      for_each_product<MomentProduct>(summaries, a.cache.canonical, sm_scale, pages, to.floats, heads, prepare, emit,
-                                      done);
-    prepare();  // where nothing was multiplied
+    } else {
+      if (policy == Policy::quest)
+        for_each_product<QuestProduct>(summaries, a.cache.canonical, sm_scale, pages, to.floats, heads, prepare, emit,
+                                       done);
+      if (policy == Policy::second_moment)
+        for_each_product<MomentProduct>(summaries, a.cache.canonical, sm_scale, pages, to.floats, heads, prepare, emit,
+                                        done);
+      prepare();  // where nothing was multiplied
+    }
     if (policy == Policy::recent || measures(a))
       for (int h = 0; h < heads; ++h) {
         any_valid |= s.valid[h];
@@ -216,7 +217,7 @@ __device__ void rank_pages(const RankArgs& a, const UnitPlace& at, bool rehearsa
 }
 
 // Two CTAs of 128 registers a thread; for d > 128 one, which then keeps all it has loaded in registers: 7 % of a step.
-template <int kSteps>
+template <int kSteps, bool kMean>
 __global__ __launch_bounds__(kScoreThreads, kSteps == 2 ? 2 : 1) void score_kernel(const __grid_constant__ RankArgs a) {
   __shared__ ScoreShared<kSteps> s;
   extern __shared__ __align__(16) uint8_t memory[];
@@ -225,7 +226,7 @@ __global__ __launch_bounds__(kScoreThreads, kSteps == 2 ? 2 : 1) void score_kern
   if (at.s_q == 0) wait_for_previous_kernel();
   if (threadIdx.x < 64 * kSteps) s.blank[threadIdx.x] = 0;
 #pragma unroll 1
-  for (int take = 0; take < 2 && at.s_q > 0; ++take) rank_pages(a, at, take == 0, MeanRows<kSteps>(memory), s);
+  for (int take = 0; take < 2 && at.s_q > 0; ++take) rank_pages<kSteps, kMean>(a, at, take == 0, MeanRows<kSteps>(memory), s);
 }
 
 // --- choosing
@@ -350,8 +351,11 @@ cudaError_t launch_rank(const RankParams& p, cudaStream_t stream) {
   const int64_t ctas = std::clamp<int64_t>(2 * multiprocessors / units, 1, busy);
   const dim3 grid(static_cast<unsigned>(ctas), static_cast<unsigned>(p.shape.h_kv), static_cast<unsigned>(p.batch.b));
   const int shared = wide ? MeanRows<4>::bytes() : MeanRows<2>::bytes();
+  const bool by_mean = p.method.policy == Policy::block_mean;
+  const auto kernel = wide ? (by_mean ? score_kernel<4, true> : score_kernel<4, false>)
+                           : (by_mean ? score_kernel<2, true> : score_kernel<2, false>);
   if (const cudaError_t error =
-          launch_early(wide ? score_kernel<4> : score_kernel<2>, grid, kScoreThreads, shared, stream, rank_args(p));
+          launch_early(kernel, grid, kScoreThreads, shared, stream, rank_args(p));
       error != cudaSuccess || norms)
     return error;
   return launch_choose(p, {}, stream);
