@@ -126,7 +126,8 @@ struct AttendArgs {
   Stats* stats = nullptr;            // may be null; the counts are added to, the rest describes this call
 };
 
-// Scratch memory of a plan: made once, used by one run at a time. Serves every plan of the same sizes and method.
+// Scratch memory of a plan: made once, used by one run at a time. Serves every plan of the same sizes and method, over
+// caches that keep the same of a page.
 class THRIFTATTN_API Workspace {
  public:
   static Result<Workspace> create(const Plan& plan);

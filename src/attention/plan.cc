@@ -82,7 +82,8 @@ bool sizes_alike(const Plan& a, const Plan& b) {
   return a.backend == b.backend && a.kernel == b.kernel && a.target == b.target && a.rows_per_tile == b.rows_per_tile &&
          a.splits == b.splits && a.threads == b.threads && p.phase == q.phase && p.b == q.b && p.max_s_q == q.max_s_q &&
          p.max_s_kv == q.max_s_kv && p.h_q == q.h_q && p.h_kv == q.h_kv && p.d == q.d && p.d_v == q.d_v &&
-         p.stats == q.stats && p.method == q.method;
+         p.stats == q.stats && p.method == q.method && pages_alike(p.cache, q.cache) &&
+         a.workspace_bytes == b.workspace_bytes;
 }
 
 Result<Plan> plan(const Problem& problem, const Machine& machine) {

@@ -28,6 +28,7 @@ namespace thriftattn::cpu {
 namespace {
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr float kNoSink = -1e30f;  // log2: a sink below it is none, as -inf is: no score of finite floats is as low
 
 // Sums that Stats wants, of one task; added up in task order, so that they do not depend on threads either.
 struct TaskStats {
@@ -134,7 +135,9 @@ class Run {
       }
     rows.clear(heads * count, problem_.d_v);
     for (int64_t i = 0; i < heads * count && call_.sinks; ++i) {
-      rows.m[i] = call_.sinks[first_head + i / count] * kLog2e;
+      const float sink = sink_of(first_head + static_cast<int>(i / count));
+      if (sink == kMinusInf) continue;
+      rows.m[i] = sink;
       rows.l[i] = rows.l_high[i] = 1;  // a sink's mass is as exact as that of 16-bit pages
     }
     if (mma4_) kernels_.quantize_rows(problem_.method, heads * count, d, rows.q.data(), rows.q4.data());
@@ -204,6 +207,12 @@ class Run {
     return q_norm;
   }
 
+  // Log2 of what a query head's sink takes.
+  float sink_of(int head) const {
+    const float sink = call_.sinks ? call_.sinks[head] * kLog2e : kMinusInf;
+    return sink < kNoSink ? kMinusInf : sink;
+  }
+
   // Scores by softmax mass: mean over the rows of a head, maximum over heads from `first_head` on. page_m and page_l
   // hold the pages [block.first_visible, end_page) of the rows.
   float rank_by_mass(const Rows& rows, int64_t first, int64_t count, int first_head, int heads, int64_t end_page,
@@ -214,7 +223,7 @@ class Run {
     float* share = choice.mass.data();
     std::fill_n(score, n, 0.0f);
     for (int h = 0; h < heads; ++h) {
-      const float sink = call_.sinks ? call_.sinks[first_head + h] * kLog2e : kMinusInf;
+      const float sink = sink_of(first_head + h);
       if (mean_row(rows, first + h * count, count, mean)) q_norm = std::max(q_norm, norm(mean, problem_.d));
       const auto begin = rows.finite.begin() + first + h * count;
       const auto seen = std::count(begin, begin + count, uint8_t{1});
@@ -507,9 +516,11 @@ class Run {
   // Whether what an exchange took out of some row was so much more than what stayed that float sums lost it: an FP4
   // score far above the true one.
   bool cancelled(Unit& unit, int64_t rows) const {
-    constexpr float kMost = 10;  // log2: 2^10 rounding errors of what was there
+    // log2: so many rounding errors of what was there. Where a second plane is put in, the first one's products are
+    // made once, with the difference of both weights, whose 15 bits are not those that went in.
+    const float most = high_tier(problem_.method.storage) == Tier::fp4x2 ? 5 : 10;
     for (int64_t r = 0; r < rows; ++r)
-      if (unit.mass_before[r] != kMinusInf && !(log2_sum(unit, r) >= unit.mass_before[r] - kMost)) return true;
+      if (unit.mass_before[r] != kMinusInf && !(log2_sum(unit, r) >= unit.mass_before[r] - most)) return true;
     return false;
   }
 
@@ -590,7 +601,7 @@ class Run {
       stats.page_mass[p] += mass[p];
       while (next < static_cast<size_t>(c.count) && c.promoted[next].page < p) ++next;
       const bool promoted = next < static_cast<size_t>(c.count) && c.promoted[next].page == p;
-      if (p < block.visible && !promoted && problem_.method.rest == Tier::fp4)
+      if (p < block.visible && (promoted ? c.promoted[next].tier : problem_.method.rest) == Tier::fp4)
         stats.error_estimate += error_contribution(
             summary_of(pages[p]), static_cast<float>(mass[p] / static_cast<double>(count)), problem_.sm_scale, q_norm);
     }

@@ -1,6 +1,7 @@
 // Heads that differ: calls for some of them, caches that store each in its own way, sinks.
 #include <gtest/gtest.h>
 
+#include <cfloat>
 #include <cmath>
 #include <string>
 #include <vector>
@@ -246,6 +247,70 @@ TEST(Sinks, MustBeFinite) {
     const Answer answer = ask(call, tokens);
     EXPECT_EQ(answer.status.code(), Code::invalid_argument);
     EXPECT_NE(answer.status.message().find("head 2"), std::string::npos) << answer.status.message();
+  }
+}
+
+TEST(Sinks, ThatNoScoreIsAsLowAsAreNone) {
+  const Tokens tokens = attention_like(kShape, 300);
+  for (const char* spec : {"thrift", "thrift:arithmetic=mma4,policy=block_mean", "thrift:policy=block_mean"})
+    for (const Phase phase : {Phase::decode, Phase::prefill}) {
+      auto cache = KvCache::create(CacheConfig::for_method(method(spec), 1, kShape.h_kv, kShape.d, kShape.d_v));
+      ASSERT_TRUE(cache.ok());
+      const SeqId seq = cache->new_sequence();
+      append_and_settle(*cache, seq, tokens, tokens.s);
+      HeadCall call{&*cache, seq, 0, spec, {}, phase, phase == Phase::decode ? 1 : 70};
+      if (phase == Phase::prefill && std::string(spec) == "thrift") call.spec += ":policy=auto";
+      const Answer none = ask(call, tokens);
+      ASSERT_OK(none.status);
+      for (const float low : {-3e30f, -2e38f, -FLT_MAX}) {
+        const float sinks[4] = {low, low, low, low};
+        call.sinks = sinks;
+        const Answer answer = ask(call, tokens);
+        ASSERT_OK(answer.status);
+        EXPECT_EQ(answer.lse, none.lse) << call.spec << " " << low;
+        EXPECT_EQ(answer.out, none.out) << call.spec << " " << low;
+      }
+    }
+}
+
+// A workspace has room for what a cache of its plan keeps of a page.
+TEST(Workspaces, ServeNoCacheThatKeepsSomethingElse) {
+  const Tokens tokens = attention_like(kShape, 300);
+  const Method window = method("window:storage=residual");
+  std::vector<Plan> plans;
+  std::vector<KvCache> caches;
+  for (const bool centring : {true, false}) {
+    CacheConfig config = CacheConfig::for_method(window, 1, kShape.h_kv, kShape.d, kShape.d_v);
+    config.centring = centring;
+    config.mean = true;
+    auto cache = KvCache::create(config);
+    ASSERT_TRUE(cache.ok());
+    Problem p;
+    p.phase = Phase::decode;
+    p.max_s_kv = tokens.s;
+    p.h_q = kShape.h_q, p.h_kv = kShape.h_kv, p.d = kShape.d, p.d_v = kShape.d_v;
+    p.method = window;
+    p.cache = config;
+    auto planned = plan(p, Machine::here(2));
+    ASSERT_TRUE(planned.ok()) << planned.status().message();
+    plans.push_back(*planned);
+    caches.push_back(std::move(*cache));
+  }
+  for (int of = 0; of < 2; ++of) {
+    const SeqId seq = caches[of].new_sequence();
+    append_and_settle(caches[of], seq, tokens, tokens.s);
+    auto own = Workspace::create(plans[of]), other = Workspace::create(plans[1 - of]);
+    ASSERT_TRUE(own.ok() && other.ok());
+    std::vector<float> out(static_cast<size_t>(kShape.h_q * kShape.d_v));
+    const int64_t s_q = 1;
+    AttendArgs args;
+    args.cache = &caches[of];
+    args.seqs = {&seq, 1};
+    args.s_q = {&s_q, 1};
+    args.q = tokens.q_view(tokens.s - 1, 1);
+    args.out = mutable_view(out.data(), 1, kShape.h_q, kShape.d_v);
+    EXPECT_OK(run(plans[of], *own, pool(), args));
+    EXPECT_EQ(run(plans[of], *other, pool(), args).code(), Code::invalid_argument);
   }
 }
 
