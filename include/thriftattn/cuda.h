@@ -149,7 +149,8 @@ struct AttendArgs {
 THRIFTATTN_API Status run(const Plan& plan, Workspace& workspace, const AttendArgs& args, Stream stream);
 
 // What the next runs of a workspace promote instead of selecting, in the order of thriftattn::Selection; null: they
-// select again. Copies to the device and waits.
+// select again. Copies to the device and waits. It is of the cache's batch and lengths as they are. The sequences of a
+// decode may grow under it where there is no window and every page that it names in 16 bit keeps that form.
 THRIFTATTN_API Status give_selection(const Plan& plan, Workspace& workspace, const Cache& cache,
                                      const Selection* selection, Stream stream);
 

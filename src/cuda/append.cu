@@ -18,6 +18,7 @@
 // of which the planes take 45 and 35 (profiled on sm_90).
 #include <cuda_fp16.h>
 
+#include "cuda/launch.cuh"
 #include "cuda/params.h"
 #include "format/codecs.h"
 
@@ -529,10 +530,8 @@ cudaError_t launch_append(const AppendParams& p, cudaStream_t stream) {
   const int k_bytes = shared_bytes(p.cache.layout.dk, kPageTokens),
             v_bytes = shared_bytes(kPageTokens, p.cache.layout.dv);
   const int bytes = k_bytes > v_bytes ? k_bytes : v_bytes;
-  if (bytes > 48 * 1024)
-    if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-        error != cudaSuccess)
-      return error;
+  if (const cudaError_t error = allow_shared_memory(reinterpret_cast<const void*>(kernel)); error != cudaSuccess)
+    return error;
   const dim3 grid(2 * p.cache.h_kv, (p.max_s_q + kPageTokens - 2) / kPageTokens + 1, p.batch.b);
   kernel<<<grid, kThreads, bytes, stream>>>(p);
   return cudaGetLastError();

@@ -165,6 +165,12 @@ cudaError_t launch_exchange(const DecodeParams& params, const DecodeConfig& conf
 
 // --- prefill: query blocks of 64 rows at absolute positions, selection per query head
 
+// Pages of one sequence that a prefill's scratch has room for in 16 bit: the first `sink`, and as many of the last ones
+// as there are others. A method may name no other where not all pages keep that form.
+struct HighRoom {
+  int sink, pages;
+};
+
 struct PrefillParams {
   LayerCache cache;
   Batch batch;
@@ -182,7 +188,7 @@ struct PrefillParams {
   bool tiers_given;      // an injected selection: rank_prefill leaves tiers alone
   int32_t* counts;       // [b, h_q, max_blocks, 2]: promoted, wanted but not stored
   float* row_mass_high;  // [rows, h_q]: share of a row's mass read above fp4, or null
-  int high_room;         // prefill_high_room() of the problem
+  HighRoom high_room;    // prefill_high_room() of the problem
   void* scratch;         // prefill_scratch_bytes() of it
 };
 
@@ -194,9 +200,9 @@ struct PrefillConfig {
 };
 PrefillConfig prefill_config(const DeviceLayout& layout, bool row_mass_high, int64_t shared_bytes);
 
-// Pages of one sequence that scratch has room for in 16 bit.
-int prefill_high_room(const Problem& problem);
+HighRoom prefill_high_room(const Problem& problem);
 int64_t prefill_scratch_bytes(const Problem& problem, const Gpu& gpu);
+int64_t rank_prefill_shared_bytes(const Problem& problem);
 cudaError_t launch_rank_prefill(const PrefillParams& params, cudaStream_t stream);
 cudaError_t launch_expand(const PrefillParams& params, cudaStream_t stream);
 cudaError_t launch_prefill(const PrefillParams& params, cudaStream_t stream);

@@ -46,12 +46,14 @@ std::string refusal(const Problem& p, const Machine& machine) {
     return fmt::format("max_s_kv {} is not served: up to {} tokens are", p.max_s_kv, kMaxPages * kPageTokens);
   if (p.phase == Phase::prefill && p.stats)
     return "stats of a prefill are not kept on a GPU: those of decode and verify steps are";
-  const int64_t shared_bytes = p.phase == Phase::prefill
-                                   ? prefill_config(device_layout(p.d, p.d_v), false, gpu.shared_bytes).shared_bytes
-                                   : decode_config(p, gpu).shared_bytes;
+  const int64_t shared_bytes =
+      p.phase == Phase::prefill
+          ? std::max<int64_t>(prefill_config(device_layout(p.d, p.d_v), false, gpu.shared_bytes).shared_bytes,
+                              rank_prefill_shared_bytes(p))
+          : decode_config(p, gpu).shared_bytes;
   if (shared_bytes > gpu.shared_bytes)
-    return fmt::format("head_dim {} takes {} bytes of shared memory, of which {} has {}", std::max(p.d, p.d_v),
-                       shared_bytes, gpu.name, gpu.shared_bytes);
+    return fmt::format("head_dim {} and max_s_kv {} take {} bytes of shared memory, of which {} has {}",
+                       std::max(p.d, p.d_v), p.max_s_kv, shared_bytes, gpu.name, gpu.shared_bytes);
   return {};
 }
 

@@ -25,6 +25,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cuda/launch.cuh"
 #include "cuda/prefill_rows.cuh"
 
 namespace thriftattn::cuda {
@@ -178,9 +179,9 @@ cudaError_t launch(const PrefillParams& p, const PrefillConfig& config, cudaStre
   }
   a.units = config.units;
   a.stages = config.stages;
-  const cudaError_t error =
-      cudaFuncSetAttribute(attend_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, config.shared_bytes);
-  if (error != cudaSuccess) return error;
+  if (const cudaError_t error = allow_shared_memory(reinterpret_cast<const void*>(attend_kernel<D>));
+      error != cudaSuccess)
+    return error;
   const int64_t chunks = (static_cast<int64_t>(p.max_blocks) * p.shape.group + a.units - 1) / a.units;
   const int64_t blocks = chunks * p.batch.b * p.shape.h_kv;
   if (blocks == 0) return cudaSuccess;

@@ -20,16 +20,18 @@ THRIFTATTN_HD constexpr ExpandedPage expanded_page(int dk, int dv) {
 // Where they lie in scratch. The tail's copy has zeros for the tokens that do not exist.
 struct ExpandedPages {
   uint8_t *fp4, *fp4x2;  // [b, h_kv, pages, bytes]; null where no such form is stored
-  uint8_t* fp16;         // [b, h_kv, high_room, bytes]
+  uint8_t* fp16;         // [b, h_kv, high_room.pages, bytes]
   uint8_t* tail;         // [b, h_kv, bytes]
-  int pages, high_room, sink, h_kv;
+  int pages, h_kv;
+  HighRoom high_room;
   int64_t bytes;
 
   // Of head g of sequence i. Pages that have a 16-bit form are the first ones or among the last ones.
   THRIFTATTN_HD uint8_t* fp4_at(int i, int g, int page) const { return fp4 + at(i, g, pages, page); }
   THRIFTATTN_HD uint8_t* fp4x2_at(int i, int g, int page) const { return fp4x2 + at(i, g, pages, page); }
   THRIFTATTN_HD uint8_t* fp16_at(int i, int g, int page) const {
-    return fp16 + at(i, g, high_room, page < sink ? page : sink + (page - sink) % (high_room - sink));
+    const int sink = high_room.sink;
+    return fp16 + at(i, g, high_room.pages, page < sink ? page : sink + (page - sink) % (high_room.pages - sink));
   }
   THRIFTATTN_HD uint8_t* tail_at(int i, int g) const { return tail + at(i, g, 1, 0); }
 
@@ -44,13 +46,12 @@ inline ExpandedPages expanded_pages(const PrefillParams& p) {
   ExpandedPages e{};
   e.pages = 16 * p.tier_words;
   e.high_room = p.high_room;
-  e.sink = c.sink;
   e.h_kv = c.h_kv;
   e.bytes = expanded_page(c.layout.dk, c.layout.dv).bytes;
   const int64_t of_one_page = e.bytes * p.batch.b * c.h_kv;
   e.tail = static_cast<uint8_t*>(p.scratch);
   e.fp16 = e.tail + of_one_page;
-  uint8_t* next = e.fp16 + of_one_page * e.high_room;
+  uint8_t* next = e.fp16 + of_one_page * e.high_room.pages;
   if (p.shape.rest == Tier::fp16) return e;
   if (c.fp4) e.fp4 = next, next += of_one_page * e.pages;
   if (c.residual) e.fp4x2 = next;

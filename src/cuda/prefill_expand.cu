@@ -200,11 +200,15 @@ __global__ void __launch_bounds__(kThreads) expand_kernel(const __grid_constant_
 
 }  // namespace
 
-int prefill_high_room(const Problem& problem) {
+HighRoom prefill_high_room(const Problem& problem) {
   const CacheConfig& c = problem.cache;
+  const Force& force = problem.method.force;
   const int64_t pages = round_up(pages_for(problem.max_s_kv), 16);
-  if (c.storage == Storage::high_only || c.storage == Storage::dual) return static_cast<int>(pages);
-  return static_cast<int>(c.sink + std::min(pages, c.recent + 2 + pages_for(problem.max_s_q)));
+  if (c.storage == Storage::high_only || c.storage == Storage::dual) return {0, static_cast<int>(pages)};
+  // While a step lasts all of its pages keep that form, so what the method forces counts, not what the cache keeps.
+  const int64_t sink = std::min<int64_t>(std::max<int64_t>(c.sink, force.sink), pages);
+  const int64_t near = std::max<int64_t>(c.recent, force.previous) + 2 + pages_for(problem.max_s_q);
+  return {static_cast<int>(sink), static_cast<int>(sink + std::min(pages, near))};
 }
 
 int64_t prefill_scratch_bytes(const Problem& problem, const Gpu&) {
@@ -213,7 +217,7 @@ int64_t prefill_scratch_bytes(const Problem& problem, const Gpu&) {
   const int64_t pages = round_up(pages_for(problem.max_s_kv), 16);  // those of a word of tiers
   const bool planes = problem.method.rest != Tier::fp16 && c.storage != Storage::high_only;
   const int64_t expanded = planes ? pages * (c.storage == Storage::residual ? 2 : 1) : 0;
-  return (1 + prefill_high_room(problem) + expanded) * problem.b * problem.h_kv * expanded_page(l.dk, l.dv).bytes;
+  return (1 + prefill_high_room(problem).pages + expanded) * problem.b * problem.h_kv * expanded_page(l.dk, l.dv).bytes;
 }
 
 cudaError_t launch_expand(const PrefillParams& p, cudaStream_t stream) {

@@ -226,7 +226,8 @@ __global__ __launch_bounds__(kScoreThreads, kSteps == 2 ? 2 : 1) void score_kern
   if (at.s_q == 0) wait_for_previous_kernel();
   if (threadIdx.x < 64 * kSteps) s.blank[threadIdx.x] = 0;
 #pragma unroll 1
-  for (int take = 0; take < 2 && at.s_q > 0; ++take) rank_pages<kSteps, kMean>(a, at, take == 0, MeanRows<kSteps>(memory), s);
+  for (int take = 0; take < 2 && at.s_q > 0; ++take)
+    rank_pages<kSteps, kMean>(a, at, take == 0, MeanRows<kSteps>(memory), s);
 }
 
 // --- choosing
@@ -354,8 +355,7 @@ cudaError_t launch_rank(const RankParams& p, cudaStream_t stream) {
   const bool by_mean = p.method.policy == Policy::block_mean;
   const auto kernel = wide ? (by_mean ? score_kernel<4, true> : score_kernel<4, false>)
                            : (by_mean ? score_kernel<2, true> : score_kernel<2, false>);
-  if (const cudaError_t error =
-          launch_early(kernel, grid, kScoreThreads, shared, stream, rank_args(p));
+  if (const cudaError_t error = launch_early(kernel, grid, kScoreThreads, shared, stream, rank_args(p));
       error != cudaSuccess || norms)
     return error;
   return launch_choose(p, {}, stream);

@@ -186,28 +186,50 @@ __global__ __launch_bounds__(kThreads, 2) void rank_prefill_kernel(const __grid_
   }
 }
 
+// Shared memory is what the launch names, beside PrefillRankShared.
+struct Config {
+  int heads_at_once, max_seen, dynamic_bytes;
+};
+Config config_of(int64_t max_pages, int64_t window, bool causal, int group, int d) {
+  const int64_t in_window = (window + kPageTokens) / kPageTokens * (causal ? 1 : 2) + 2;
+  Config c{};
+  c.max_seen = static_cast<int>(window > 0 ? std::min(in_window, max_pages) : max_pages);
+  c.max_seen = static_cast<int>(round_up(std::max(1, c.max_seen), 4));  // as choose() wants its keys
+  const int head_bytes = c.max_seen * static_cast<int>(sizeof(float));
+  c.heads_at_once = std::clamp(kScoreBytes / head_bytes, 1, std::min(group, kHeads));
+  const int row_bytes = (d > 128 ? 256 : 128) * static_cast<int>(sizeof(float));
+  const int plane_bytes = d > 128 ? Planes<4>::bytes(c.heads_at_once) : Planes<2>::bytes(c.heads_at_once);
+  c.dynamic_bytes = (kWarps + static_cast<int>(round_up(c.heads_at_once, 4))) * row_bytes + plane_bytes +
+                    c.heads_at_once * head_bytes + c.max_seen;
+  return c;
+}
+
 }  // namespace
+
+int64_t rank_prefill_shared_bytes(const Problem& p) {
+  const Config c = config_of(std::max<int64_t>(1, pages_for(p.max_s_kv)), p.window, p.causal, p.h_q / p.h_kv, p.d);
+  return c.dynamic_bytes + static_cast<int64_t>(sizeof(PrefillRankShared));
+}
 
 cudaError_t launch_rank_prefill(const PrefillParams& p, cudaStream_t stream) {
   if (p.tiers_given || p.batch.b == 0) return cudaSuccess;
-  const int64_t seen = p.shape.window > 0 ? (p.shape.window + kPageTokens) / kPageTokens * (p.shape.causal ? 1 : 2) + 2
-                                          : p.cache.max_pages;
-  PrefillRankArgs args = {p.cache,      p.batch,      p.shape, p.q, choosing(p.method, p.shape, p.shape.causal),
-                          p.max_blocks, p.tier_words, 0,       0,   p.tiers,
-                          p.counts};
-  args.max_seen = static_cast<int>(std::min<int64_t>(seen, p.cache.max_pages));
-  args.max_seen = static_cast<int>(round_up(std::max(1, args.max_seen), 4));  // as choose() wants its keys
-  const int head_bytes = args.max_seen * static_cast<int>(sizeof(float));
-  args.heads_at_once = std::clamp(kScoreBytes / head_bytes, 1, std::min(p.shape.group, kHeads));
+  const Config config = config_of(p.cache.max_pages, p.shape.window, p.shape.causal, p.shape.group, p.shape.d);
+  const PrefillRankArgs args = {p.cache,
+                                p.batch,
+                                p.shape,
+                                p.q,
+                                choosing(p.method, p.shape, p.shape.causal),
+                                p.max_blocks,
+                                p.tier_words,
+                                config.heads_at_once,
+                                config.max_seen,
+                                p.tiers,
+                                p.counts};
   const bool wide = p.shape.d > 128;
-  const int row_bytes = (wide ? 256 : 128) * static_cast<int>(sizeof(float));
-  const int plane_bytes = wide ? Planes<4>::bytes(args.heads_at_once) : Planes<2>::bytes(args.heads_at_once);
-  const int shared = (kWarps + static_cast<int>(round_up(args.heads_at_once, 4))) * row_bytes + plane_bytes +
-                     args.heads_at_once * head_bytes + args.max_seen;
   const auto kernel = wide ? rank_prefill_kernel<4> : rank_prefill_kernel<2>;
   const dim3 grid(static_cast<unsigned>(p.max_blocks), static_cast<unsigned>(p.shape.h_kv),
                   static_cast<unsigned>(p.batch.b));
-  return launch_early(kernel, grid, kThreads, shared, stream, args);
+  return launch_early(kernel, grid, kThreads, config.dynamic_bytes, stream, args);
 }
 
 }  // namespace thriftattn::cuda

@@ -241,6 +241,8 @@ Status check_call(const Workspace::State& w, const Plan& plan, const Cache* cach
   const std::vector<int64_t>& s_q = cache->state().s_q;
   if (std::ssize(s_q) > p.b)
     return invalid_argument(fmt::format("a batch of {} sequences does not fit a plan for {}", s_q.size(), p.b));
+  for (const SeqId seq : cache->state().seqs)
+    if (!cache->state().has(seq)) return unknown(seq);  // freed since it was put into the batch
   for (size_t i = 0; i < s_q.size(); ++i)
     if (s_q[i] > p.max_s_q)
       return invalid_argument(

@@ -100,7 +100,26 @@ class Call {
       if (!stored)
         return invalid_argument(
             fmt::format("given selection, block {}: page {} is not stored in tier {}", b, page, to_string(tier)));
+      if (prefill()) THRIFTATTN_RETURN_IF_ERROR(check_prefill_tier(b, page, tier, s_kv(i)));
     }
+    return {};
+  }
+
+  // A prefill expands pages into memory that the plan has sized: planes only where its method reads some, and 16 bit,
+  // where not all pages keep that form, only of those that a method may name.
+  Status check_prefill_tier(int64_t b, int64_t page, Tier tier, int64_t s_kv) const {
+    if (p_.method.rest == Tier::fp16 && (tier == Tier::fp4 || tier == Tier::fp4x2))
+      return unsupported(
+          fmt::format("given selection, block {}: page {} in tier {} under method {}, whose prefill on a "
+                      "GPU has room for fp16 alone",
+                      b, page, to_string(tier), to_string(p_.method)));
+    const HighRoom room = prefill_high_room(p_);
+    const int64_t near = pages_for(s_kv) - (room.pages - room.sink);
+    if (tier == Tier::fp16 && page >= room.sink && page < near)
+      return unsupported(fmt::format(
+          "given selection, block {}: page {} in tier fp16, of which a prefill of up to {} rows on a GPU has "
+          "room for pages before {} and from {}",
+          b, page, p_.max_s_q, room.sink, near));
     return {};
   }
 
@@ -125,7 +144,7 @@ class Call {
       }
       ++block;
       std::stable_sort(to, to + count[0], [](uint32_t a, uint32_t b) { return a % 4 > b % 4; });
-      // Pages to come are among the others: the sequence may grow under this selection.
+      // Pages to come are among the others, so that the sequence may grow (as cuda.h says).
       int64_t n = count[0];
       for (int64_t page = pages.first_visible; page < max_pages; ++page)
         if (!listed[page]) to[n++] = static_cast<uint32_t>(page) * 4 + static_cast<uint32_t>(p_.method.rest);
@@ -269,7 +288,8 @@ class Call {
           for (int64_t p = block.first_visible; p < end_page; ++p) {
             of_pages[p] += static_cast<float>(mass[p] / (count * group));
             while (promoted < end && promoted->page < p) ++promoted;
-            if (p >= block.visible || (promoted < end && promoted->page == p) || p_.method.rest != Tier::fp4) continue;
+            const bool listed = promoted < end && promoted->page == p;
+            if (p >= block.visible || (listed ? promoted->tier : p_.method.rest) != Tier::fp4) continue;
             const int64_t page_id = block_table[slot(i) * int64_t{table} + p];
             PageSummary facts;
             std::memcpy(&facts, &summaries[(page_id * p_.h_kv + g) * summary_bytes], sizeof(facts));

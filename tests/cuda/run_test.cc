@@ -286,6 +286,73 @@ TEST(GpuBatch, RowsThatSeeNothingGiveZeroAndMinusInfinity) {
     }
 }
 
+struct Planned {
+  Plan plan;
+  cuda::Workspace workspace;
+};
+Planned planned(const Problem& p) {
+  auto made = plan(p, *gpu_machine());
+  EXPECT_TRUE(made.ok()) << made.status().message();
+  auto workspace = cuda::Workspace::create(*made, 0);
+  EXPECT_TRUE(workspace.ok()) << workspace.status().message();
+  return {*made, std::move(*workspace)};
+}
+
+// Expanded pages have room for what a method may read, which a given selection may go beyond.
+TEST(GpuPrefill, RefusesTiersThatItHasNoRoomFor) {
+  SKIP_WITHOUT_GPU();
+  const Tokens x = attention_like({4, 2, 64, 64}, 1000);
+  const auto give = [&](const char* stores, const char* reads, const Promoted& page) {
+    GpuSession s(method(stores), x);
+    s.append(1000);  // all of it keeps its 16-bit form until the step ends
+    const SeqId seq = s.seq();
+    const int64_t rows = 64;
+    EXPECT_OK(s.cache().set_batch({&seq, 1}, {&rows, 1}, s.stream()));
+    Call call;
+    call.phase = Phase::prefill;
+    Problem p = s.problem(call);
+    p.max_s_q = rows;
+    p.method = method(reads);
+    Planned of = planned(p);
+    Selection given;
+    given.first.assign(1 + 4 * 2, 1);  // two query blocks of four heads, the page for the first one
+    given.first[0] = 0;
+    given.pages = {page};
+    return cuda::give_selection(of.plan, of.workspace, s.cache(), &given, s.stream());
+  };
+  EXPECT_EQ(give("thrift", "thrift:policy=block_mean", {2, Tier::fp16}).code(), Code::unsupported);
+  EXPECT_OK(give("thrift", "thrift:policy=block_mean", {2, Tier::fp4x2}));
+  EXPECT_OK(give("thrift", "thrift:policy=block_mean", {0, Tier::fp16}));
+  EXPECT_OK(give("thrift", "thrift:policy=block_mean", {13, Tier::fp16}));
+  EXPECT_EQ(give("thrift:storage=dual", "fp16", {1, Tier::fp4}).code(), Code::unsupported);
+  EXPECT_OK(give("thrift:storage=dual", "thrift:storage=dual,policy=block_mean", {1, Tier::fp16}));
+}
+
+TEST(GpuCalls, RefuseAnotherCachesWorkspaceAndAFreedSequence) {
+  SKIP_WITHOUT_GPU();
+  const Tokens x = attention_like({4, 2, 64, 64}, 300);
+  GpuSession small(method("thrift:storage=fp4_only"), x), large(method("thrift:storage=dual"), x);
+  Call call;
+  call.phase = Phase::prefill;
+  const auto problem = [&](const GpuSession& s) {
+    Problem p = s.problem(call);
+    p.max_s_q = 64;
+    p.method = method("fp4");
+    return p;
+  };
+  Planned of_small = planned(problem(small)), of_large = planned(problem(large));
+  const SeqId seq = large.seq();
+  const int64_t rows = 64;
+  ASSERT_OK(large.cache().set_batch({&seq, 1}, {&rows, 1}, large.stream()));
+  cuda::AttendArgs args;
+  args.cache = &large.cache();
+  const Status other = cuda::run(of_large.plan, of_small.workspace, args, large.stream());
+  EXPECT_EQ(other.code(), Code::invalid_argument);
+  EXPECT_NE(other.message().find("another plan"), std::string::npos) << other.message();
+  ASSERT_OK(large.cache().free(seq, large.stream()));
+  EXPECT_EQ(cuda::run(of_large.plan, of_large.workspace, args, large.stream()).code(), Code::not_found);
+}
+
 TEST(GpuPoison, NanAndInfInQStayInTheirRow) {
   SKIP_WITHOUT_GPU();
   const Tokens clean = attention_like({8, 2, 128, 128}, kTokens);
