@@ -466,8 +466,13 @@ Status KvCache::truncate(SeqId seq, int64_t tokens, bool lossy) {
           }
           decode_page(s.config, s.layout, s.fp4.at(from.fp4), s.residual.at(from.residual), s.summary.at(from.summary),
                       k, v);
-          for (int64_t i = 0; i < k_size; ++i) high[i] = high_encode(s.config.high_dtype, k[i]);
-          for (int64_t i = 0; i < v_size; ++i) high[s.layout.high_v + i] = high_encode(s.config.high_dtype, v[i]);
+          // Codes may mean more than 16 bit can say, by their rounding and by what centring adds.
+          const auto encode = [&](float x) {
+            const float limit = high_limit(s.config.high_dtype);
+            return high_encode(s.config.high_dtype, std::clamp(x, -limit, limit));
+          };
+          for (int64_t i = 0; i < k_size; ++i) high[i] = encode(k[i]);
+          for (int64_t i = 0; i < v_size; ++i) high[s.layout.high_v + i] = encode(v[i]);
         }
       }
       drop_page(s, q, cut);

@@ -511,7 +511,18 @@ void reseal(std::span<uint8_t> file) {
   }
 }
 
+namespace {
+
+// A path ends at its first NUL for the system, and would be another file's.
+Status check_path(const std::string& path) {
+  if (path.find('\0') == std::string::npos) return {};
+  return invalid_argument(fmt::format("{}: a path has no NUL", path.c_str()));
+}
+
+}  // namespace
+
 Status KvCache::save(SeqId seq, const std::string& path, std::string_view metadata) const {
+  THRIFTATTN_RETURN_IF_ERROR(check_path(path));
   const Sequence* q = state_->find(seq);
   if (!q) return unknown_sequence(seq);
   const int64_t tokens = length(seq);
@@ -532,6 +543,7 @@ Status KvCache::save(SeqId seq, const std::string& path, std::string_view metada
 
 Result<SeqId> KvCache::load(const std::string& path, std::string* metadata) {
   CacheState& s = *state_;
+  THRIFTATTN_RETURN_IF_ERROR(check_path(path));
   try {
     SavedFile from(path);
     THRIFTATTN_RETURN_IF_ERROR(from.read_header());
@@ -548,6 +560,7 @@ Result<SeqId> KvCache::load(const std::string& path, std::string* metadata) {
 }
 
 Result<SavedSequence> inspect_saved(const std::string& path) {
+  THRIFTATTN_RETURN_IF_ERROR(check_path(path));
   try {
     SavedFile from(path);
     THRIFTATTN_RETURN_IF_ERROR(from.read_header());

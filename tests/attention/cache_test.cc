@@ -475,6 +475,22 @@ TEST_P(CacheFork, TheSlowerBranchKeepsIts16BitPagesUntilItSettles) {
   EXPECT_EQ(cache.bytes().total(), 0);
 }
 
+TEST(Cache, ALossyTruncateOfTheLargestValuesIsFinite) {
+  Tokens tokens = attention_like({2, 1, 64, 64}, 64 * 12);
+  for (std::vector<float>* values : {&tokens.k, &tokens.v})
+    for (float& x : *values) x = std::clamp(x * 60000, -65504.0f, 65504.0f);
+  for (const char* spec : {"thrift", "fp4", "fp4:centring=on"}) {
+    KvCache cache = make(config_of(spec, tokens.shape));
+    const SeqId seq = cache.new_sequence();
+    ASSERT_OK(append(cache, seq, tokens, 0, tokens.s));
+    settle(cache, seq);
+    ASSERT_OK(cache.truncate(seq, 64 * 4 + 50, true));
+    const Content content = read_all(cache, seq, tokens.shape);
+    for (const std::vector<float>* values : {&content.k, &content.v})
+      for (const float x : *values) ASSERT_TRUE(std::isfinite(x)) << spec;
+  }
+}
+
 TEST(Cache, ForkInTheMiddleOfAStepIsRefused) {
   const Tokens tokens = attention_like({1, 1, 64, 64}, 10);
   KvCache cache = make(config_of("thrift", tokens.shape, 2));
