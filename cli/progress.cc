@@ -6,21 +6,31 @@
 #include <atomic>
 #include <csignal>
 #include <cstdio>
+#include <thread>
 #include <utility>
 
 namespace thriftattn::cli {
 namespace {
 
 std::atomic<bool> g_interrupted{false};
-static_assert(std::atomic<bool>::is_always_lock_free, "a signal handler may touch nothing else");
 
 }  // namespace
 
+// No handler: it would run on the stack of whichever thread computes, and oneDNN's products keep their stack pointer in
+// memory from the heap, where a signal's frame overwrites what lies below.
 void handle_signals() {
-  struct sigaction action = {};
-  action.sa_handler = [](int) { g_interrupted = true; };
-  action.sa_flags = static_cast<int>(SA_RESETHAND);  // the second Ctrl-C meets the default
-  sigaction(SIGINT, &action, nullptr);
+  std::signal(SIGINT, SIG_DFL);
+  sigset_t interrupt;
+  sigemptyset(&interrupt);
+  sigaddset(&interrupt, SIGINT);
+  pthread_sigmask(SIG_BLOCK, &interrupt, nullptr);  // in all threads that this one starts
+  std::thread([interrupt] {
+    int signal = 0;
+    sigwait(&interrupt, &signal);
+    g_interrupted = true;
+    pthread_sigmask(SIG_UNBLOCK, &interrupt, nullptr);  // the second Ctrl-C meets the default, here
+    while (true) pause();
+  }).detach();
   // A file beyond the shell's limit is then an error of the write, which is reported and cleaned up after.
   std::signal(SIGXFSZ, SIG_IGN);
 }

@@ -49,6 +49,9 @@ Result<std::vector<TokenExam>> tokenise(const Runner& runner, const std::vector<
       if (left-- == 0) break;
       tokens.questions.push_back({runner.tokenizer.encode(question.ask), runner.tokenizer.encode(question.answer)});
       const TokenQuestion& last = tokens.questions.back();
+      if (last.ask.empty() || last.answer.empty())
+        return invalid_argument(fmt::format("context {}, question {}: {} encodes to no tokens", out.size() + 1,
+                                            tokens.questions.size(), last.ask.empty() ? "ask" : "answer"));
       tokens.longest = std::max(tokens.longest, std::ssize(last.ask) + std::ssize(last.answer));
     }
     left = std::max<int64_t>(left, 0);

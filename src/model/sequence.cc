@@ -49,13 +49,14 @@ class CpuSequence : public Sequence {
     const auto saved = session_.tokens(seq);
     const auto [differs, at] = std::mismatch(saved.begin(), saved.end(), prompt.begin(), prompt.end());
     if (differs != saved.end() && at == prompt.end()) return too_long(std::ssize(saved));
-    if (differs != saved.end()) {
+    // Query blocks begin at the page that holds the prompt's last token or the first one that the file lacks. The last
+    // tokens behind that may differ: where a text goes on within a word, they are merged with what follows.
+    constexpr int64_t kMerged = 4;
+    const int64_t keep = std::min(std::ssize(saved), std::ssize(prompt) - 1) / kPageTokens * kPageTokens;
+    if (differs - saved.begin() < std::max(keep, std::ssize(saved) - kMerged))
       return invalid_argument(fmt::format("{}: the prompt's token {} is {}, the saved one is {}", path,
                                           differs - saved.begin(), *at, *differs));
-    }
-    // Query blocks begin at the page that holds the prompt's last token or the first one that the file lacks.
-    const int64_t keep = std::min(std::ssize(saved), std::ssize(prompt) - 1);
-    return session_.truncate(seq, keep / kPageTokens * kPageTokens);
+    return session_.truncate(seq, keep);
   }
 
  private:

@@ -428,6 +428,16 @@ class Generate(Case):
                     self.assertEqual(self.generate("--prompt-file", longer, "--load-cache", again, *options).stdout,
                                      whole.stdout)
 
+    def test_a_saved_prompt_may_end_within_a_word(self):
+        text = prose(500)
+        options = ("--compute", "f32", "--max-tokens", 8)
+        longer, saved = self.file("longer.txt", text), self.path("prompt.kv")
+        whole = self.generate("--prompt-file", longer, *options)
+        for end in range(1500, 1512):
+            self.generate("--prompt-file", self.file("prompt.txt", text[:end]), "--save-cache", saved, *options)
+            self.assertEqual(self.generate("--prompt-file", longer, "--load-cache", saved, *options).stdout,
+                             whole.stdout)
+
     def test_a_saved_prompt_fits_its_model_method_and_text_alone(self):
         saved = self.path("prompt.kv")
         begin = ("generate", "--model", MODEL, "--max-tokens", 2, "--compute", "f32")
