@@ -45,6 +45,19 @@ Scales scales_of(const std::string& w) {
 }
 Method method_of(const std::string& spec) { return value_or_raise(parse_method(spec)); }
 
+// A cache's own method, or the words for another.
+Method method_of(nb::handle spec, const Cache& cache) {
+  if (spec.is_none()) return cache.method();
+  std::string words;
+  if (!nb::try_cast(spec, words)) throw nb::type_error("method is a str, or None");
+  return method_of(words);
+}
+
+std::string path_of(nb::handle path) {
+  const auto bytes = nb::cast<nb::bytes>(nb::module_::import_("os").attr("fsencode")(path));
+  return std::string(bytes.c_str(), bytes.size());
+}
+
 using Scale = std::optional<float>;  // none: the problem's own
 
 Form form_of(const std::string& phase, bool causal, int64_t window, Scale sm_scale, float softcap,
@@ -293,8 +306,7 @@ void bind_cache(nb::module_& m) {
              Scale sm_scale, float softcap, nb::handle sinks, const std::string& compute, nb::handle method,
              const Selection* given, nb::handle out, bool return_lse, bool stats, nb::handle stream) {
             return c.attend(seqs, layer, form_of(phase, causal, window, sm_scale, softcap, compute),
-                            method.is_none() ? c.method() : method_of(nb::cast<std::string>(method)), q,
-                            {sinks, given, out, return_lse, stats, stream});
+                            method_of(method, c), q, {sinks, given, out, return_lse, stats, stream});
           },
           "seqs"_a, "q"_a, nb::kw_only(), "layer"_a = 0, "phase"_a = "decode", "causal"_a = true, "window"_a = 0,
           "sm_scale"_a = nb::none(), "softcap"_a = 0.0f, "sinks"_a = nb::none(), "compute"_a = "float32",
@@ -312,7 +324,7 @@ void bind_cache(nb::module_& m) {
           [](Cache& c, const Seqs& seqs, nb::handle q, int layer, const std::string& phase, bool causal, int64_t window,
              Scale sm_scale, float softcap, nb::handle method, nb::handle stream) {
             return c.select(seqs, layer, form_of(phase, causal, window, sm_scale, softcap, "float32"),
-                            method.is_none() ? c.method() : method_of(nb::cast<std::string>(method)), q, stream);
+                            method_of(method, c), q, stream);
           },
           "seqs"_a, "q"_a, nb::kw_only(), "layer"_a = 0, "phase"_a = "decode", "causal"_a = true, "window"_a = 0,
           "sm_scale"_a = nb::none(), "softcap"_a = 0.0f, "method"_a = nb::none(), "stream"_a = nb::none(),
@@ -343,7 +355,8 @@ void bind_cache(nb::module_& m) {
       .def(
           "length",
           [](Cache& c, SeqId seq, nb::handle layer) {
-            const int of = layer.is_none() ? 0 : nb::cast<int>(layer);
+            int of = 0;
+            if (!layer.is_none() && !nb::try_cast(layer, of)) throw nb::type_error("layer is an int, or None");
             if (of < 0 || of >= c.config().layers)
               throw nb::value_error(
                   fmt::format("layer {} does not exist: the cache has {}", of, c.config().layers).c_str());
@@ -376,7 +389,7 @@ void bind_cache(nb::module_& m) {
       .def(
           "save",
           [](Cache& c, SeqId seq, nb::handle path, const nb::bytes& metadata) {
-            const auto file = nb::cast<std::string>(nb::module_::import_("os").attr("fspath")(path));
+            const std::string file = path_of(path);
             const std::string_view bytes(metadata.c_str(), metadata.size());
             check(in_turn([&] { return c.store().save(seq, file, bytes); }));
           },
@@ -385,7 +398,7 @@ void bind_cache(nb::module_& m) {
       .def(
           "load",
           [](Cache& c, nb::handle path) {
-            const auto file = nb::cast<std::string>(nb::module_::import_("os").attr("fspath")(path));
+            const std::string file = path_of(path);
             std::string metadata;
             const Result<SeqId> seq = in_turn([&] { return c.store().load(file, &metadata); });
             if (seq.status().code() == Code::not_found) {

@@ -197,9 +197,11 @@ class _Store:
     def __init__(self, method: str, config, dtype: str, keep_stats: bool):
         self.method, self.config, self.dtype, self.keep_stats = method, config, dtype, keep_stats
         self.kv: KvCache | None = None
+        self.on_cpu = True
         self.seqs: list[int] = []
         self.padding: list[int] = []  # columns before each row's first token
         self.columns = [0] * config.num_hidden_layers  # that each layer has seen
+        self.under_way = False  # a forward pass, in which layers differ
         self.max_tokens = 0  # of a row, for which a cache on a GPU has room when it begins
         self.stats: list[list[Stats]] = [[] for _ in self.columns] if keep_stats else []
 
@@ -213,10 +215,14 @@ class _Store:
             self.kv = _with_memory(
                 k.device, KvCache, self.method, dtype=self.dtype, device=str(k.device), **shape, **room
             )
+            self.on_cpu = k.device.type == "cpu"
         if not self.seqs:
             self.seqs = [self.kv.new_sequence() for _ in range(b)]
         elif len(self.seqs) != b:
             raise ValueError(f"the batch has {b} rows, the cache {len(self.seqs)}")
+        if layer == 0 and self.under_way:
+            raise ValueError("a forward pass over this cache ended early: begin with a new one, or crop(0) this one")
+        self.under_way = True
         past = self.columns[layer]
         if any(new != old for new, old in zip(padding, self.padding) if min(new, old) < past):
             raise ValueError(f"the left padding is {padding}, and was {self.padding} when the cache began")
@@ -238,17 +244,33 @@ class _Store:
         if self.keep_stats:
             self.stats[layer] = [stats for _, stats in done] if keep_stats else []
         self.columns[layer] += s
-        if layer == len(self.columns) - 1 and s > MAX_DECODE_ROWS:
+        self.under_way = layer < len(self.columns) - 1
+        if not self.under_way and s > MAX_DECODE_ROWS:
             self.kv.check()  # now and then: a GPU is waited for
         return out
 
     def crop(self, columns: int) -> None:
         if columns < 0 or columns > min(self.columns):
             raise ValueError(f"{columns} tokens cannot be removed from {min(self.columns)}")
-        if columns:
-            for seq in self.seqs:
-                self.kv.truncate(seq, max(0, self.kv.length(seq) - columns))
-            self.columns = [n - columns for n in self.columns]
+        if not columns and not self.under_way:
+            return
+        lengths = [max(0, self.kv.length(seq) - columns) for seq in self.seqs]  # of the layer that holds the least
+        # A row that cannot be cut is to leave the others as they are. A cache on a GPU has no room for forks of its rows.
+        forks = len(self.seqs) > 1 and self.on_cpu and not self.under_way
+        seqs = []
+        try:
+            for seq, length in zip(self.seqs, lengths):
+                seqs.append(self.kv.fork(seq) if forks else seq)
+                self.kv.truncate(seqs[-1], length)
+        except Exception:
+            for seq in set(seqs) - set(self.seqs):
+                self.kv.free(seq)
+            raise
+        for seq in set(self.seqs) - set(seqs):
+            self.kv.free(seq)
+        self.seqs = seqs
+        self.columns = [min(self.columns) - columns] * len(self.columns)
+        self.under_way = False
 
     def select(self, rows: list[int]) -> None:
         """Row i becomes what row rows[i] was."""
@@ -267,6 +289,7 @@ class _Store:
         copy = _Store(self.method, self.config, self.dtype, self.keep_stats)
         copy.max_tokens = self.max_tokens
         copy.kv, copy.padding, copy.columns = self.kv, list(self.padding), list(self.columns)
+        copy.on_cpu, copy.under_way = self.on_cpu, self.under_way
         copy.seqs = [self.kv.fork(seq) for seq in self.seqs]
         return copy
 
@@ -274,6 +297,7 @@ class _Store:
         for seq in self.seqs:
             self.kv.free(seq)
         self.seqs, self.padding, self.columns = [], [], [0] * len(self.columns)
+        self.under_way = False
 
     __del__ = clear  # a copy may share the KvCache
 
@@ -319,6 +343,10 @@ def _give_cache(decoder, args, kwargs):
     """Before every forward pass: its cache is ours."""
     cache = next((kwargs[name] for name in ("cache", "past_key_values") if kwargs.get(name) is not None), None)
     if cache is None:
+        positions = kwargs.get("position_ids")
+        if positions is not None and kwargs.get("attention_mask") is None and positions.dim() == 2:
+            if (positions.diff(dim=1) != 1).any():
+                raise ValueError("position_ids do not ascend by 1: several sequences in a row are not supported")
         kwargs["cache"] = ThriftCache(decoder)
         use_cache = kwargs.get("use_cache")
         kwargs["cache"].for_one_pass = not (decoder.config.use_cache if use_cache is None else use_cache)

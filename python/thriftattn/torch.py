@@ -79,6 +79,8 @@ def step(
     held = _caches.get(int(cache[0]))
     if held is None:
         raise ValueError(f"cache {int(cache[0])} does not live")
+    if q.dim() != 4 or k.dim() != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q is {list(q.shape)} and k {list(k.shape)}: [b, s, h_q, d] and [b, s, h_kv, d] are expected")
     held.append(seqs, k, v, layer=layer)
     cache[1] += 1
     return held.attend(

@@ -135,6 +135,14 @@ def test_a_saved_sequence_goes_on_bit_for_bit(place, tmp_path):
     for c, s in ((cache, seq), (other, loaded)):
         c.append([s], *more)
     np.testing.assert_array_equal(cache.attend([seq], q), other.attend([loaded], q))
+    with pytest.raises(ValueError, match="NUL"):
+        cache.save(seq, f"{path}\0x")
+    with pytest.raises(TypeError):
+        cache.save(seq, 7)
+    with pytest.raises(TypeError, match="method"):
+        cache.attend([seq], rows(), method=5)
+    with pytest.raises(TypeError, match="layer"):
+        cache.length(seq, layer="x")
     with pytest.raises(FileNotFoundError):
         other.load(tmp_path / "nothing")
     with pytest.raises(ValueError, match="storage"):

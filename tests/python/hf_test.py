@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
 import thriftattn.hf as hf  # noqa: E402
+from thriftattn import KvCache  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 TINY = sorted((ROOT / "tests" / "data").glob("tiny-*"))
@@ -223,6 +224,47 @@ def test_rows_can_be_chosen_and_cropped(device):
         assert cache.get_seq_length() == 0 and kv.bytes().total == 0
 
 
+def test_rows_that_cannot_be_cropped_leave_the_others_as_they_are():
+    model, tokenizer = load(POCKET)
+    batch = left_padded(prompts(tokenizer, [900, 880]))
+    hf.enable(model, "thrift")
+    with torch.no_grad():
+        cache = hf.ThriftCache(model)
+        model(**batch, cache=cache)
+        before, used = [cache.kv.length(s) for s in cache.sequences], cache.kv.bytes().total
+        with pytest.raises(NotImplementedError):
+            cache.crop(-260)  # the first row could be cut, the second one not
+        assert [cache.kv.length(s) for s in cache.sequences] == before
+        assert cache.get_seq_length() == 900 and cache.kv.bytes().total == used
+
+
+def test_a_pass_that_ended_early_does_not_go_on_unseen(monkeypatch):
+    model, tokenizer = load(POCKET)
+    (row,) = prompts(tokenizer, [120])
+    hf.enable(model, "fp16")
+    with torch.no_grad():
+        cache, whole = hf.ThriftCache(model), hf.ThriftCache(model)
+        model(row[:, :110], cache=cache)
+        attend, calls = KvCache.attend, []
+
+        def interrupted(*args, **kwargs):
+            calls.append(kwargs["layer"])
+            if kwargs["layer"] == 2:
+                raise KeyboardInterrupt
+            return attend(*args, **kwargs)
+
+        monkeypatch.setattr(KvCache, "attend", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model(row[:, 110:], cache=cache)
+        monkeypatch.undo()
+        with pytest.raises(ValueError, match="ended early"):
+            model(row[:, 110:], cache=cache)
+        cache.crop(0)
+        assert cache.get_seq_length() == 110
+        model(row[:, :110], cache=whole)
+        torch.testing.assert_close(model(row[:, 110:], cache=cache).logits, model(row[:, 110:], cache=whole).logits)
+
+
 def test_what_cannot_be_served_raises_with_the_reason(caplog):
     model, tokenizer = load(POCKET)
     (row,) = prompts(tokenizer, [40])
@@ -234,6 +276,8 @@ def test_what_cannot_be_served_raises_with_the_reason(caplog):
     with pytest.raises(TypeError, match="requires grad"):
         model(row)
     with torch.no_grad():
+        with pytest.raises(ValueError, match="several sequences in a row"):
+            model(row, position_ids=torch.arange(20).repeat(1, 2))
         with pytest.raises(ValueError, match="DynamicCache"):
             model(row, cache=transformers.DynamicCache())
         with pytest.raises(NotImplementedError, match="padding is supported on the left"):

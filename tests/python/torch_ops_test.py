@@ -50,6 +50,16 @@ def test_steps_of_a_cache_in_a_whole_graph(device):
     assert states[0][1] == states[1][1] == 6
 
 
+def test_a_step_that_is_refused_appends_nothing():
+    cache = ta.KvCache("thrift", h_kv=2, d=64)
+    state, seq = thriftattn.torch.state(cache), cache.new_sequence()
+    k = normal(1, 2, 2, 64)
+    for q in (normal(1, 2, 4, 32), normal(1, 3, 4, 64), normal(2, 4, 64)):
+        with pytest.raises(ValueError, match="expected"):
+            torch.ops.thriftattn.step(state, [seq], q, k, k)
+    assert cache.length(seq) == 0
+
+
 def test_a_cache_that_is_gone_is_named():
     state = thriftattn.torch.state(ta.KvCache("thrift", h_kv=2, d=64))
     with pytest.raises(ValueError, match="does not live"):
