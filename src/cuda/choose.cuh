@@ -310,18 +310,18 @@ __device__ Cut cut_ties(uint32_t key, uint32_t weight, uint32_t need, const Cand
 // Chooses by score[i] of page c.first + i, which it may overwrite, and leaves the pages' keys, which may take the
 // scores' place; keys are at a multiple of 16 bytes, and they and `bins`, a byte a page, have room for a multiple of
 // four pages. s.need holds how many candidates to take, where the budget is a number of pages. The caller puts a
-// barrier before the next use of `s`. (The method ranks.)
-template <int kThreads>
+// barrier before the next use of `s`. (The method ranks.) kMayWeigh: whether its budget may weigh pages.
+template <bool kMayWeigh, int kThreads>
 __device__ Cut choose(const Choosing& how, const Candidates& c, float* score, uint32_t* keys, uint32_t* bins,
                       float q_norm, const Summaries& summaries, ChooseShared<kThreads>& s) {
   const int n = c.end - c.first, t = static_cast<int>(threadIdx.x);
   Weighing weigh_page;
-  if (weighs_pages(how.budget)) {
+  if (kMayWeigh && weighs_pages(how.budget)) {
     double need = 0;
     weigh_page = weigh(how, c, score, q_norm, summaries, s, need);
     if (t == 0) s.need = need > 0 ? static_cast<uint32_t>(fmin(need, 0x1.8p31)) : 0;
   }
-  const bool by_count = weigh_page.form == Weighing::one;
+  const bool by_count = !kMayWeigh || weigh_page.form == Weighing::one;
   const auto weight_of = [&](uint32_t key) { return by_count ? 1 : weigh_page.of(score_of(key)); };
   uint32_t low = UINT32_MAX, high = 0, total = 0;  // low: minus one, so that the key of forced pages is the largest
 #pragma unroll 1

@@ -278,7 +278,7 @@ __device__ void scores_by_mass(const ChooseArgs& args, const UnitPlace& at, cons
 // Lengths are read before the wait, scores after it. A rehearsal would gain nothing here but for masses. An exchange
 // may start as soon as masses are there; attention to all pages not before the end, or it would take longer by more
 // than the launch does (docs/performance-gpu.md).
-template <bool kByMass>
+template <bool kByMass, bool kMayWeigh>
 __global__ __launch_bounds__(kChooseThreads, 2) void choose_kernel(const __grid_constant__ ChooseArgs args) {
   __shared__ ChooseShared<kChooseThreads> s;
   __shared__ ListShared<kChooseThreads> lists;
@@ -308,7 +308,7 @@ __global__ __launch_bounds__(kChooseThreads, 2) void choose_kernel(const __grid_
     wait_for_previous_kernel();
   }
   if (at.s_q > 0) {
-    const Cut cut = choose(a.how, pages, score, keys, bins, a.q_norm[at.u], summaries_of(a.cache, at.slot, at.g), s);
+    const Cut cut = choose<kMayWeigh>(a.how, pages, score, keys, bins, a.q_norm[at.u], summaries_of(a.cache, at.slot, at.g), s);
     write_lists(a.how, pages, cut, keys, a.lists, at.u, lists);
   } else if (threadIdx.x < 8) {
     a.lists.counts[at.u * 8 + threadIdx.x] = 0;
@@ -332,7 +332,10 @@ cudaError_t launch_choose(const RankParams& p, const Masses& masses, cudaStream_
   const bool by_mass = masses.page_mass != nullptr;
   const int64_t rows = by_mass ? p.row_stride : 0;
   const int64_t bytes = rows * static_cast<int64_t>(sizeof(RowShare)) + round_up(most_seen(p), 4) * 5;
-  return launch_early(by_mass ? choose_kernel<true> : choose_kernel<false>, grid, kChooseThreads,
+  const bool weighs = weighs_pages(p.method.budget);
+  const auto kernel = by_mass ? (weighs ? choose_kernel<true, true> : choose_kernel<true, false>)
+                              : (weighs ? choose_kernel<false, true> : choose_kernel<false, false>);
+  return launch_early(kernel, grid, kChooseThreads,
                       static_cast<int>(bytes), stream, ChooseArgs{rank_args(p), masses});
 }
 

@@ -177,7 +177,7 @@ __global__ __launch_bounds__(kThreads, 2) void rank_prefill_kernel(const __grid_
       if (a.how.ranks) {
         const float q_norm = valid >> h & 1 ? s.norm[h] : 0.0f;
         if (threadIdx.x == 0) s.choose.need = pages_wanted(a.how, c);
-        cut = choose(a.how, c, score, keys, bins, q_norm, summaries, s.choose);
+        cut = choose<true>(a.how, c, score, keys, bins, q_norm, summaries, s.choose);
       }
       const int head = g * a.shape.group + h0 + h;
       write_tiers(a, c, cut, keys, (i * a.shape.h_q + head) * a.max_blocks + block, s);
