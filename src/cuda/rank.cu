@@ -308,7 +308,8 @@ __global__ __launch_bounds__(kChooseThreads, 2) void choose_kernel(const __grid_
     wait_for_previous_kernel();
   }
   if (at.s_q > 0) {
-    const Cut cut = choose<kMayWeigh>(a.how, pages, score, keys, bins, a.q_norm[at.u], summaries_of(a.cache, at.slot, at.g), s);
+    const Cut cut =
+        choose<kMayWeigh>(a.how, pages, score, keys, bins, a.q_norm[at.u], summaries_of(a.cache, at.slot, at.g), s);
     write_lists(a.how, pages, cut, keys, a.lists, at.u, lists);
   } else if (threadIdx.x < 8) {
     a.lists.counts[at.u * 8 + threadIdx.x] = 0;
@@ -335,8 +336,7 @@ cudaError_t launch_choose(const RankParams& p, const Masses& masses, cudaStream_
   const bool weighs = weighs_pages(p.method.budget);
   const auto kernel = by_mass ? (weighs ? choose_kernel<true, true> : choose_kernel<true, false>)
                               : (weighs ? choose_kernel<false, true> : choose_kernel<false, false>);
-  return launch_early(kernel, grid, kChooseThreads,
-                      static_cast<int>(bytes), stream, ChooseArgs{rank_args(p), masses});
+  return launch_early(kernel, grid, kChooseThreads, static_cast<int>(bytes), stream, ChooseArgs{rank_args(p), masses});
 }
 
 }  // namespace
