@@ -222,11 +222,11 @@ class _Store:
             raise ValueError(f"the batch has {b} rows, the cache {len(self.seqs)}")
         if layer == 0 and self.under_way:
             raise ValueError("a forward pass over this cache ended early: begin with a new one, or crop(0) this one")
-        self.under_way = True
         past = self.columns[layer]
         if any(new != old for new, old in zip(padding, self.padding) if min(new, old) < past):
             raise ValueError(f"the left padding is {padding}, and was {self.padding} when the cache began")
         self.padding = padding
+        self.under_way = True  # what is refused above changes nothing
         first = [max(0, p - past) for p in padding]  # column of the step at which each row begins
         form["phase"] = "decode" if past and s <= MAX_DECODE_ROWS else "prefill"
         keep_stats = self.keep_stats and (q.device.type == "cpu" or form["phase"] == "decode")
