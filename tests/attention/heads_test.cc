@@ -259,7 +259,6 @@ TEST(Sinks, ThatNoScoreIsAsLowAsAreNone) {
       const SeqId seq = cache->new_sequence();
       append_and_settle(*cache, seq, tokens, tokens.s);
       HeadCall call{&*cache, seq, 0, spec, {}, phase, phase == Phase::decode ? 1 : 70};
-      if (phase == Phase::prefill && std::string(spec) == "thrift") call.spec += ":policy=auto";
       const Answer none = ask(call, tokens);
       ASSERT_OK(none.status);
       for (const float low : {-3e30f, -2e38f, -FLT_MAX}) {

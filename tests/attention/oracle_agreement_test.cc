@@ -426,71 +426,75 @@ TEST(OracleAgreement, IntegersAgainstAPlainLoopOfTheSameRoundings) {
   }
 }
 
+// Tokens whose last one asks, and whose FP4 scores of page 5 the caller then makes too high.
+Tokens exchange_tokens() { return attention_like({2, 1, 64, 64}, 64 * 12 + 9, 6); }
+float alternating(int c) { return c % 2 ? 1.0f : -1.0f; }
+const char* const kExchangeOfOnePage[] = {"thrift:force=none,budget=top_k:1",
+                                          "thrift:storage=dual,force=none,budget=top_k:1"};
+
+// The last token's step, which exchanges what it promotes, against the oracle under the same selection.
+void expect_exchange(const std::string& spec, const Tokens& tokens, const std::string& what, Selection* selected) {
+  Session session(method(spec), tokens);
+  session.append(tokens.s - 1);
+  session.settle();
+  session.append(1);
+  Call call;
+  call.phase = Phase::decode;
+  call.stats = true;
+  const Ran ran = session.attend(1, call);
+  ASSERT_EQ(ran.plan.kernel, "decode_exchange");
+  const oracle::Input in = session.oracle_input(1, call);
+  expect_output(ran, oracle::attend(in, ran.stats.selection), tokens, in, what);
+  *selected = ran.stats.selection;
+}
+
 // FP4 scores far above the true ones: what fp4_mass takes out again is then most of the sum, and FP32 would have lost
 // the rest (run.cc, cancelled).
 TEST(OracleAgreement, ExchangesPagesWhoseFp4ScoresWereFarTooHigh) {
-  for (const char* spec : {"thrift:force=none,budget=top_k:1", "thrift:storage=dual,force=none,budget=top_k:1"}) {
-    Tokens tokens = attention_like({2, 1, 64, 64}, 64 * 12 + 9, 6);
+  for (const char* spec : kExchangeOfOnePage) {
+    Tokens tokens = exchange_tokens();
     // Page 5 holds one key along the query, whose elements lie just above the middle between two codes: FP4 makes it a
     // fifth larger, and its score is in the hundreds.
     float* q = tokens.q_at(tokens.s - 1);
     for (int c = 0; c < 64; ++c) {
-      const float sign = c % 2 ? 1.0f : -1.0f;
-      q[c] = q[64 + c] = 12 * sign;
-      for (int64_t t = 5 * 64; t < 6 * 64; ++t) tokens.k_at(t)[c] = t == 5 * 64 + 7 ? sign * (c % 16 ? 5.2f : 6.0f) : 0;
+      q[c] = q[64 + c] = 12 * alternating(c);
+      for (int64_t t = 5 * 64; t < 6 * 64; ++t)
+        tokens.k_at(t)[c] = t == 5 * 64 + 7 ? alternating(c) * (c % 16 ? 5.2f : 6.0f) : 0;
     }
     for (int64_t t = 0; t < tokens.s; ++t)  // and everything else scores as much as that key truly does
       if (t / 64 != 5)
-        for (int c = 0; c < 64; ++c) tokens.k_at(t)[c] = (c % 2 ? 1.0f : -1.0f) * 5.0f;
-    Session session(method(spec), tokens);
-    session.append(tokens.s - 1);
-    session.settle();
-    session.append(1);
-    Call call;
-    call.phase = Phase::decode;
-    call.stats = true;
-    const Ran ran = session.attend(1, call);
-    ASSERT_EQ(ran.plan.kernel, "decode_exchange");
-    ASSERT_EQ(ran.stats.selection.pages.size(), 1u);
-    EXPECT_EQ(ran.stats.selection.pages[0].page, 5);
-    const oracle::Input in = session.oracle_input(1, call);
-    expect_output(ran, oracle::attend(in, ran.stats.selection), tokens, in, spec);
+        for (int c = 0; c < 64; ++c) tokens.k_at(t)[c] = alternating(c) * 5.0f;
+    Selection selected;
+    expect_exchange(spec, tokens, spec, &selected);
+    ASSERT_EQ(selected.pages.size(), 1u);
+    EXPECT_EQ(selected.pages[0].page, 5);
   }
 }
 
 // The same, by so little that nothing would be lost of a sum but of products that are made once for both planes.
 TEST(OracleAgreement, ExchangesPagesWhoseFp4ScoresWereSomewhatTooHigh) {
-  for (const char* spec : {"thrift:force=none,budget=top_k:1", "thrift:storage=dual,force=none,budget=top_k:1"})
+  for (const char* spec : kExchangeOfOnePage)
     for (const float size : {0.6f, 0.7f, 0.9f, 1.0f, 1.06f})
       for (const float spread : {0.05f, 0.1f, 0.15f, 0.35f}) {
-        Tokens tokens = attention_like({2, 1, 64, 64}, 64 * 12 + 9, 6);
+        Tokens tokens = exchange_tokens();
         std::mt19937 random(3);
         std::uniform_real_distribution<float> up_to(0, spread);
         float* q = tokens.q_at(tokens.s - 1);
-        const auto sign = [](int c) { return c % 2 ? 1.0f : -1.0f; };
-        for (int c = 0; c < 64; ++c) q[c] = q[64 + c] = size * sign(c);
+        for (int c = 0; c < 64; ++c) q[c] = q[64 + c] = size * alternating(c);
         for (int64_t t = 0; t < tokens.s; ++t)
-          for (int c = 0; c < 64; ++c) tokens.k_at(t)[c] = sign(c) * 4.2f;
+          for (int c = 0; c < 64; ++c) tokens.k_at(t)[c] = alternating(c) * 4.2f;
         // Page 5: keys along the query that FP4 makes larger, and as many against it, so that their mean is 0.
         for (int64_t t = 5 * 64; t < 5 * 64 + 32; ++t) {
           const float along = t % 32 == 7 ? 1.0f : 1.0f - up_to(random);
           for (int c = 0; c < 64; ++c) {
-            tokens.k_at(t)[c] = along * sign(c) * (c % 16 ? 5.2f : 6.0f);
+            tokens.k_at(t)[c] = along * alternating(c) * (c % 16 ? 5.2f : 6.0f);
             tokens.k_at(t + 32)[c] = -tokens.k_at(t)[c];
           }
         }
-        Session session(method(spec), tokens);
-        session.append(tokens.s - 1);
-        session.settle();
-        session.append(1);
-        Call call;
-        call.phase = Phase::decode;
-        call.stats = true;
-        const Ran ran = session.attend(1, call);
-        ASSERT_EQ(ran.plan.kernel, "decode_exchange");
-        const oracle::Input in = session.oracle_input(1, call);
-        expect_output(ran, oracle::attend(in, ran.stats.selection), tokens, in,
-                      std::string(spec) + " " + std::to_string(size) + " " + std::to_string(spread));
+        Selection selected;
+        expect_exchange(spec, tokens, std::string(spec) + " " + std::to_string(size) + " " + std::to_string(spread),
+                        &selected);
+        if (HasFatalFailure()) return;
       }
 }
 
