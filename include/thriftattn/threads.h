@@ -19,6 +19,19 @@ class THRIFTATTN_API ThreadPool {
 
   int size() const;
 
+  // While one lives, threads of the pool that wait for one another watch, letting others run, instead of going to
+  // sleep, from which to be woken takes a good part of what a decode step has between two calls.
+  class THRIFTATTN_API Watch {
+   public:
+    explicit Watch(ThreadPool& pool);
+    ~Watch();
+    Watch(const Watch&) = delete;
+    Watch& operator=(const Watch&) = delete;
+
+   private:
+    ThreadPool& pool_;
+  };
+
   // Calls task(i, worker) for every i in [0, count), lower i first, on all workers; worker < size(). Returns when all
   // are done. One parallel_for at a time per pool; not reentrant. Allocates nothing; task must not throw.
   template <class Task>

@@ -23,6 +23,7 @@ struct ThreadPool::Shared {
   std::atomic<uint64_t> generation{0};  // counts the parallel_for calls, so that a worker joins each once
   std::atomic<int> busy{0};             // workers that have not finished the current call
   std::atomic<bool> stopping{false};
+  std::atomic<int> watches{0};  // Watch objects that live
 
   void drain(int worker) {
     for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) call(task, i, worker);
@@ -46,10 +47,14 @@ struct ThreadPool::Shared {
   // One call follows another within microseconds in a decode step, and going to sleep and being woken costs tens of
   // them: watch for a while first. False where nothing happened.
   template <class Condition>
-  static bool spin_until(const Condition& condition) {
+  bool spin_until(const Condition& condition) const {
     for (int i = 0; i < 1000; ++i) {
       if (condition()) return true;
       pause();
+    }
+    while (watches.load(std::memory_order_relaxed) > 0) {
+      if (condition()) return true;
+      std::this_thread::yield();
     }
     return false;
   }
@@ -91,6 +96,9 @@ ThreadPool::~ThreadPool() {
   for (std::thread& t : shared_->workers) t.join();
 }
 
+ThreadPool::Watch::Watch(ThreadPool& pool) : pool_(pool) { ++pool_.shared_->watches; }
+ThreadPool::Watch::~Watch() { --pool_.shared_->watches; }
+
 int ThreadPool::size() const { return static_cast<int>(shared_->workers.size()) + 1; }
 
 void ThreadPool::run(int64_t count, const void* task, Call call) {
@@ -111,7 +119,7 @@ void ThreadPool::run(int64_t count, const void* task, Call call) {
   s.start.notify_all();
   s.drain(0);
   const auto finished = [&] { return s.busy.load(std::memory_order_acquire) == 0; };
-  if (Shared::spin_until(finished)) return;
+  if (s.spin_until(finished)) return;
   std::unique_lock lock(s.mutex);
   s.done.wait(lock, finished);
 }

@@ -1,15 +1,15 @@
 // Products of FP4 planes with 16-bit integers, where the codes stay integers: E2M1 doubled is one of 0, +-1, +-2, +-3,
 // +-4, +-6, +-8, +-12. Included once per target by decode.cc.
 //
-//   64 bytes = 128 codes --4 byte lookups--> 4 registers of int16 pairs --dot with pairs of x in all lanes--> int32
+//   64 bytes = 128 codes --byte lookups--> registers of integers --dot with x in all lanes--> int32
 //   int32 sum of 16 depths --to float, times the scale of its lane--> float sum
 //
 // One unpacking serves all rows of x. The sums of a scale group are exact, so that every target gives the same numbers
-// up to the order of the float sums. Per 256 codes and four rows, AVX-512 with VNNI takes 32 dot products, 8 lookups, 6
-// shifts, 4 conversions and 4 FMAs, and 4 for a scale: 58 on the two ports that Intel has for them, 74 instructions in
-// all, a fifth of what turning the codes into floats takes. x in one 16-bit piece or in two 8-bit ones costs the same
-// number of dot products (vpdpwssd takes half as many codes as vpdpbusd); one piece needs no joining and no correction
-// of a bias.
+// up to the order of the float sums. With VNNI codes are bytes and x is two limbs of 8 bits: per 256 codes and four
+// rows 32 dot products, 4 that join the limbs, 4 lookups, 2 shifts, 4 conversions and 4 FMAs, and 4 for a scale: 54 on
+// the two ports that Intel has for them, where the time goes; a fifth of what turning the codes into floats takes.
+// Codes in words and x in one limb take as many dot products and no joining, but twice the lookups and three times the
+// shifts: 58 there, and what the other targets do.
 #if defined(THRIFTATTN_CPU_CODES_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef THRIFTATTN_CPU_CODES_INL_H_
 #undef THRIFTATTN_CPU_CODES_INL_H_
@@ -20,7 +20,10 @@
 #include <hwy/highway.h>
 
 #include <algorithm>
+#include <cstddef>
+#include <cstring>
 
+#include "cpu/kernels.h"
 #include "cpu/tile-inl.h"
 #include "format/page_layout.h"
 
@@ -33,44 +36,142 @@ using VI = hn::Vec<DI>;
 using VI16 = hn::Vec<DI16>;
 using VU = hn::Vec<DU>;
 
-// --- the leaf: what a target does to codes
+// x is rounded to integers of at most this: 127 * 256, so that both limbs are signed bytes.
+inline constexpr int kMostX = 32512;
+
+// x stands in cells of 16 depths and four rows, padded: [rows / 4][depth / 16] cells, so that a product finds all of
+// one at fixed distances from one pointer.
+inline constexpr int kCellRows = 4;
+
+// --- the leaf: what a target does to codes and to x
+
+#if HWY_TARGET == HWY_AVX3_DL
+
+inline constexpr float kCodeUnit = 2;  // what a lookup gives is the value times this
+
+// Dot products of bytes take one operand without a sign: codes, as their doubles plus 12. What that adds to the sums of
+// a cell is where they start.
+struct Cell {
+  int8_t high[4][kCellRows][4], low[4][kCellRows][4];  // [four depths, row]: x = 256 high + low
+  int32_t high_start[kCellRows], low_start[kCellRows];
+};
+inline constexpr int kBias = 12;
 
 // Registers in a struct of their own: an array that a function fills costs a seventh of the product's speed with
 // g++ 12.
 struct Unpacked {
   HWY_INLINE Unpacked() {}  // written out, because the compiler's own lacks the target's attributes
-  HWY_INLINE Unpacked(VI16 a, VI16 b, VI16 c, VI16 d) : pair{a, b, c, d} {}
-  VI16 pair[4];  // depths (0, 2), (1, 3), (4, 6), (5, 7) of eight
+  HWY_INLINE Unpacked(VI a, VI b) : four{a, b} {}
+  VI four[2];  // depths 0 to 3 and 4 to 7 of eight, a lane's side by side
 };
 
-inline constexpr float kCodeUnit = 512;  // byte lookups put the doubled code into the high half of a word
-
-#if HWY_TARGET == HWY_AVX3_DL
-
 // A byte lookup reads the low six bits of a byte: the table stands there four times, so the upper two, of the next
-// code, are ignored. A lookup of words would give the word of a code at once, but takes Intel two instructions.
+// code, are ignored.
 HWY_INLINE Unpacked unpack(VU codes) {
-  HWY_ALIGN static constexpr uint8_t kTwice[64] = {0, 1, 2, 3, 4, 6, 8, 12, 0, 255, 254, 253, 252, 250, 248, 244,
-                                                   0, 1, 2, 3, 4, 6, 8, 12, 0, 255, 254, 253, 252, 250, 248, 244,
-                                                   0, 1, 2, 3, 4, 6, 8, 12, 0, 255, 254, 253, 252, 250, 248, 244,
-                                                   0, 1, 2, 3, 4, 6, 8, 12, 0, 255, 254, 253, 252, 250, 248, 244};
+  HWY_ALIGN static constexpr uint8_t kTwice[64] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0,
+                                                   12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0,
+                                                   12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0,
+                                                   12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
   const __m512i table = _mm512_load_si512(kTwice);
-  asm("" : "+v"(codes.raw));  // loaded once: g++ would load them again for every shift
-  const auto lookup = [table](VU x)
-                          HWY_ATTR { return VI16{_mm512_maskz_permutexvar_epi8(0xaaaaaaaaaaaaaaaa, x.raw, table)}; };
-  return {lookup(hn::ShiftLeft<8>(codes)), lookup(codes), lookup(hn::ShiftLeft<4>(codes)),
-          lookup(hn::ShiftRight<4>(codes))};
+  asm("" : "+v"(codes.raw));  // loaded once: g++ would load them again for the shift
+  const auto lookup = [table](VU x) HWY_ATTR { return VI{_mm512_permutexvar_epi8(x.raw, table)}; };
+  return {lookup(codes), lookup(hn::ShiftRight<4>(codes))};
 }
 
-// sum + the products of both words of each lane of `a` with those at x. 16 depths of |word| <= 3072 and |x| <= 32767
-// stay below 2^31.
-HWY_INLINE VI dot(VI sum, VI16 a, const int16_t* x) {
-  // Highway's name of this target implies VNNI, its list of compiler options does not.
-  asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum.raw) : "v"(a.raw), "m"(*reinterpret_cast<const int16_t(*)[2]>(x)));
+// sum + the products of the four bytes of each lane of `codes` with those at x. Highway's name of this target implies
+// VNNI, its list of compiler options does not.
+HWY_INLINE VI dot(VI sum, VI codes, const int8_t (&x)[4]) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum.raw) : "v"(codes.raw), "m"(x));
   return sum;
 }
 
+// AMD has one place a cycle for dot products and FMAs, and others for shifts and sums; Intel two for all of them.
+inline const bool kJoinsApart = (__builtin_cpu_init(), __builtin_cpu_is("amd"));
+
+// 256 high + low, where |high| <= 16 * 12 * 127 < 2^15: of each lane's two words the upper one is only the sign.
+HWY_INLINE VI join_limbs(VI high, VI low) {
+  if (kJoinsApart) return hn::Add(hn::ShiftLeft<8>(high), low);
+  asm("vpdpwssd %2, %1, %0" : "+v"(low.raw) : "v"(high.raw), "v"(hn::Set(DI(), 256).raw));
+  return low;
+}
+
+// sum[r][c] = the sums over one cell of codes * x, for R rows of x and C registers of lanes whose codes begin at at[c].
+// `rows_stride` cells lie between fours of rows.
+template <int R, int C>
+HWY_INLINE void multiply_cell(const uint8_t* codes, const int64_t (&at)[C], const Cell* x, int64_t rows_stride,
+                              const uint8_t* next, VI (&sum)[R][C]) {
+  VI low[R][C];
+  for (int r = 0; r < R; ++r) {
+    const Cell& cell = x[r / kCellRows * rows_stride];
+    for (int c = 0; c < C; ++c) {
+      sum[r][c] = hn::Set(DI(), cell.high_start[r % kCellRows]);
+      low[r][c] = hn::Set(DI(), cell.low_start[r % kCellRows]);
+    }
+  }
+  for (int half = 0; half < 2; ++half) {
+    Unpacked u[C];
+    for (int c = 0; c < C; ++c) {
+      __builtin_prefetch(next + at[c] + half * 64, 0, 2);
+      u[c] = unpack(hn::LoadU(DU(), reinterpret_cast<const uint32_t*>(codes + at[c] + half * 64)));
+    }
+    for (int j = 0; j < 2; ++j) {
+      for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c)
+          sum[r][c] = dot(sum[r][c], u[c].four[j], x[r / kCellRows * rows_stride].high[half * 2 + j][r % kCellRows]);
+      for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c)
+          low[r][c] = dot(low[r][c], u[c].four[j], x[r / kCellRows * rows_stride].low[half * 2 + j][r % kCellRows]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) sum[r][c] = join_limbs(sum[r][c], low[r][c]);
+}
+
+// Puts x of one row and depth, |x| <= kMostX, into its cell, which was zero.
+inline void put(Cell& cell, int row, int depth, int x) {
+  const int high = (x + 128) >> 8, low = x - 256 * high;
+  cell.high[depth / 4][row][depth % 4] = static_cast<int8_t>(high);
+  cell.low[depth / 4][row][depth % 4] = static_cast<int8_t>(low);
+  cell.high_start[row] -= kBias * high;
+  cell.low_start[row] -= kBias * low;
+}
+
+// Four rows of one cell, from registers of 16 depths; |x| <= kMostX.
+HWY_INLINE void put_rows(const VI (&x)[kCellRows], Cell& cell) {
+  const __m512i a = _mm512_packs_epi32(x[0].raw, x[1].raw), b = _mm512_packs_epi32(x[2].raw, x[3].raw);
+  const auto upper = [](__m512i w)
+                         HWY_ATTR { return _mm512_srai_epi16(_mm512_add_epi16(w, _mm512_set1_epi16(128)), 8); };
+  const auto lower = [](__m512i w) HWY_ATTR { return _mm512_and_si512(w, _mm512_set1_epi16(255)); };
+  // 128 bits have four depths, row after row.
+  const __m512i high = _mm512_packs_epi16(upper(a), upper(b)), low = _mm512_packus_epi16(lower(a), lower(b));
+  _mm512_storeu_si512(cell.high, high);
+  _mm512_storeu_si512(cell.low, low);
+  const auto sums = [](__m512i limb) HWY_ATTR {  // of a row's depths, times kBias: [0 to 3 and 8 to 11][row], ...
+    __m512i sum = _mm512_setzero_si512();
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(_mm512_set1_epi8(kBias)), "v"(limb));
+    return _mm256_add_epi32(_mm512_castsi512_si256(sum), _mm512_extracti64x4_epi64(sum, 1));
+  };
+  const __m256i h = sums(high), l = sums(low);
+  const __m256i starts = _mm256_add_epi32(_mm256_permute2x128_si256(h, l, 0x20), _mm256_permute2x128_si256(h, l, 0x31));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(cell.high_start), _mm256_sub_epi32(_mm256_setzero_si256(), starts));
+}
+static_assert(offsetof(Cell, low_start) == offsetof(Cell, high_start) + sizeof(Cell::high_start));
+
 #else
+
+inline constexpr float kCodeUnit = 512;  // byte lookups put the doubled code into the high half of a word
+
+// Words in the order of pairs, two depths of one row that a lookup puts into one lane: (0, 2) or (1, 3) of four; those
+// of 16 depths stand in the order (0, 2), (4, 6), (8, 10), (12, 14), (1, 3), ...
+struct Cell {
+  int16_t pair[8][kCellRows][2];
+};
+
+struct Unpacked {
+  HWY_INLINE Unpacked() {}
+  HWY_INLINE Unpacked(VI16 a, VI16 b, VI16 c, VI16 d) : pair{a, b, c, d} {}
+  VI16 pair[4];  // depths (0, 2), (1, 3), (4, 6), (5, 7) of eight
+};
 
 HWY_INLINE Unpacked unpack(VU codes) {
   HWY_ALIGN static constexpr uint8_t kTwice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, 255, 254, 253, 252, 250, 248, 244};
@@ -87,7 +188,9 @@ HWY_INLINE Unpacked unpack(VU codes) {
           hn::BitCast(di16, hn::ShiftLeft<8>(high)), hn::BitCast(di16, hn::And(high, high_byte))};
 }
 
-HWY_INLINE VI dot(VI sum, VI16 a, const int16_t* x) {
+// sum + the products of both words of each lane of `a` with those at x. 16 depths of |word| <= 3072 and |x| <= kMostX
+// stay below 2^31.
+HWY_INLINE VI dot(VI sum, VI16 a, const int16_t (&x)[2]) {
   int32_t pair;
   std::memcpy(&pair, x, sizeof(pair));
   const VI16 both = hn::BitCast(DI16(), hn::Set(DI(), pair));
@@ -102,6 +205,43 @@ HWY_INLINE VI dot(VI sum, VI16 a, const int16_t* x) {
   const VI one = hn::ReorderWidenMulAccumulate(DI(), a, both, hn::Zero(DI()), other);
   return hn::Add(sum, hn::RearrangeToOddPlusEven(one, other));
 #endif
+}
+
+// As above.
+template <int R, int C>
+HWY_INLINE void multiply_cell(const uint8_t* codes, const int64_t (&at)[C], const Cell* x, int64_t rows_stride,
+                              const uint8_t* next, VI (&sum)[R][C]) {
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) sum[r][c] = hn::Zero(DI());
+  for (int half = 0; half < 2; ++half) {
+    Unpacked u[C];
+    for (int c = 0; c < C; ++c) {
+      __builtin_prefetch(next + at[c] + half * 64, 0, 2);
+      u[c] = unpack(hn::LoadU(DU(), reinterpret_cast<const uint32_t*>(codes + at[c] + half * 64)));
+    }
+    for (int j = 0; j < 4; ++j)
+      for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c)
+          sum[r][c] = dot(sum[r][c], u[c].pair[j],
+                          x[r / kCellRows * rows_stride].pair[j % 2 * 4 + half * 2 + j / 2][r % kCellRows]);
+  }
+}
+
+inline void put(Cell& cell, int row, int depth, int x) {
+  cell.pair[depth % 2 * 4 + depth / 4][row][depth % 4 / 2] = static_cast<int16_t>(x);
+}
+
+// Four rows of some depths, from depth `first` of a cell on.
+HWY_INLINE void put_rows(const VI (&x)[kCellRows], Cell& cell, int first) {
+  const DI di;
+  const hn::Repartition<uint64_t, DI> du64;
+  const auto pairs = [&](int r) HWY_ATTR {  // (0, 2) and (1, 3) of each four in the lower half of 128 bits
+    return hn::Or(hn::And(x[r], hn::Set(di, 0xffff)), hn::ShiftLeft<16>(hn::Shuffle1032(x[r])));
+  };
+  const auto one = hn::BitCast(du64, hn::InterleaveLower(di, pairs(0), pairs(1)));
+  const auto other = hn::BitCast(du64, hn::InterleaveLower(di, pairs(2), pairs(3)));
+  hn::StoreU(hn::BitCast(DI16(), hn::InterleaveLower(du64, one, other)), DI16(), cell.pair[first / 4][0]);
+  hn::StoreU(hn::BitCast(DI16(), hn::InterleaveUpper(du64, one, other)), DI16(), cell.pair[4 + first / 4][0]);
 }
 
 #endif
@@ -126,38 +266,27 @@ HWY_INLINE VF load_scale_units(Fp4Format format, const uint8_t* scales) {
 
 // --- x
 
-// x in words of 16 bits stands in groups of four rows, padded: [rows / 4][depth / 2][4 rows][2], so that a product
-// finds its pairs at fixed distances from one pointer. A pair is two depths of one row that a lookup puts into one
-// lane: (0, 2) or (1, 3) of four; those of 16 depths stand in the order (0, 2), (4, 6), (8, 10), (12, 14), (1, 3), ...
-inline constexpr int kPairRows = 4, kCellWords = 16 * kPairRows;
+static_assert(sizeof(Cell) <= kCellBytes);
 
-// Where depth r of a row stands.
-inline int64_t word_position(int row, int r, int depth) {
-  const int pair = r / 16 * 8 + r % 2 * 4 + r % 16 / 4;
-  return int64_t{row / kPairRows} * kPairRows * depth + (pair * kPairRows + row % kPairRows) * 2 + r % 4 / 2;
-}
-
-// Rounds e[rows, 64], |e| <= 1, to words, for up to four rows; those missing become the last one.
-HWY_INLINE void pack_rows(const float* e, int rows, int16_t* words) {
+// Rounds e[rows, 64], |e| <= 1, to cells, for up to four rows; those missing become the last one.
+HWY_INLINE void pack_rows(const float* e, int rows, Cell* cells) {
   const DF df;
   const DI di;
-  const hn::Repartition<uint64_t, DI> du64;
   const int64_t n = static_cast<int64_t>(hn::Lanes(df));
   // Added to 1.5 * 2^23, a number below 2^22 is rounded to the lowest bits of the sum.
-  const VF unit = hn::Set(df, 32767.0f), rounder = hn::Set(df, 0x1.8p23f);
-  const VI low = hn::Set(di, 0xffff);
-  const float* row[kPairRows];
-  for (int r = 0; r < kPairRows; ++r) row[r] = e + std::min(r, rows - 1) * kPageTokens;
+  const VF unit = hn::Set(df, static_cast<float>(kMostX)), rounder = hn::Set(df, 0x1.8p23f);
+  const VI rounder_bits = hn::BitCast(di, rounder);
+  const float* row[kCellRows];
+  for (int r = 0; r < kCellRows; ++r) row[r] = e + std::min(r, rows - 1) * kPageTokens;
   for (int64_t i = 0; i < kPageTokens; i += n) {
-    const auto pairs = [&](int r) HWY_ATTR {  // (0, 2) and (1, 3) of each four in the lower half of 128 bits
-      const VI x = hn::BitCast(di, hn::MulAdd(hn::LoadU(df, row[r] + i), unit, rounder));
-      return hn::Or(hn::And(x, low), hn::ShiftLeft<16>(hn::Shuffle1032(x)));
-    };
-    const auto first = hn::BitCast(du64, hn::InterleaveLower(di, pairs(0), pairs(1)));
-    const auto last = hn::BitCast(du64, hn::InterleaveLower(di, pairs(2), pairs(3)));
-    int16_t* to = words + word_position(0, static_cast<int>(i), kPageTokens);
-    hn::StoreU(hn::BitCast(DI16(), hn::InterleaveLower(du64, first, last)), DI16(), to);
-    hn::StoreU(hn::BitCast(DI16(), hn::InterleaveUpper(du64, first, last)), DI16(), to + kCellWords / 2);
+    VI x[kCellRows];
+    for (int r = 0; r < kCellRows; ++r)
+      x[r] = hn::Sub(hn::BitCast(di, hn::MulAdd(hn::LoadU(df, row[r] + i), unit, rounder)), rounder_bits);
+#if HWY_TARGET == HWY_AVX3_DL
+    put_rows(x, cells[i / 16]);
+#else
+    put_rows(x, cells[i / 16], static_cast<int>(i % 16));
+#endif
   }
 }
 
@@ -169,13 +298,12 @@ inline constexpr int kMaxProductRows = 8;
 // where base is start[r], or what `out` holds where start is null.
 template <int R, int C>
 HWY_INLINE void add_product_lanes(const PlaneLayout& plane, Fp4Format format, const uint8_t* codes,
-                                  const uint8_t* scales, int lane, const int16_t* x, const float* factor,
+                                  const uint8_t* scales, int lane, const Cell* x, const float* factor,
                                   const float* start, float* out, const uint8_t* next) {
   const DF df;
-  const DI di;
-  const DU du;
   const int n = static_cast<int>(hn::Lanes(df));
   const int group_shift = plane.group == 16 ? 0 : 1;  // of cells of 16 depths
+  const int cells = plane.depth / 16;
   int64_t code_at[C];
   const uint8_t* scale_at[C];
   VF sum[R][C];
@@ -184,27 +312,13 @@ HWY_INLINE void add_product_lanes(const PlaneLayout& plane, Fp4Format format, co
     scale_at[c] = scales + plane.scale_offset(0, lane + c * n);
     for (int r = 0; r < R; ++r) sum[r][c] = hn::Zero(df);
   }
-  for (int cell = 0; cell < plane.depth / 16; ++cell, x += kCellWords) {
+  for (int cell = 0; cell < cells; ++cell) {
     VI exact[R][C];
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c) exact[r][c] = hn::Zero(di);
-    for (int half = 0; half < 2; ++half) {
-      Unpacked u[C];
-      for (int c = 0; c < C; ++c) {
-        const int64_t at = code_at[c] + cell * 128 + half * 64;
-        __builtin_prefetch(next + at, 0, 2);
-        u[c] = unpack(hn::LoadU(du, reinterpret_cast<const uint32_t*>(codes + at)));
-      }
-      for (int j = 0; j < 4; ++j)
-        for (int r = 0; r < R; ++r) {
-          const int16_t* pair = x + r / kPairRows * kPairRows * plane.depth +
-                                ((j % 2 * 4 + half * 2 + j / 2) * kPairRows + r % kPairRows) * 2;
-          for (int c = 0; c < C; ++c) exact[r][c] = dot(exact[r][c], u[c].pair[j], pair);
-        }
-    }
+    multiply_cell<R, C>(codes, code_at, x + cell, cells, next, exact);
     for (int c = 0; c < C; ++c) {
       const VF scale = load_scale_units(format, scale_at[c] + (cell >> group_shift) * 16);
       for (int r = 0; r < R; ++r) sum[r][c] = hn::MulAdd(hn::ConvertTo(df, exact[r][c]), scale, sum[r][c]);
+      code_at[c] += 128;
     }
   }
   for (int r = 0; r < R; ++r)
@@ -217,7 +331,7 @@ HWY_INLINE void add_product_lanes(const PlaneLayout& plane, Fp4Format format, co
 
 template <int R>
 void add_product_rows(const PlaneLayout& plane, Fp4Format format, const uint8_t* codes, const uint8_t* scales,
-                      const int16_t* x, const float* factor, const float* start, float* out, const Ahead& ahead) {
+                      const Cell* x, const float* factor, const float* start, float* out, const Ahead& ahead) {
   // As many registers of lanes as leave room for their sums: a broadcast pair of x then serves all of them.
   constexpr int kRegisters = HWY_MAX_BYTES >= 64 ? 8 : 4;
   constexpr int C = R >= kRegisters ? 1 : R * 4 <= kRegisters ? 4 : 2;
@@ -235,9 +349,9 @@ void add_product_rows(const PlaneLayout& plane, Fp4Format format, const uint8_t*
 inline int padded_rows(int rows) { return rows > 4 ? 8 : rows > 2 ? 4 : rows; }
 
 // out[r, lane] = base + factor[r] * sum over depth of code[depth, lane] * scale * x[r, depth], for padded_rows(rows)
-// rows of plane.depth words and plane.lanes floats; base is start[r], or what `out` holds where start is null. `codes`
+// rows of plane.depth values and plane.lanes floats; base is start[r], or what `out` holds where start is null. `codes`
 // are followed by their scales.
-inline void add_product(const PlaneLayout& plane, Fp4Format format, const uint8_t* codes, int rows, const int16_t* x,
+inline void add_product(const PlaneLayout& plane, Fp4Format format, const uint8_t* codes, int rows, const Cell* x,
                         const float* factor, const float* start, float* out, const Ahead& ahead) {
   const uint8_t* scales = codes + plane.code_bytes();
   switch (padded_rows(rows)) {

@@ -70,8 +70,8 @@ void add_plane_scores(const BlockTask& t, const PageRef& page, int plane, int fi
   const float unit = scale_unit(t.format) / kCodeUnit * pow2(-summary_of(page).k_exponent[plane]);
   float factor[kRows];
   for (int r = 0; r < kRows; ++r) factor[r] = t.q_unit[first + r] * unit;
-  add_product(l.k, t.format, plane_of(page, plane) + l.k_codes, n, t.q16 + static_cast<int64_t>(first) * l.k.depth,
-              factor, start, s, ahead);
+  const Cell* q = static_cast<const Cell*>(t.q_cells) + first / kCellRows * (l.k.depth / 16);
+  add_product(l.k, t.format, plane_of(page, plane) + l.k_codes, n, q, factor, start, s, ahead);
 }
 
 // s[n, 64] = scores of rows [first, first + n) by the first plane of page p's keys and their mean.
@@ -193,13 +193,14 @@ void merge_sums(const BlockTask& t, int first, int n, std::span<PageSoftmax> pag
 void add_plane_values(const BlockTask& t, const PageRef& page, int plane, int first, int n, const float* e,
                       const float* weight, const Ahead& ahead) {
   const PageLayout& l = *t.layout;
-  const float unit = scale_unit(t.format) / kCodeUnit / 32767.0f * pow2(-summary_of(page).v_exponent[plane]);
-  HWY_ALIGN int16_t words[kRows * kPageTokens];
+  const float unit = scale_unit(t.format) / kCodeUnit / kMostX * pow2(-summary_of(page).v_exponent[plane]);
+  constexpr int kCells = kPageTokens / 16;
+  HWY_ALIGN Cell cells[kRows / kCellRows * kCells];
   float factor[kRows];
   for (int r = 0; r < padded_rows(n); ++r) factor[r] = r < n ? weight[r] * unit : 0.0f;
-  for (int r = 0; r < n; r += kPairRows)
-    pack_rows(e + r * kPageTokens, std::min(n - r, kPairRows), words + r * kPageTokens);
-  add_product(l.v, t.format, plane_of(page, plane) + l.v_codes, n, words, factor, nullptr,
+  for (int r = 0; r < n; r += kCellRows)
+    pack_rows(e + r * kPageTokens, std::min(n - r, kCellRows), cells + r / kCellRows * kCells);
+  add_product(l.v, t.format, plane_of(page, plane) + l.v_codes, n, cells, factor, nullptr,
               t.state.o + static_cast<int64_t>(first) * l.d_v, ahead);
 }
 
@@ -350,6 +351,7 @@ void exchange_turn(const BlockTask& t, std::span<const Promoted> pages, std::spa
     const Part other = part_of(t, from[i].page, from[i].tier, values);
     return Part{{first.plane[0], other.plane[from[i].tier == Tier::fp4x2 ? 1 : 0]}};
   };
+  const size_t lead = std::min(pages.size(), size_t{2});  // pages ahead, of two products each
   for (const Promoted& page : next.first(std::min(next.size(), kExchanged)))
     Ahead{t.pages[page.page].summary, 64}.touch_all();
   for (int first = 0; first < t.rows; first += kRows) {
@@ -359,7 +361,8 @@ void exchange_turn(const BlockTask& t, std::span<const Promoted> pages, std::spa
     for (size_t i = 0; i < pages.size(); ++i) {
       const auto [p, tier] = pages[i];
       float *low = s + 2 * i * of_page, *high = low + of_page;
-      const Part ahead = i + 1 < pages.size() ? part(i + 1, false) : part(0, true);
+      const size_t j = i + lead;
+      const Part ahead = j < pages.size() ? part(j, false) : part(j - pages.size(), true);
       score_rows(t, p, Tier::fp4, first, n, {{ahead.plane[0]}}, low);
       if (tier == Tier::fp4x2) {
         std::copy_n(low, of_page, high);
@@ -380,7 +383,8 @@ void exchange_turn(const BlockTask& t, std::span<const Promoted> pages, std::spa
       const auto [p, tier] = pages[i];
       float *low = s + 2 * i * of_page, *high = low + of_page;
       float *out = sums[2 * i].weight, *in = sums[2 * i + 1].weight;
-      const Part ahead = i + 1 < pages.size() ? part(i + 1, true) : part(pages.size(), false);
+      const size_t j = i + lead;
+      const Part ahead = part(j, j < pages.size());
       if (tier != Tier::fp4x2) {
         add_values(t, p, Tier::fp4, first, n, low, out, {{ahead.plane[0]}});
         add_values(t, p, tier, first, n, high, in, {{ahead.plane[1]}});
@@ -408,19 +412,21 @@ void exchange(const BlockTask& t) {
   }
 }
 
-void quantize_q(const PageLayout& layout, int rows, const float* q, int16_t* q16, float* q_unit) {
-  const int depth = layout.k.depth;
+void quantize_q(const PageLayout& layout, int rows, const float* q, void* q_cells, float* q_unit) {
+  const int cells = layout.k.depth / 16;
   const int padded = (rows + kRows - 1) / kRows * kRows;
-  std::fill_n(q16, static_cast<int64_t>(padded) * depth, int16_t{0});
+  auto* to = static_cast<Cell*>(q_cells);
+  std::fill_n(to, static_cast<int64_t>(padded) / kCellRows * cells, Cell{});
   std::fill_n(q_unit, padded, 0.0f);
   for (int r = 0; r < rows; ++r) {
     const float* x = q + static_cast<int64_t>(r) * layout.d;
     float largest = 0;
     for (int c = 0; c < layout.d; ++c) largest = std::max(largest, std::abs(x[c]));
     if (largest < 1e-30f) continue;  // its reciprocal would overflow, its scores are zero in FP32
-    q_unit[r] = largest / 32767.0f;
+    q_unit[r] = largest / kMostX;
     for (int c = 0; c < layout.d; ++c)
-      q16[word_position(r, c, depth)] = static_cast<int16_t>(std::lrintf(x[c] / largest * 32767.0f));
+      put(to[r / kCellRows * cells + c / 16], r % kCellRows, c % 16,
+          static_cast<int>(std::lrintf(x[c] / largest * kMostX)));
   }
 }
 

@@ -67,8 +67,8 @@ struct BlockTask {
   float *page_m, *page_l;
   int64_t page_stride;
 
-  // Decode steps in kv4: q as integers of 16 bits, rows padded to a multiple of 8 by zeros; row r is q16 * q_unit[r].
-  const int16_t* q16;   // rows * layout->k.depth, in the order of word_position
+  // Decode steps in kv4: q as integers of 16 bits, rows padded to a multiple of 8 by zeros; row r is these * q_unit[r].
+  const void* q_cells;  // as the target packs them
   const float* q_unit;  // [rows]
 
   // There too, q.k_mean where scores start from it: of page p and row r at [p * start_stride + r]. attend and score
@@ -77,6 +77,9 @@ struct BlockTask {
   int64_t start_stride;  // rows, rounded up to fours
   bool starts_known;
 };
+
+// What the integers of four rows and 16 channels of q take at most, as a target packs them.
+inline constexpr int64_t kCellBytes = 160;
 
 inline constexpr int kMaxHeadsPerWalk = 16;
 
@@ -91,8 +94,8 @@ struct DecodeKernels {
   void (*score)(std::span<const BlockTask> tasks);
   // In a state that has read the promoted pages of the task in its rest: takes them out and adds them in their tier.
   void (*exchange)(const BlockTask& task);
-  // q [rows, d] to BlockTask::q16 and q_unit.
-  void (*quantize_q)(const PageLayout& layout, int rows, const float* q, int16_t* q16, float* q_unit);
+  // q [rows, d] to BlockTask::q_cells and q_unit.
+  void (*quantize_q)(const PageLayout& layout, int rows, const float* q, void* q_cells, float* q_unit);
   // share[p] += weight * (the softmax mass of page p among n pages and a sink's logit, in units of log2).
   void (*add_shares)(const float* page_m, const float* page_l, int64_t n, float sink, float weight, float* scratch,
                      float* share);

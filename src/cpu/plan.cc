@@ -77,7 +77,7 @@ void plan(const Machine& machine, Plan& plan) {
           std::clamp<int64_t>((4 * machine.threads + walks - 1) / walks, 1, std::max<int64_t>(1, pages / 8)));
     if (machine.threads == 1) plan.splits = 1;
     const int64_t rows = plan.rows_per_tile,
-                  integers = on_integers(p) ? Rows::padded(rows) * (p.d + 3) / 2 + rows * p.d : 0;
+                  integers = on_integers(p) ? cells_bytes(p, rows) / 4 + Rows::padded(rows) + rows * p.d : 0;
     if (mma4) floats = machine.threads * (tiles + rows * 2 * kPageTokens);
     if (on_integers(p) && p.cache.centring) floats += units * pages * round_up(rows, 4);
     floats += units * (row_floats(rows) + integers + pages * (exchanges(p) ? 11 : 9) +

@@ -82,6 +82,7 @@ class Run {
   }
 
   void decode() {
+    const ThreadPool::Watch watch(pool_);
     const int64_t units = std::ssize(call_.sequences) * std::ssize(call_.kv_heads);
     const int64_t walks = std::ssize(call_.sequences) * head_groups(std::ssize(call_.kv_heads));
     const bool by_mass = scores_first(problem_) && !call_.given && ranks(problem_.method);
@@ -97,8 +98,9 @@ class Run {
     if (exchange) {
       walk_all(false);
       select_all();
-      pool_.parallel_for(units * plan_.splits,
-                         [&](int64_t i, int) { exchange_unit(i / plan_.splits, static_cast<int>(i % plan_.splits)); });
+      // Parts of a list take some microseconds to begin: no more of them than even out what threads have to do.
+      const int64_t parts = std::clamp<int64_t>(8 * plan_.threads / std::max<int64_t>(1, units), 1, plan_.splits);
+      pool_.parallel_for(units * parts, [&](int64_t i, int) { exchange_unit(i / parts, i % parts, parts); });
     } else {
       if (by_mass) {
         walk_all(true);
@@ -392,7 +394,7 @@ class Run {
     if (!mma4_) {
       const float scale = problem_.sm_scale * kLog2e;
       for (int64_t i = 0; i < at.rows * problem_.d; ++i) unit.q[i] = unit.rows_.q[i] * scale;
-      kernels_.decode.quantize_q(*call_.layout, static_cast<int>(at.rows), unit.q.data(), unit.q16.data(),
+      kernels_.decode.quantize_q(*call_.layout, static_cast<int>(at.rows), unit.q.data(), unit.q_cells.data(),
                                  unit.q_unit.data());
     }
     unit.block = block_pages(at.offset, at.s.s_kv - 1, at.s.s_kv, mask_);
@@ -444,7 +446,7 @@ class Run {
       t.q = unit.q.data();
       t.sm_scale = 1.0f / kLog2e;
     }
-    t.q16 = unit.q16.data();
+    t.q_cells = unit.q_cells.data();
     t.q_unit = unit.q_unit.data();
     t.starts = unit.starts.empty() ? nullptr : unit.starts.data();
     t.start_stride = round_up(at.rows, 4);
@@ -504,11 +506,12 @@ class Run {
     return l > 0 ? m + std::log2(l) : kMinusInf;
   }
 
-  void exchange_unit(int64_t u, int split) {
+  // One part of a unit's list, in the state of one split: whichever read those pages, the sum of all is the same.
+  void exchange_unit(int64_t u, int64_t part, int64_t parts) {
     Unit& unit = scratch_.units[u];
-    const int64_t n = unit.exchanged_count, first = n * split / plan_.splits, end = n * (split + 1) / plan_.splits;
+    const int64_t n = unit.exchanged_count, first = n * part / parts, end = n * (part + 1) / parts;
     if (call_.sequences[u / std::ssize(call_.kv_heads)].s_q == 0) return;
-    BlockTask t = unit_task(u, split);
+    BlockTask t = unit_task(u, static_cast<int>(part));
     t.promoted[0] = {unit.exchanged.data() + first, static_cast<size_t>(end - first)};
     kernels_.decode.exchange(t);
   }

@@ -69,6 +69,11 @@ struct Rows {
   }
 };
 
+// What q takes as integers.
+inline int64_t cells_bytes(const Problem& p, int64_t rows) {
+  return Rows::padded(rows) / 4 * round_up(p.d, 32) / 16 * kCellBytes;
+}
+
 struct Worker {
   Worker(int64_t tile_rows, int d, int d_v, int64_t matrix_bytes)
       : memory((3 * 64) * (d + d_v) + tile_rows * 2 * kPageTokens + matrix_bytes / 4 + 64) {
@@ -98,7 +103,7 @@ struct Unit {
         exchanged(exchanges(p) ? max_pages(p) : 0),
         mass_before(exchanges(p) ? rows : 0),
         q(mma4 ? 0 : rows * p.d),
-        q16(mma4 ? 0 : Rows::padded(rows) * round_up(p.d, 32)),
+        q_cells(mma4 ? 0 : cells_bytes(p, rows) / int64_t{sizeof(int32_t)}),
         q_unit(mma4 ? 0 : Rows::padded(rows)),
         starts(mma4 || !p.cache.centring ? 0 : max_pages(p) * round_up(rows, 4)) {
     for (int s = 1; s < splits; ++s) partial.emplace_back(rows, 0, p.d_v, false, 0);
@@ -110,7 +115,7 @@ struct Unit {
   int64_t exchanged_count = 0;
   std::vector<float> mass_before;  // [rows], log2 of the sum over all pages before the exchange
   std::vector<float> q;            // [rows, d], times sm_scale log2 e
-  std::vector<int16_t> q16;        // [rows, padded d], rows padded too; the same
+  std::vector<int32_t> q_cells;    // the same as integers
   std::vector<float> q_unit;       // [rows]
   std::vector<float> starts;       // [max pages, rows rounded up to fours], as BlockTask says; or empty
   bool starts_known = false;

@@ -356,7 +356,7 @@ std::vector<double> plain_integers(const oracle::Input& in, const oracle::Head& 
   float largest = 0;
   for (int c = 0; c < in.d; ++c) largest = std::max(largest, std::fabs(q[c]));
   std::vector<double> q16, out(static_cast<size_t>(in.d_v));
-  for (int c = 0; c < in.d; ++c) q16.push_back(std::nearbyint(q[c] / largest * 32767.0) * largest / 32767.0);
+  for (int c = 0; c < in.d; ++c) q16.push_back(std::nearbyint(q[c] / largest * 32512.0) * largest / 32512.0);
   const auto pages = static_cast<int64_t>(head.pages.size()), visible = in.s_kv - in.s_q + row + 1;
   double top = -INFINITY, sum = 0;
   for (int64_t p = 0; p * kPageTokens < visible; ++p) {
@@ -384,7 +384,7 @@ std::vector<double> plain_integers(const oracle::Input& in, const oracle::Head& 
     for (double& x : out) x *= shrink;
     top = m_new;
     for (int64_t t = 0; t < tokens; ++t) {
-      const double e = std::exp(s[static_cast<size_t>(t)] - m), e15 = std::nearbyint(e * 32767.0) / 32767.0;
+      const double e = std::exp(s[static_cast<size_t>(t)] - m), e15 = std::nearbyint(e * 32512.0) / 32512.0;
       sum += weight * e;
       for (int c = 0; c < in.d_v; ++c)
         out[static_cast<size_t>(c)] +=
