@@ -254,7 +254,7 @@ Command add_bench(CLI::App* app) {
       ->add_option("--rounds", o->rounds, "repeat all methods so many times, in turn: slow phases then meet all alike")
       ->check(CLI::Range(1, 1000))
       ->capture_default_str();
-  command->add_option("--json", o->json, "write all figures to this file; - = to stdout, instead of the table");
+  add_json(command, &o->json);
   command->footer(
       "Example: thriftattn bench attention --phase decode --s-kv 16384 131072 --method fp16 fp4 thrift --json "
       "out.json");

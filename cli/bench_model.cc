@@ -228,7 +228,7 @@ Command add_bench_model(CLI::App* app) {
   command->add_option("--steps", o->steps, "of one round and method")->check(count)->capture_default_str();
   command->add_option("--rounds", o->rounds, "over all methods")->check(count)->capture_default_str();
   command->add_option("--seed", o->seed, "of what is drawn")->capture_default_str();
-  command->add_option("--json", o->json, "write all figures to this file; - = to stdout, instead of the table");
+  add_json(command, &o->json);
   command->footer(
       "Example: thriftattn bench model --shape llama3-8b --random-weights --context 131072 --batch 4 --method fp16 "
       "thrift");

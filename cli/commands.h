@@ -11,7 +11,8 @@
 
 namespace CLI {
 class App;
-}
+class Option;
+}  // namespace CLI
 
 namespace thriftattn::cli {
 
@@ -99,6 +100,9 @@ struct BenchModelOptions {
   uint32_t seed = 0;
   std::string json;  // as in eval
 };
+
+// --json FILE of a command that prints a table otherwise.
+CLI::Option* add_json(CLI::App* command, std::string* path);
 
 Command add_doctor(CLI::App* app);
 Command add_inspect(CLI::App* app);

@@ -126,8 +126,7 @@ int run(int argc, char** argv) {
           ->capture_default_str();
   CLI::Option* limit = eval_command->add_option("--limit", eval.limit, "ask the first N questions only")
                            ->check(CLI::Range(int64_t{1}, int64_t{1} << 32));
-  eval_command->add_option("--json", eval.json, "write all figures to this file; - = to stdout, instead of the table")
-      ->check(not_empty());
+  add_json(eval_command, &eval.json);
   questions->excludes(context)->excludes(chunk);
   prefill->needs(questions);
   limit->needs(questions);
@@ -211,6 +210,12 @@ int run(int argc, char** argv) {
 }
 
 }  // namespace
+
+CLI::Option* add_json(CLI::App* command, std::string* path) {
+  return command->add_option("--json", *path, "write all figures to this file; - = to stdout, instead of the table")
+      ->check(not_empty());
+}
+
 }  // namespace thriftattn::cli
 
 int main(int argc, char** argv) {

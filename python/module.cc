@@ -60,9 +60,15 @@ std::string path_of(nb::handle path) {
 
 using Scale = std::optional<float>;  // none: the problem's own
 
+// As a problem has it, where 0 is the default.
+float scale_of(Scale sm_scale) {
+  if (sm_scale == 0.0f) throw nb::value_error("sm_scale is 0, which makes all scores equal: None is 1 / sqrt(d)");
+  return sm_scale.value_or(0);
+}
+
 Form form_of(const std::string& phase, bool causal, int64_t window, Scale sm_scale, float softcap,
              const std::string& compute) {
-  return {phase_of(phase), causal, window, sm_scale.value_or(0), softcap, compute_of(compute)};
+  return {phase_of(phase), causal, window, scale_of(sm_scale), softcap, compute_of(compute)};
 }
 
 // A NumPy array that owns a copy of `values`.
@@ -131,15 +137,15 @@ Plan plan_of(const std::string& method, const std::string& phase, int b, int64_t
   Problem p;
   p.phase = phase_of(phase);
   p.b = b;
-  p.max_s_q = s_q > 0 ? s_q : p.phase == Phase::decode ? 1 : s_kv;
+  p.max_s_q = s_q != 0 ? s_q : p.phase == Phase::decode ? 1 : s_kv;
   p.max_s_kv = s_kv;
   p.h_q = h_q;
   p.h_kv = h_kv;
   p.d = d;
-  p.d_v = d_v > 0 ? d_v : d;
+  p.d_v = d_v != 0 ? d_v : d;
   p.causal = causal;
   p.window = window;
-  p.sm_scale = sm_scale.value_or(0);
+  p.sm_scale = scale_of(sm_scale);
   p.softcap = softcap;
   p.method = method_of(method);
   p.cache = CacheConfig::for_method(p.method, 1, h_kv, p.d, p.d_v);

@@ -257,6 +257,7 @@ nb::object Output::release() {
   if (framework_ == Framework::jax) return give(nb::ndarray<nb::jax>());
   if (!device_.is_cpu()) return give(nb::ndarray<>());
   if (framework_ == Framework::torch) return give(nb::ndarray<nb::pytorch>());
+  if (dtype_ == dlpack_type(DType::bf16)) return give(nb::ndarray<>());  // NumPy has no such type
   return give(nb::ndarray<nb::numpy>());
 }
 

@@ -74,8 +74,8 @@ Tensor packed_on_gpu(Tensor tensor, nb::handle object, const char* name);
 Batch in_rows_on_gpu(Batch tensor, nb::handle object, const char* name, std::initializer_list<const char*> axes,
                      nb::handle stream);
 
-// A new tensor of the framework of `like` (NumPy for others on the CPU; on a GPU an object that speaks DLPack), on
-// `device`. The caller writes what it holds, then releases it: a framework may copy what it is shown.
+// A new tensor of the framework of `like`, on `device`; for others NumPy, or, of bfloat16 and on a GPU, an object that
+// speaks DLPack. The caller writes what it holds, then releases it: a framework may copy what it is shown.
 class Output {
  public:
   Output(const std::vector<size_t>& shape, nb::dlpack::dtype dtype, nb::handle like = nb::none(), Device device = {});

@@ -62,6 +62,8 @@ def enable(
     """
     if fallback not in (None, "sdpa"):
         raise ValueError(f"fallback {fallback!r} is not known: None and 'sdpa' are")
+    if dtype not in ("float16", "bfloat16"):
+        raise ValueError(f"dtype {dtype!r} is not known: 'float16' and 'bfloat16' are")
     method_options(method)  # a mistake in it is the caller's, whatever the model
     reason = _why_not(model)
     if reason and fallback:

@@ -287,22 +287,21 @@ Status KvCache::append(SeqId seq, int layer, const View& k, const View& v, Threa
 
   // Reserve everything first, so that nothing is appended where something is missing.
   const int64_t new_pages = std::max<int64_t>(0, end_page - static_cast<int64_t>(q.pages.size()));
-  const int64_t new_high = (end_page - first_page - (from % kPageTokens != 0 ? 1 : 0)) * c.h_kv;
-  int64_t new_fp4 = 0, new_residual = 0, new_summary = 0;
+  CacheState::Records fresh;
+  fresh.high = (end_page - first_page - (from % kPageTokens != 0 ? 1 : 0)) * c.h_kv;
   for (int h = 0; h < c.h_kv; ++h) {
     const CacheState::Stored stored = s.stored(layer, h);
-    new_fp4 += stored.fp4 ? filled : 0;
-    new_residual += stored.residual ? filled : 0;
-    new_summary += stored.summary ? filled : 0;
+    fresh.fp4 += stored.fp4 ? filled : 0;
+    fresh.residual += stored.residual ? filled : 0;
+    fresh.summary += stored.summary ? filled : 0;
   }
-  const int64_t need = new_high * s.layout.high_bytes + (new_fp4 + new_residual) * s.layout.fp4_bytes +
-                       new_summary * s.layout.summary_bytes +
+  const int64_t need = fresh.high * s.layout.high_bytes + (fresh.fp4 + fresh.residual) * s.layout.fp4_bytes +
+                       fresh.summary * s.layout.summary_bytes +
                        new_pages * (form_table_bytes(c) + int64_t{sizeof(int32_t)});
   if (c.max_bytes > 0 && memory_use(s).total() + need > c.max_bytes)
     return Status(Code::out_of_memory, fmt::format("{} more tokens need {} bytes, the cache holds {} of at most {}",
                                                    k.tokens, need, memory_use(s).total(), c.max_bytes));
-  if (!reserve_pages(s, new_pages, q.pages, new_pages) || !s.high.reserve(new_high) || !s.fp4.reserve(new_fp4) ||
-      !s.residual.reserve(new_residual) || !s.summary.reserve(new_summary))
+  if (!reserve_pages(s, new_pages, q.pages, new_pages) || !s.reserve(fresh))
     return Status(Code::out_of_memory,
                   fmt::format("{} more tokens need {} bytes, which the system refused", k.tokens, need));
 
@@ -387,8 +386,8 @@ Result<SeqId> KvCache::fork(SeqId seq) {
   if (copy < 0) return Status(Code::out_of_memory, fmt::format("no memory left for a fork of sequence {}", seq));
   const Sequence& from = s.sequences[seq];
   Sequence& to = s.sequences[copy];
-  if ((s.config.max_bytes > 0 && memory_use(s).total() + need > s.config.max_bytes) || !s.high.reserve(tail_records) ||
-      !reserve_pages(s, tail, to.pages, pages_for(tokens))) {
+  if ((s.config.max_bytes > 0 && memory_use(s).total() + need > s.config.max_bytes) ||
+      !reserve_pages(s, tail, to.pages, pages_for(tokens)) || !s.reserve({.high = tail_records})) {
     to = {};
     return Status(Code::out_of_memory,
                   fmt::format("a fork of sequence {} needs {} bytes for its tail and tables", seq, need));
@@ -447,7 +446,7 @@ Status KvCache::truncate(SeqId seq, int64_t tokens, bool lossy) {
     }
     if (encoded) {
       const int64_t records = int64_t{s.config.layers} * s.config.h_kv;
-      if (!s.high.reserve(records) || !reserve_pages(s, 1, q.pages, 0))
+      if (!reserve_pages(s, 1, q.pages, 0) || !s.reserve({.high = records}))
         return Status(Code::out_of_memory, "no memory to rebuild the tail of a truncated sequence");
       const int32_t page = take_page(s);
       float k[kMaxChannels * kPageTokens], v[kMaxChannels * kPageTokens];
@@ -570,9 +569,8 @@ Result<SeqId> bring_in(KvCache& cache, const SequenceForms& from, const std::str
     return std::count_if(from.forms.begin(), from.forms.end(), [form](uint8_t forms) { return (forms & form) != 0; });
   };
   const SeqId seq = cache.new_sequence();
-  if (seq < 0 || !s.fp4.reserve(count(kFp4Form)) || !s.residual.reserve(count(kResidualForm)) ||
-      !s.high.reserve(count(kHighForm)) || !s.summary.reserve(count(kSummaryForm)) ||
-      !reserve_pages(s, from.pages(), s.sequences[seq].pages, from.pages())) {
+  if (seq < 0 || !reserve_pages(s, from.pages(), s.sequences[seq].pages, from.pages()) ||
+      !s.reserve({count(kFp4Form), count(kResidualForm), count(kHighForm), count(kSummaryForm)})) {
     if (seq >= 0) s.sequences[seq] = {};
     return Status(Code::out_of_memory,
                   fmt::format("{}: its {} tokens need {} bytes, which the system refused", what, from.tokens, need));

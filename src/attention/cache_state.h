@@ -35,7 +35,8 @@ class RecordPool {
   explicit RecordPool(int64_t record_bytes = 0)
       : record_bytes_(record_bytes), stride_(round_up(record_bytes, kAlignment)) {}
 
-  // Makes sure that the next `count` takes succeed; false where the system has no memory left.
+  // Makes sure that the next `count` takes succeed; false where the system has no memory left: give_up then gives back
+  // what this took.
   bool reserve(int64_t count) {
     try {
       while (static_cast<int64_t>(free_.size()) < count) add_block();
@@ -43,6 +44,19 @@ class RecordPool {
       return false;
     }
     return true;
+  }
+
+  // The blocks as they are; giving up what has been reserved since, where nothing has been taken or given back.
+  struct Mark {
+    size_t blocks, chunks, free;
+    int64_t reserved;
+  };
+  Mark mark() const { return {blocks_.size(), chunks_.size(), free_.size(), reserved_}; }
+  void give_up(const Mark& mark) {
+    free_.resize(mark.free);
+    chunks_.resize(mark.chunks);
+    blocks_.resize(mark.blocks);
+    reserved_ = mark.reserved;
   }
 
   int32_t take() {  // after reserve
@@ -149,6 +163,23 @@ struct CacheState {
   }
   const Sequence* find(SeqId seq) const {
     return seq >= 0 && seq < static_cast<SeqId>(sequences.size()) && sequences[seq].live ? &sequences[seq] : nullptr;
+  }
+  // Makes sure that so many records of each form can be taken, or changes nothing: false where the system has no memory
+  // left.
+  struct Records {
+    int64_t fp4 = 0, residual = 0, high = 0, summary = 0;
+  };
+  bool reserve(const Records& n) {
+    RecordPool* const pools[] = {&fp4, &residual, &high, &summary};
+    const int64_t counts[] = {n.fp4, n.residual, n.high, n.summary};
+    RecordPool::Mark marks[4];
+    for (int i = 0; i < 4; ++i) marks[i] = pools[i]->mark();
+    for (int i = 0; i < 4; ++i) {
+      if (pools[i]->reserve(counts[i])) continue;
+      for (int j = 0; j <= i; ++j) pools[j]->give_up(marks[j]);
+      return false;
+    }
+    return true;
   }
   // The forms that a full page of one head is stored in.
   struct Stored {

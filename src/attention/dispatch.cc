@@ -145,7 +145,7 @@ Status check_forms(const Problem& p, const AttendArgs& a, const AttentionCall& c
           return invalid_argument(
               fmt::format("the given selection has {} query blocks, the call has more", call.given->first.size() - 1));
         const int64_t first = call.given->first[block], end = call.given->first[block + 1];
-        if (first < 0 || end > static_cast<int64_t>(call.given->pages.size()))
+        if (first < 0 || end < first || end > static_cast<int64_t>(call.given->pages.size()))
           return invalid_argument(fmt::format("given selection, block {}: pages [{}, {}) are not among its {}", block,
                                               first, end, call.given->pages.size()));
         const int g = p.phase == Phase::prefill ? h / (p.h_q / p.h_kv) : h;

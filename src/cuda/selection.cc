@@ -84,7 +84,7 @@ class Call {
 
   Status check_block(const Selection& selection, int64_t b, int i) const {
     const int64_t first = selection.first[b], end = selection.first[b + 1];
-    if (first < 0 || end > std::ssize(selection.pages))
+    if (first < 0 || end < first || end > std::ssize(selection.pages))
       return invalid_argument(fmt::format("given selection, block {}: pages [{}, {}) are not among its {}", b, first,
                                           end, selection.pages.size()));
     int64_t previous = -1;

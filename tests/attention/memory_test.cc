@@ -7,6 +7,7 @@
 #include <fstream>
 #include <vector>
 
+#include "attention/cache_state.h"
 #include "attention/session.h"
 
 namespace thriftattn::testing {
@@ -47,6 +48,32 @@ TEST_F(Memory, ThatEndsAtANewSequenceIsAnError) {
     leave_memory(512 * 1024 * kKiB);
     const SeqId seq = cache->new_sequence();
     std::_Exit(seq == -1 && cache->length(0) == -1 && cache->free(0).code() == Code::not_found ? 0 : 1);
+  };
+  EXPECT_EXIT(run_out(), ::testing::ExitedWithCode(0), "");
+}
+
+TEST_F(Memory, ThatEndsInAnAppendIsGivenBack) {
+  const Shape shape{1, 1, 128, 128};
+  const Tokens tokens = attention_like(shape, 64);
+  auto cache = KvCache::create(CacheConfig::for_method(method("thrift"), 1, shape.h_kv, shape.d, shape.d_v));
+  ASSERT_TRUE(cache.ok());
+  const SeqId seq = cache->new_sequence();
+  const auto run_out = [&] {
+    ThreadPool one(1);
+    View k = tokens.k_view(0, 64), v = tokens.v_view(0, 64);
+    k.token_stride = v.token_stride = 0;     // one token again and again
+    k.tokens = v.tokens = int64_t{1} << 17;  // 107 MB, the 16-bit form of every page among them
+    leave_memory(48 * 1024 * kKiB);
+    const auto reserved = [&] {
+      const CacheState& s = cache->state();
+      return s.fp4.reserved_bytes() + s.residual.reserved_bytes() + s.high.reserved_bytes() +
+             s.summary.reserved_bytes();
+    };
+    bool good = cache->append(seq, 0, k, v, one).code() == Code::out_of_memory;
+    good = good && reserved() == 0 && cache->length(seq) == 0;
+    k.tokens = v.tokens = int64_t{1} << 15;  // what came back serves fewer
+    good = good && cache->append(seq, 0, k, v, one).ok();
+    std::_Exit(good ? 0 : 1);
   };
   EXPECT_EXIT(run_out(), ::testing::ExitedWithCode(0), "");
 }

@@ -66,7 +66,9 @@ REFUSED = [
     (("generate", "--model", "{folder}/" + "m" * 300, "--prompt", "Once"), ("mmm", "File name too long")),
     *((("bench", "attention", option, value), (option, value)) for option, value in (
         ("--rounds", "0"), ("--rounds", "-1"), ("--rounds", "1001"), ("--rounds", "some"), ("--reps", "0"), ("--s-q", "0"),
-        ("--s-kv", "0"), ("--batch", "0"), ("--h-q", "0"), ("--device", "gpu"), ("--device", "cuda:x"))),
+        ("--s-kv", "0"), ("--batch", "0"), ("--h-q", "0"), ("--device", "gpu"), ("--device", "cuda:x"),
+        ("--json", ""))),
+    (("bench", "model", "--shape", "llama3-8b", "--random-weights", "--json", ""), ("--json", "empty")),
     (("bench", "attention", "--device", "cuda", "--target", "AVX2"), ("--target AVX2", "--device cuda")),
     (("eval", "generate"), ("--model",)),
     (("--frobnicate",), ("--frobnicate",)),

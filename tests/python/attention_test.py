@@ -272,6 +272,12 @@ MISTAKES = {
         ValueError,
         "out: strides",
     ),
+    "sm_scale": (lambda q, k, v: ((q, k, v), {"sm_scale": 0.0}), ValueError, "sm_scale is 0"),
+    "selection's offsets": (
+        lambda q, k, v: ((q, k, v), {"given": ta.Selection([2, 0] + [0] * 7, [0, 1], [3, 3])}),
+        ValueError,
+        r"given selection, block 0: pages \[2, 0\)",
+    ),
     "selection": (
         lambda q, k, v: ((q, k, v), {"given": ta.Selection([0, 1], [99], [3])}),
         ValueError,

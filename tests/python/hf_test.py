@@ -293,6 +293,8 @@ def test_what_cannot_be_served_raises_with_the_reason(caplog):
         with pytest.raises(ValueError, match="left padding"):
             model(row[:, :1], cache=cache, attention_mask=torch.tensor([[0] * 5 + [1] * 36]))
         model(row[:, :1], cache=cache)  # what was refused has changed nothing
+    with pytest.raises(ValueError, match="dtype 'float15' is not known"):
+        hf.enable(model, "thrift", dtype="float15")
     config = transformers.T5Config(d_model=16, d_kv=16, d_ff=16, num_layers=1, num_heads=1, vocab_size=32)
     seq2seq = transformers.T5ForConditionalGeneration(config)
     with pytest.raises(NotImplementedError, match="encoder"):

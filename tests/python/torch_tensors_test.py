@@ -24,6 +24,22 @@ def test_torch_in_torch_out(device, dtype):
     np.testing.assert_allclose(out.float().cpu(), expected, atol=on_the_cpu if device == "cpu" else max(on_the_cpu, 3e-3))
 
 
+def test_bfloat16_of_any_framework_comes_back_as_bfloat16():
+    class Foreign:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def __dlpack__(self, **kwargs):
+            return self.tensor.__dlpack__(**kwargs)
+
+        def __dlpack_device__(self):
+            return self.tensor.__dlpack_device__()
+
+    q, k, v = qkv(torch.bfloat16)
+    out = torch.from_dlpack(ta.attention(*map(Foreign, (q, k, v))))
+    assert out.dtype == torch.bfloat16 and torch.equal(out, ta.attention(q, k, v))
+
+
 def test_heads_first_views_are_read_in_place(device):
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(device=device))
     assert torch.equal(ta.attention(q, k, v), ta.attention(*(x.contiguous() for x in (q, k, v))))
