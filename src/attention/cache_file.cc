@@ -28,7 +28,9 @@
 #include <bit>
 #include <cerrno>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <new>
 #include <system_error>
 #include <utility>
@@ -169,13 +171,11 @@ Status io_error(const std::string& path, const char* what, int error) {
 
 // --- Writing
 
-// A new file beside `path`, which takes its place on `commit` and is removed otherwise.
+// A new file beside `path`, or beside the file that a link there leads to, which takes its place on `commit` and is
+// removed otherwise. Who may use it, both the umask and the file that was there allow.
 class Replacement {
  public:
-  explicit Replacement(const std::string& path)
-      : path_(path), folder_(path.find('/') == std::string::npos ? "." : path.substr(0, path.rfind('/') + 1)) {
-    buffer_.reserve(kBufferBytes);
-  }
+  explicit Replacement(const std::string& path) : path_(path), target_(path) { buffer_.reserve(kBufferBytes); }
   Replacement(const Replacement&) = delete;
   Replacement& operator=(const Replacement&) = delete;
   ~Replacement() {
@@ -187,17 +187,28 @@ class Replacement {
   Status open() {
     if (path_.empty()) return invalid_argument("an empty name is no file");
     struct stat there;
-    if (::stat(path_.c_str(), &there) == 0 && !S_ISREG(there.st_mode))
+    const bool exists = ::stat(path_.c_str(), &there) == 0;
+    if (exists && !S_ISREG(there.st_mode))
       return invalid_argument(fmt::format("{}: cannot be replaced: it is {}", path_,
                                           S_ISDIR(there.st_mode) ? "a directory" : "not a regular file"));
-    folder_fd_ = ::open(folder_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (exists) {
+      const std::unique_ptr<char, decltype(&std::free)> real(::realpath(path_.c_str(), nullptr), std::free);
+      if (!real) return io_error(path_, "resolve", errno);
+      target_ = real.get();
+    }
+    const std::string folder =
+        target_.find('/') == std::string::npos ? "./" : target_.substr(0, target_.rfind('/') + 1);
+    folder_fd_ = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (folder_fd_ < 0) return io_error(path_, "open its folder", errno);
     for (int i = 0; file_ < 0; ++i) {  // mode 0666, so that the umask says who may read it
-      const std::string name = fmt::format("{}.{}-{}.tmp", path_, ::getpid(), i);
+      const std::string name = fmt::format("{}.thriftattn-{}-{}.tmp", folder, ::getpid(), i);  // any name may be long
       file_ = ::open(name.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
       if (file_ >= 0) name_ = name;
       if (file_ < 0 && errno != EEXIST && errno != EINTR) return io_error(path_, "create a file beside it", errno);
     }
+    struct stat made;
+    if (exists && (::fstat(file_, &made) != 0 || ::fchmod(file_, made.st_mode & there.st_mode & 0777) != 0))
+      return io_error(path_, "keep its permissions", errno);
     return {};
   }
 
@@ -216,7 +227,7 @@ class Replacement {
     if (::fsync(file_) != 0) return io_error(path_, "write", errno);
     const int fd = std::exchange(file_, -1);
     if (::close(fd) != 0) return io_error(path_, "write", errno);
-    if (::rename(name_.c_str(), path_.c_str()) != 0) return io_error(path_, "replace", errno);
+    if (::rename(name_.c_str(), target_.c_str()) != 0) return io_error(path_, "replace", errno);
     name_.clear();
     // Some file systems have nothing to sync of a folder and say EINVAL.
     if (::fsync(folder_fd_) != 0 && errno != EINVAL) return io_error(path_, "sync its folder", errno);
@@ -234,7 +245,7 @@ class Replacement {
     return {};
   }
 
-  std::string path_, folder_, name_;
+  std::string path_, target_, name_;
   int folder_fd_ = -1, file_ = -1;
   std::vector<uint8_t> buffer_;
 };

@@ -546,6 +546,24 @@ TEST_F(Damaged, WhatCannotBeWrittenLeavesTheOldFile) {
   EXPECT_EQ(bytes_of(path()), good_);
 }
 
+TEST_F(Damaged, ASavedFileKeepsItsPlaceItsPermissionsAndALongName) {
+  KvCache cache = make(config_);
+  const SeqId seq = cache.new_sequence();
+  append(cache, seq, tokens_, 0, 200);
+  const std::string link = path("link"), name(250, 'n');
+  ASSERT_EQ(symlink("saved", link.c_str()), 0);
+  ASSERT_EQ(chmod(path().c_str(), 0600), 0);
+  ASSERT_OK(cache.save(seq, link));
+  ASSERT_OK(cache.save(seq, path(name)));
+  struct stat there;
+  ASSERT_EQ(lstat(link.c_str(), &there), 0);
+  EXPECT_TRUE(S_ISLNK(there.st_mode)) << "replaced";
+  ASSERT_EQ(stat(path().c_str(), &there), 0);
+  EXPECT_EQ(there.st_mode & 0777, 0600u);
+  EXPECT_EQ(bytes_of(path()), bytes_of(path(name)));
+  EXPECT_EQ(files().size(), 3u);
+}
+
 TEST_F(Damaged, ANewFileHasTheModeThatTheUmaskSays) {
   KvCache cache = make(config_);
   const SeqId seq = cache.new_sequence();
