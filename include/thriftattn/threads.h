@@ -19,8 +19,8 @@ class THRIFTATTN_API ThreadPool {
 
   int size() const;
 
-  // While one lives, threads of the pool that wait for one another watch, letting others run, instead of going to
-  // sleep, from which to be woken takes a good part of what a decode step has between two calls.
+  // While one lives, threads of the pool that wait for one another do so awake for up to half a millisecond: to be
+  // woken takes a good part of what a decode step has between two calls.
   class THRIFTATTN_API Watch {
    public:
     explicit Watch(ThreadPool& pool);

@@ -324,7 +324,7 @@ void rank(Policy policy, const PageLayout& layout, DType high_dtype, const float
     for (int h0 = 0; h0 < heads; h0 += 4) {
       const float* q = q_mean + static_cast<int64_t>(h0) * layout.d;
       const int some = std::min(4, heads - h0);
-      float of_head[2][4];
+      float of_head[2][4] = {};
       if (policy != Policy::quest)
         dot_four<2>(q, some, high_dtype,
                     {reinterpret_cast<const uint16_t*>(summary[0] + layout.mean),
