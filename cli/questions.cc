@@ -116,7 +116,7 @@ Status eval_questions(const EvalOptions& options) {
   THRIFTATTN_ASSIGN_OR_RETURN(gpu, parse_device(options.run.device));
   if (gpu) {
     return unsupported(
-        fmt::format("--questions is not supported with --device {}: every question continues a copy of its context, "
+        fmt::format("--questions is not supported with --device {}: every question continues a fork of its context, "
                     "which the runner makes on the CPU alone; --device cpu is",
                     options.run.device));
   }
