@@ -11,8 +11,7 @@
 
 namespace CLI {
 class App;
-class Option;
-}  // namespace CLI
+}
 
 namespace thriftattn::cli {
 
@@ -102,7 +101,7 @@ struct BenchModelOptions {
 };
 
 // --json FILE of a command that prints a table otherwise.
-CLI::Option* add_json(CLI::App* command, std::string* path);
+void add_json(CLI::App* command, std::string* path);
 
 Command add_doctor(CLI::App* app);
 Command add_inspect(CLI::App* app);

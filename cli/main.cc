@@ -211,8 +211,8 @@ int run(int argc, char** argv) {
 
 }  // namespace
 
-CLI::Option* add_json(CLI::App* command, std::string* path) {
-  return command->add_option("--json", *path, "write all figures to this file; - = to stdout, instead of the table")
+void add_json(CLI::App* command, std::string* path) {
+  command->add_option("--json", *path, "write all figures to this file; - = to stdout, instead of the table")
       ->check(not_empty());
 }
 

@@ -136,8 +136,8 @@ inline void put(Cell& cell, int row, int depth, int x) {
   cell.low_start[row] -= kBias * low;
 }
 
-// Four rows of one cell, from registers of 16 depths; |x| <= kMostX.
-HWY_INLINE void put_rows(const VI (&x)[kCellRows], Cell& cell) {
+// Four rows of some depths, from the first of a cell on: here a register of a row is all 16. |x| <= kMostX.
+HWY_INLINE void put_rows(const VI (&x)[kCellRows], Cell& cell, int /*first*/) {
   const __m512i a = _mm512_packs_epi32(x[0].raw, x[1].raw), b = _mm512_packs_epi32(x[2].raw, x[3].raw);
   const auto upper = [](__m512i w)
                          HWY_ATTR { return _mm512_srai_epi16(_mm512_add_epi16(w, _mm512_set1_epi16(128)), 8); };
@@ -282,11 +282,7 @@ HWY_INLINE void pack_rows(const float* e, int rows, Cell* cells) {
     VI x[kCellRows];
     for (int r = 0; r < kCellRows; ++r)
       x[r] = hn::Sub(hn::BitCast(di, hn::MulAdd(hn::LoadU(df, row[r] + i), unit, rounder)), rounder_bits);
-#if HWY_TARGET == HWY_AVX3_DL
-    put_rows(x, cells[i / 16]);
-#else
     put_rows(x, cells[i / 16], static_cast<int>(i % 16));
-#endif
   }
 }
 
