@@ -5,8 +5,8 @@
 //
 // An fp4x2 page runs the same loop over both planes; a 16-bit page is multiplied in FP32, its values converted as they
 // are loaded. q is scaled beforehand, so that products are scores in units of log2. Pages are read in turns: the keys
-// of eight pages of one head, their softmaxes, their values; then those of the next head, whose records lie beside
-// them.
+// of eight pages of one head, each with its softmax, then their values; then those of the next head, whose records lie
+// beside them.
 //
 // What binds it: an FP4 page of d = 128 is 9216 bytes and, for four rows, about 4,200 vector instructions, of which
 // 2048 are integer dot products. These take longer than the bytes, the more so where another thread shares the core;
@@ -230,8 +230,8 @@ void add_values(const BlockTask& t, int64_t p, Tier tier, int first, int n, floa
   }
 }
 
-// Some pages of one task, read together: their softmaxes, which are chains of a few instructions that wait for one
-// another, then lie side by side, the task's state and rows stay in L1, and the state moves once for all of them.
+// Some pages of one task, read together: the task's state and rows stay in L1, and the state moves once for all of
+// them. The softmax of each follows its scores, so that there is no long time in which nothing is brought near.
 struct Turn {
   static constexpr int64_t kMost = 8;
   const BlockTask* task = nullptr;
@@ -286,11 +286,9 @@ void read_turn(const Turn& turn, const Turn& next) {
       if (first == 0) next.summary(i).touch_all();
       const int64_t j = i + kLead;
       const Part ahead = j < turn.n ? turn.keys(j) : kScoresAlone ? next.keys(j - turn.n) : turn.values(j - turn.n);
-      if (turn.tier[i] != Tier::none) score_rows(t, turn.first + i, turn.tier[i], first, n, ahead, s + i * of_page);
-    }
-    for (int64_t i = 0; i < turn.n; ++i) {
       pages[i].tier = turn.tier[i];
       if (turn.tier[i] != Tier::none) {
+        score_rows(t, turn.first + i, turn.tier[i], first, n, ahead, s + i * of_page);
         page_softmax(t, turn.first + i, first, n, s + i * of_page, pages[i]);
       } else if (t.page_m) {
         for (int r = first; r < first + n; ++r) t.page_m[r * t.page_stride + turn.first + i] = kMinusInf;
@@ -352,8 +350,12 @@ void exchange_turn(const BlockTask& t, std::span<const Promoted> pages, std::spa
     return Part{{first.plane[0], other.plane[from[i].tier == Tier::fp4x2 ? 1 : 0]}};
   };
   const size_t lead = std::min(pages.size(), size_t{2});  // pages ahead, of two products each
-  for (const Promoted& page : next.first(std::min(next.size(), kExchanged)))
+  for (const Promoted& page : next.first(std::min(next.size(), kExchanged))) {
     Ahead{t.pages[page.page].summary, 64}.touch_all();
+    if (t.starts) __builtin_prefetch(t.starts + page.page * t.start_stride, 0, 2);
+  }
+  for (size_t i = kExchanged; i < std::min(next.size(), 2 * kExchanged); ++i)
+    __builtin_prefetch(&t.pages[next[i].page], 0, 2);
   for (int first = 0; first < t.rows; first += kRows) {
     const int n = std::min(kRows, t.rows - first);
     const int64_t of_page = int64_t{padded_rows(n)} * kPageTokens;
@@ -363,20 +365,17 @@ void exchange_turn(const BlockTask& t, std::span<const Promoted> pages, std::spa
       float *low = s + 2 * i * of_page, *high = low + of_page;
       const size_t j = i + lead;
       const Part ahead = j < pages.size() ? part(j, false) : part(j - pages.size(), true);
+      sums[2 * i].tier = Tier::fp4, sums[2 * i].sign = -1;
+      sums[2 * i + 1].tier = tier;
       score_rows(t, p, Tier::fp4, first, n, {{ahead.plane[0]}}, low);
+      if (tier == Tier::fp4x2) std::copy_n(low, of_page, high);
+      page_softmax(unreported, p, first, n, low, sums[2 * i]);
       if (tier == Tier::fp4x2) {
-        std::copy_n(low, of_page, high);
         add_plane_scores(t, t.pages[p], 1, first, n, nullptr, ahead.plane[1], high);
       } else {
         score_rows(t, p, tier, first, n, {{ahead.plane[1]}}, high);
       }
-    }
-    for (size_t i = 0; i < pages.size(); ++i) {
-      float* low = s + 2 * i * of_page;
-      sums[2 * i].tier = Tier::fp4, sums[2 * i].sign = -1;
-      sums[2 * i + 1].tier = pages[i].tier;
-      page_softmax(unreported, pages[i].page, first, n, low, sums[2 * i]);
-      page_softmax(t, pages[i].page, first, n, low + of_page, sums[2 * i + 1]);
+      page_softmax(t, p, first, n, high, sums[2 * i + 1]);
     }
     merge_sums(t, first, n, {sums, 2 * pages.size()});
     for (size_t i = 0; i < pages.size(); ++i) {
