@@ -434,13 +434,15 @@ void add_shares(const float* page_m, const float* page_l, int64_t n, float sink,
                 float* share) {
   const DF df;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(df));
-  float top = sink;
-  for (int64_t p = 0; p < n; ++p) top = std::max(top, page_m[p]);
+  VF most = hn::Set(df, sink);
+  int64_t p = 0;
+  for (; p + lanes <= n; p += lanes) most = hn::Max(most, hn::LoadU(df, page_m + p));
+  float top = hn::GetLane(hn::MaxOfLanes(df, most));
+  for (; p < n; ++p) top = std::max(top, page_m[p]);
   if (top == kMinusInf) return;
   const VF vtop = hn::Set(df, top);
   double total = std::exp2(sink - top);
-  int64_t p = 0;
-  for (; p + lanes <= n; p += lanes) {  // a page that is not seen has any page_l
+  for (p = 0; p + lanes <= n; p += lanes) {  // a page that is not seen has any page_l
     const VF m = hn::LoadU(df, page_m + p), e = exp2_negative(hn::Sub(m, vtop));
     const VF mass = hn::IfThenElseZero(hn::Ne(e, hn::Zero(df)), hn::Mul(e, hn::LoadU(df, page_l + p)));
     hn::StoreU(mass, df, scratch + p);

@@ -345,6 +345,29 @@ void rank(Policy policy, const PageLayout& layout, DType high_dtype, const float
   }
 }
 
+// Bit by bit of the result: how many are as large as it would be with that bit. As integers, floats are in order once
+// those with a sign have their other bits turned.
+float kth_largest(const float* x, int64_t n, int64_t k, int32_t* scratch) {
+  const DI di;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(di));
+  const auto order = [](int32_t bits) { return bits ^ (bits >> 31 & 0x7fffffff); };
+  for (int64_t i = 0; i < n; ++i) scratch[i] = order(static_cast<int32_t>(bits_of(x[i])));
+  const auto as_large = [&](int32_t bound) HWY_ATTR {
+    const auto below = hn::Set(di, bound - 1);
+    auto count = hn::Zero(di);  // less one for each
+    int64_t i = 0;
+    for (; i + lanes <= n; i += lanes)
+      count = hn::Add(count, hn::VecFromMask(di, hn::Gt(hn::LoadU(di, scratch + i), below)));
+    int64_t found = -int64_t{hn::GetLane(hn::SumOfLanes(di, count))};
+    for (; i < n; ++i) found += scratch[i] >= bound;
+    return found;
+  };
+  int32_t found = as_large(0) >= k ? 0 : std::numeric_limits<int32_t>::min();
+  for (int bit = 30; bit >= 0; --bit)
+    if (const int32_t bound = found | int32_t{1} << bit; as_large(bound) >= k) found = bound;
+  return float_of(static_cast<uint32_t>(order(found)));
+}
+
 void quantize_rows(const Method& method, int64_t rows, int d, const float* q, float* q4) {
   const int group = block_size(method.format);
   float block[kMaxBlockSize];
@@ -370,7 +393,7 @@ const Kernels* table() {
 #else
   constexpr void (*attend_bf16)(const BlockTask&, Tiles&) = nullptr;
 #endif
-  static constexpr Kernels kTable = {"", attend<Floats>, attend_bf16, score, rank, quantize_rows, {}};
+  static constexpr Kernels kTable = {"", attend<Floats>, attend_bf16, score, rank, kth_largest, quantize_rows, {}};
   return &kTable;
 }
 

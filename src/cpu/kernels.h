@@ -115,6 +115,8 @@ struct Kernels {
   // p and head h at [p * heads rounded up to fours + h].
   void (*rank)(Policy policy, const PageLayout& layout, DType high_dtype, const float* q_mean, int heads,
                float sm_scale, const PageRef* pages, int64_t n, float* score, float* products);
+  // The k-th largest of n numbers, 1 <= k <= n, none of them NaN; scratch has room for n.
+  float (*kth_largest)(const float* x, int64_t n, int64_t k, int32_t* scratch);
   // q4 = dec(enc(q)) of `rows` rows of d channels in the method's format (mma4).
   void (*quantize_rows)(const Method& method, int64_t rows, int d, const float* q, float* q4);
   DecodeKernels decode;

@@ -348,7 +348,7 @@ class Run {
         const int head = g * group_ + first_head + h;
         const float q_norm = scores_first(problem_) ? rank_by_mass(r, h * rows, rows, head, 1, last_page, facts, c)
                                                     : rank(r, h * rows, rows, 1, pages, facts, c);
-        choose(problem_, facts, pages, q_norm, c);
+        choose(problem_, kernels_, facts, pages, q_norm, c);
       }
       count(facts, c, worker);
       t.promoted[h] = c.result();
@@ -425,7 +425,7 @@ class Run {
       const float q_norm = rank(unit.rows_, 0, at.s.s_q, group_, at.pages, unit.block, c, starts);
       if (starts)
         for (int64_t i = 0; i < unit.block.n() * round_up(at.rows, 4); ++i) starts[i] *= problem_.sm_scale * kLog2e;
-      choose(problem_, unit.block, at.pages, q_norm, c);
+      choose(problem_, kernels_, unit.block, at.pages, q_norm, c);
     }
     count(unit.block, c, scratch_.workers[w]);
   }
@@ -486,7 +486,7 @@ class Run {
     if (at.s.s_q == 0) return;
     Choice& c = unit.choice;
     const float q_norm = rank_by_mass(unit.rows_, 0, at.s.s_q, at.g * group_, group_, at.end, unit.block, c);
-    choose(problem_, unit.block, at.pages, q_norm, c);
+    choose(problem_, kernels_, unit.block, at.pages, q_norm, c);
     count(unit.block, c, scratch_.workers[w]);
     if (unit.exchanged.empty()) return;
     unit.exchanged_count = 0;

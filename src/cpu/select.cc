@@ -51,10 +51,11 @@ void choose_forced(const Method& method, const BlockPages& block, const PageRef*
   collect(method, block, c);
 }
 
-void choose(const Problem& problem, const BlockPages& block, const PageRef* pages, float q_norm, Choice& c) {
+void choose(const Problem& problem, const Kernels& kernels, const BlockPages& block, const PageRef* pages, float q_norm,
+            Choice& c) {
   const Method& m = problem.method;
   const int64_t first = block.first_visible, end_page = block.visible;
-  const int64_t forced = mark_forced(m, block, pages, c);
+  const int64_t forced = mark_forced(m, block, pages, c), candidates = block.n() - forced;
   const Tier high = high_tier(m.storage);
   const bool by_mass = m.budget.kind == Budget::Kind::mass, by_error = m.budget.kind == Budget::Kind::tolerance;
   if (by_mass || by_error) estimate_shares(problem, block, c);
@@ -62,37 +63,42 @@ void choose(const Problem& problem, const BlockPages& block, const PageRef* page
     for (int64_t p = first; p < end_page; ++p)
       c.contribution[p] = error_contribution(summary_of(pages[p]), c.share[p], problem.sm_scale, q_norm);
 
-  // Candidates in rank order, as far as the budget may need them.
-  int64_t candidates = 0;
-  for (int64_t p = first; p < end_page; ++p)
-    if (!is_forced(m.force, block, p)) c.order[candidates++] = static_cast<int32_t>(p);
   float* key = by_error ? c.contribution.data() : c.score.data();
-  for (int64_t p = first; p < end_page; ++p)  // what compares with nothing has no order that a sort could keep to
+  for (int64_t p = first; p < end_page; ++p)  // what compares with nothing has no order that a choice could keep to
     if (std::isnan(key[p])) key[p] = -INFINITY;
-  const auto before = [key](int32_t a, int32_t b) { return key[a] > key[b] || (key[a] == key[b] && a < b); };
-  const auto begin = c.order.begin(), end = begin + candidates;
-
-  int64_t take = 0;
-  if (by_mass || by_error) {
-    std::sort(begin, end, before);
+  const auto promote = [&](int64_t page) {
+    if (high == Tier::none) {
+      ++c.wanted_not_stored;
+    } else {
+      c.tier[page] = high;
+    }
+  };
+  if (weighs_pages(m.budget)) {
+    int64_t n = 0;
+    for (int64_t p = first; p < end_page; ++p)
+      if (!is_forced(m.force, block, p)) c.order[n++] = static_cast<int32_t>(p);
+    std::sort(c.order.begin(), c.order.begin() + n,
+              [key](int32_t a, int32_t b) { return key[a] > key[b] || (key[a] == key[b] && a < b); });
     const float* weight = by_mass ? c.share.data() : c.contribution.data();
     double taken = 0, left = 0;
     for (int64_t p = first; p < end_page; ++p) (is_forced(m.force, block, p) ? taken : left) += weight[p];
     const auto enough = [&] { return by_mass ? taken >= m.budget.value : left < m.budget.value; };
-    for (; take < candidates && !enough(); ++take) {
-      taken += weight[c.order[take]];
-      left -= weight[c.order[take]];
+    for (int64_t i = 0; i < n && !enough(); ++i) {
+      taken += weight[c.order[i]];
+      left -= weight[c.order[i]];
+      promote(c.order[i]);
     }
   } else {
     const bool one_k = problem.phase == Phase::prefill && problem.causal;
-    take = std::min(candidates, budget_pages(m.budget, block, forced, one_k) - forced);
-    if (take > 0 && take < candidates) std::nth_element(begin, begin + take - 1, end, before);
-  }
-  for (int64_t i = 0; i < take; ++i) {
-    if (high == Tier::none) {
-      ++c.wanted_not_stored;
-    } else {
-      c.tier[c.order[i]] = high;
+    const int64_t take = std::min(candidates, budget_pages(m.budget, block, forced, one_k) - forced);
+    if (take > 0) {
+      for (int64_t p = first; p < end_page; ++p)  // forced ones are no candidates, and have no place above any
+        c.share[p] = is_forced(m.force, block, p) ? -INFINITY : key[p];
+      const float last = kernels.kth_largest(&c.share[first], block.n(), take, c.order.data());
+      int64_t equal = take;  // of those that equal the last one, what the larger ones leave
+      for (int64_t p = first; p < end_page; ++p) equal -= c.share[p] > last;
+      for (int64_t p = first; p < end_page; ++p)
+        if (key[p] >= last && !is_forced(m.force, block, p) && (key[p] > last || equal-- > 0)) promote(p);
     }
   }
   collect(m, block, c);

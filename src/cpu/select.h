@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/kernels.h"
 #include "format/params.h"
 #include "format/selection.h"
 
@@ -23,7 +24,7 @@ struct Choice {
   std::vector<float> share;         // estimated share of the softmax mass
   std::vector<float> contribution;  // estimated error of reading the page in fp4
   std::vector<float> mass;          // scratch of the ranking by mass
-  std::vector<int32_t> order;
+  std::vector<int32_t> order;       // scratch
   std::vector<Tier> tier;
   std::vector<Promoted> promoted;  // the result: `count` pages, ascending
   int64_t count = 0;
@@ -37,6 +38,7 @@ void choose_forced(const Method& method, const BlockPages& block, const PageRef*
 
 // Chooses by choice.score[block.first_visible, block.visible). q_norm is |q_mean|, for the error estimate. Ties go to
 // the lower page.
-void choose(const Problem& problem, const BlockPages& block, const PageRef* pages, float q_norm, Choice& choice);
+void choose(const Problem& problem, const Kernels& kernels, const BlockPages& block, const PageRef* pages, float q_norm,
+            Choice& choice);
 
 }  // namespace thriftattn::cpu

@@ -2,9 +2,14 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
+#include <functional>
+#include <random>
 #include <string>
+#include <vector>
 
 #include "attention/agreement.h"
+#include "cpu/kernels.h"
 
 namespace thriftattn::testing {
 namespace {
@@ -38,6 +43,31 @@ TEST_P(Target, AgreesWithTheOracle) {
         const oracle::Input input = session.oracle_input(rows, call);
         expect_output(ran, oracle::attend(input, ran.stats.selection), tokens, input, spec);
       }
+    }
+  }
+}
+
+TEST_P(Target, KthLargestIsWhatASortPutsThere) {
+  std::mt19937 random(3);
+  for (const int64_t n : {1, 2, 15, 16, 17, 63, 200, 2048}) {
+    std::vector<float> x(static_cast<size_t>(n)), sorted;
+    std::vector<int32_t> scratch(x.size());
+    for (int kind = 0; kind < 4; ++kind) {
+      for (float& value : x) {
+        const float some = static_cast<float>(static_cast<int>(random() % 2001) - 1000);
+        value = kind == 0   ? some * 1e-30f
+                : kind == 1 ? std::round(some / 400)
+                : kind == 2 ? -std::exp(some / 100)
+                            : some;
+        if (kind == 3 && random() % 3 == 0) value = random() % 2 ? -INFINITY : INFINITY;
+        if (kind == 3 && random() % 5 == 0) value = random() % 2 ? -0.0f : 0.0f;
+      }
+      sorted = x;
+      std::sort(sorted.begin(), sorted.end(), std::greater<>());
+      for (const int64_t k : {int64_t{1}, (n + 19) / 20, (n + 1) / 2, n})
+        EXPECT_EQ(cpu::kernels_for(GetParam())->kth_largest(x.data(), n, k, scratch.data()),
+                  sorted[static_cast<size_t>(k - 1)])
+            << "kind " << kind << ", " << k << " of " << n;
     }
   }
 }
