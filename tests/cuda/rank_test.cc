@@ -398,7 +398,7 @@ TEST(CudaRank, ChoosesByMassAsTheCpu) {
                                              high ? reinterpret_cast<const uint16_t*>(summary) : nullptr, summary};
           choice.score[static_cast<size_t>(page)] = static_cast<float>(f.rank[p]);
         }
-        cpu::choose(problem, f.block, refs.data(), q_norm[u], choice);
+        cpu::choose(problem, *cpu::kernels_for(cpu::targets().back()), f.block, refs.data(), q_norm[u], choice);
         if (w.chosen().budget.kind == Budget::Kind::tolerance)
           for (size_t p = 0; p < f.rank.size(); ++p)
             f.rank[p] = static_cast<double>(choice.contribution[static_cast<size_t>(f.block.first_visible) + p]);

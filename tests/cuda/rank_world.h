@@ -19,6 +19,7 @@
 
 #include "attention/cache_state.h"
 #include "attention/session.h"
+#include "cpu/backend.h"
 #include "cpu/select.h"
 #include "cuda/choose.cuh"
 #include "cuda/gpu.h"
