@@ -513,7 +513,7 @@ class Run {
     if (call_.sequences[u / std::ssize(call_.kv_heads)].s_q == 0) return;
     BlockTask t = unit_task(u, static_cast<int>(part));
     t.promoted[0] = {unit.exchanged.data() + first, static_cast<size_t>(end - first)};
-    if (!details_) t.page_m = t.page_l = nullptr;  // chosen by already, and stores to cold memory
+    if (!details_) t.page_m = t.page_l = nullptr;  // the choice is made: nobody asks for masses any more
     kernels_.decode.exchange(t);
   }
 

@@ -55,10 +55,10 @@ void choose(const Problem& problem, const Kernels& kernels, const BlockPages& bl
             Choice& c) {
   const Method& m = problem.method;
   const int64_t first = block.first_visible, end_page = block.visible;
-  const int64_t forced = mark_forced(m, block, pages, c), candidates = block.n() - forced;
+  const int64_t forced = mark_forced(m, block, pages, c);
   const Tier high = high_tier(m.storage);
   const bool by_mass = m.budget.kind == Budget::Kind::mass, by_error = m.budget.kind == Budget::Kind::tolerance;
-  if (by_mass || by_error) estimate_shares(problem, block, c);
+  if (weighs_pages(m.budget)) estimate_shares(problem, block, c);
   if (by_error)
     for (int64_t p = first; p < end_page; ++p)
       c.contribution[p] = error_contribution(summary_of(pages[p]), c.share[p], problem.sm_scale, q_norm);
@@ -90,13 +90,13 @@ void choose(const Problem& problem, const Kernels& kernels, const BlockPages& bl
     }
   } else {
     const bool one_k = problem.phase == Phase::prefill && problem.causal;
-    const int64_t take = std::min(candidates, budget_pages(m.budget, block, forced, one_k) - forced);
+    const int64_t take = std::min(block.n() - forced, budget_pages(m.budget, block, forced, one_k) - forced);
     if (take > 0) {
       for (int64_t p = first; p < end_page; ++p)  // forced ones are no candidates, and have no place above any
-        c.share[p] = is_forced(m.force, block, p) ? -INFINITY : key[p];
-      const float last = kernels.kth_largest(&c.share[first], block.n(), take, c.order.data());
+        c.mass[p] = is_forced(m.force, block, p) ? -INFINITY : key[p];
+      const float last = kernels.kth_largest(&c.mass[first], block.n(), take, c.order.data());
       int64_t equal = take;  // of those that equal the last one, what the larger ones leave
-      for (int64_t p = first; p < end_page; ++p) equal -= c.share[p] > last;
+      for (int64_t p = first; p < end_page; ++p) equal -= c.mass[p] > last;
       for (int64_t p = first; p < end_page; ++p)
         if (key[p] >= last && !is_forced(m.force, block, p) && (key[p] > last || equal-- > 0)) promote(p);
     }

@@ -23,7 +23,7 @@ struct Choice {
   std::vector<float> score;         // of the policy, or its estimated mass where the policy estimates mass itself
   std::vector<float> share;         // estimated share of the softmax mass
   std::vector<float> contribution;  // estimated error of reading the page in fp4
-  std::vector<float> mass;          // scratch of the ranking by mass
+  std::vector<float> mass;          // scratch of the ranking by mass, then of the choice
   std::vector<int32_t> order;       // scratch
   std::vector<Tier> tier;
   std::vector<Promoted> promoted;  // the result: `count` pages, ascending
