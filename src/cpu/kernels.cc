@@ -312,36 +312,58 @@ float moment_score(const PageLayout& layout, const float* q, const uint8_t* summ
   return q_dot_mean + 0.5f * sm_scale * hn::GetLane(hn::SumOfLanes(df, sum));
 }
 
-void rank(Policy policy, const PageLayout& layout, DType high_dtype, const float* q_mean, int heads, float sm_scale,
-          const PageRef* pages, int64_t n, float* score, float* products) {
-  constexpr int64_t kAhead = 8;  // pages: summaries lie apart, and nothing else brings them nearer
-  for (int64_t p0 = 0; p0 < n; p0 += 2) {
-    const int some_pages = static_cast<int>(std::min<int64_t>(2, n - p0));
-    const uint8_t* summary[2] = {pages[p0].summary, pages[p0 + some_pages - 1].summary};
-    for (int64_t p = p0 + kAhead; p < std::min(p0 + kAhead + 2, n); ++p)
-      for (int64_t at = 0; at < layout.summary_bytes; at += 64) __builtin_prefetch(pages[p].summary + at, 0, 3);
-    float best[2] = {kMinusInf, kMinusInf};
-    for (int h0 = 0; h0 < heads; h0 += 4) {
-      const float* q = q_mean + static_cast<int64_t>(h0) * layout.d;
-      const int some = std::min(4, heads - h0);
-      float of_head[2][4] = {};
-      if (policy != Policy::quest)
-        dot_four<2>(q, some, high_dtype,
-                    {reinterpret_cast<const uint16_t*>(summary[0] + layout.mean),
-                     reinterpret_cast<const uint16_t*>(summary[1] + layout.mean)},
-                    layout.d, {of_head[0], of_head[1]});
-      for (int i = 0; i < some_pages; ++i) {
-        if (products) std::copy_n(of_head[i], 4, products + (p0 + i) * round_up(heads, 4) + h0);
-        for (int h = 0; h < some; ++h) {
-          const float* row = q + static_cast<int64_t>(h) * layout.d;
-          float x = of_head[i][h];
-          if (policy == Policy::quest) x = quest_score(layout, high_dtype, row, summary[i]);
-          if (policy == Policy::second_moment) x = moment_score(layout, row, summary[i], sm_scale, x);
-          best[i] = std::max(best[i], sm_scale * x);
+void rank(Policy policy, const PageLayout& layout, DType high_dtype, float sm_scale, std::span<const RankTask> tasks,
+          int64_t first, int64_t end) {
+  constexpr int64_t kAhead = 8;                        // pages
+  constexpr int kPages = HWY_MAX_BYTES >= 64 ? 4 : 2;  // read at once: one loading of q serves them
+  const hn::CappedTag<float, 4> four;
+  const auto scale = hn::Set(four, sm_scale);
+  // Summaries that are wanted next are asked for in the order in which they lie in memory.
+  int64_t next = first + kAhead, of = 0;
+  const auto ask = [&] {
+    if (next >= end) return;
+    const uint8_t* summary = tasks[of].pages[next].summary;
+    for (int64_t at = 0; at < layout.summary_bytes; at += 64) __builtin_prefetch(summary + at, 0, 3);
+    if (++of == std::ssize(tasks)) of = 0, ++next;
+  };
+  for (int64_t p0 = first; p0 < end; p0 += kPages) {
+    const int some_pages = static_cast<int>(std::min<int64_t>(kPages, end - p0));
+    for (const RankTask& t : tasks) {
+      for (int k = 0; k < kPages; ++k) ask();
+      const uint8_t* summary[kPages];
+      const uint16_t* mean[kPages];
+      float best[kPages];
+      for (int k = 0; k < kPages; ++k) {
+        summary[k] = t.pages[p0 + std::min(k, some_pages - 1)].summary;
+        mean[k] = reinterpret_cast<const uint16_t*>(summary[k] + layout.mean);
+        best[k] = kMinusInf;
+      }
+      for (int h0 = 0; h0 < t.heads; h0 += 4) {
+        const float* q = t.q_mean + static_cast<int64_t>(h0) * layout.d;
+        const int some = std::min(4, t.heads - h0);
+        HWY_ALIGN float of_head[kPages][4];
+        float* to[kPages];
+        for (int k = 0; k < kPages; ++k) to[k] = of_head[k];
+        if (policy != Policy::quest) dot_four(q, some, high_dtype, mean, layout.d, to);
+        for (int k = 0; k < some_pages; ++k) {
+          if (policy != Policy::quest) {
+            const auto x = hn::Load(four, of_head[k]);
+            if (t.products) hn::StoreU(x, four, t.products + (p0 + k) * round_up(t.heads, 4) + h0);
+            if (policy == Policy::block_mean) {  // a head that is missing stands there as the last one
+              best[k] = std::max(best[k], hn::GetLane(hn::MaxOfLanes(four, hn::Mul(x, scale))));
+              continue;
+            }
+          }
+          for (int h = 0; h < some; ++h) {
+            const float* row = q + static_cast<int64_t>(h) * layout.d;
+            const float x = policy == Policy::quest ? quest_score(layout, high_dtype, row, summary[k])
+                                                    : moment_score(layout, row, summary[k], sm_scale, of_head[k][h]);
+            best[k] = std::max(best[k], sm_scale * x);
+          }
         }
       }
+      for (int k = 0; k < some_pages; ++k) t.score[p0 + k] = best[k];
     }
-    for (int i = 0; i < some_pages; ++i) score[p0 + i] = best[i];
   }
 }
 

@@ -101,6 +101,16 @@ struct DecodeKernels {
                      float* share);
 };
 
+// The query heads of one KV head that rank its pages.
+struct RankTask {
+  const float* q_mean;  // [heads, d]
+  int heads;            // 0 = none has a row to rank by: all scores are -inf
+  const PageRef* pages;
+  float* score;     // [pages]
+  float* products;  // where not null and the policy is not quest: q_mean.k_mean of page p and head h at [p * heads
+                    // rounded up to fours + h]
+};
+
 struct Kernels {
   const char* target;
   // Adds the pages of the task to its softmax state.
@@ -110,11 +120,10 @@ struct Kernels {
   void (*attend_bf16)(const BlockTask& task, Tiles& tiles);
   // Scores every page of the task, K only, each in its tier; fills page_m and page_l.
   void (*score)(const BlockTask& task, Tiles& tiles);
-  // score[p] for p in [0, n) of the policies that rank before reading, block_mean, quest and second_moment: the largest
-  // of `heads` mean rows q_mean [heads, d]. products, where not null and the policy is not quest: q_mean.k_mean of page
-  // p and head h at [p * heads rounded up to fours + h].
-  void (*rank)(Policy policy, const PageLayout& layout, DType high_dtype, const float* q_mean, int heads,
-               float sm_scale, const PageRef* pages, int64_t n, float* score, float* products);
+  // score[p] for p in [first, end) of the policies that rank before reading, block_mean, quest and second_moment: the
+  // largest of a task's heads. The summaries of the tasks lie side by side.
+  void (*rank)(Policy policy, const PageLayout& layout, DType high_dtype, float sm_scale,
+               std::span<const RankTask> tasks, int64_t first, int64_t end);
   // The k-th largest of n numbers, 1 <= k <= n, none of them NaN; scratch has room for n.
   float (*kth_largest)(const float* x, int64_t n, int64_t k, int32_t* scratch);
   // q4 = dec(enc(q)) of `rows` rows of d channels in the method's format (mma4).

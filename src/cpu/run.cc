@@ -1,7 +1,9 @@
 // One run on the CPU: cuts a call into tasks, ranks, selects, attends, merges. Reads top to bottom as the algorithm:
 //
 //   prefill   per (sequence, KV head, up to 4 of its query heads, query block):   rank -> select -> attend -> finish
-//   decode    per (sequence, KV head):                            load q [-> rank -> select]
+//   decode    per (sequence, KV head):                            load q
+//             per (sequence, range of pages), all KV heads:       [rank]
+//             per (sequence, KV head):                            [select]
 //             per (sequence, range of pages), all KV heads:       [score, and per KV head select:] attend
 //             per (sequence, KV head), fp4_mass:                  select by the masses that this read
 //             per (sequence, KV head, part of the promoted):      exchange their FP4 for their tier
@@ -87,6 +89,7 @@ class Run {
     const int64_t walks = std::ssize(call_.sequences) * head_groups(std::ssize(call_.kv_heads));
     const bool by_mass = scores_first(problem_) && !call_.given && ranks(problem_.method);
     const bool exchange = by_mass && exchanges(problem_) && !call_.select_only;
+    const bool ranks_first = ranks(problem_.method) && !call_.given && !by_mass;
     start_stats(units);
     pool_.parallel_for(units, [&](int64_t u, int w) { load_unit(u, by_mass, w); });
     const auto walk_all = [&](bool scores_alone) {
@@ -94,7 +97,11 @@ class Run {
         walk(i / plan_.splits, static_cast<int>(i % plan_.splits), scores_alone, w);
       });
     };
-    const auto select_all = [&] { pool_.parallel_for(units, [&](int64_t u, int w) { select_unit(u, w); }); };
+    const auto select_all = [&] { pool_.parallel_for(units, [&](int64_t u, int w) { select_unit(u, by_mass, w); }); };
+    if (ranks_first) {
+      pool_.parallel_for(walks * plan_.splits, [&](int64_t i, int) { rank_pages(i / plan_.splits, i % plan_.splits); });
+      select_all();
+    }
     if (exchange) {
       walk_all(false);
       select_all();
@@ -159,8 +166,6 @@ class Run {
     return bad == 0;
   }
 
-  static constexpr int kHeadsAtOnce = 8;  // whose means share one reading of the summaries
-
   // The mean row of one head; false where it has no finite row.
   bool mean_row(const Rows& rows, int64_t first, int64_t count, float* mean) const {
     const int d = problem_.d;
@@ -181,32 +186,15 @@ class Run {
     return std::sqrt(sum);
   }
 
-  // Scores the pages of one block before reading them: the maximum over `heads` runs of `count` rows from `first`.
-  // `products`, where not null, gets what the kernel says.
-  float rank(const Rows& rows, int64_t first, int64_t count, int heads, const PageRef* pages, const BlockPages& block,
-             Choice& choice, float* products = nullptr) const {
-    float means[kHeadsAtOnce * kMaxChannels], q_norm = 0;
-    float *score = choice.score.data() + block.first_visible, *of_some = choice.share.data();
-    const int64_t n = block.n();
-    std::fill_n(score, n, kMinusInf);
-    for (int h = 0; h < heads;) {
-      int some = 0;
-      for (; h < heads && some < kHeadsAtOnce; ++h) {
-        float* mean = means + static_cast<int64_t>(some) * problem_.d;
-        if (!mean_row(rows, first + h * count, count, mean)) continue;
-        q_norm = std::max(q_norm, norm(mean, problem_.d));
-        ++some;
-      }
-      if (some == 0) continue;
-      if (problem_.method.policy == Policy::recent) {
-        for (int64_t p = 0; p < n; ++p) score[p] = static_cast<float>(p);
-      } else {
-        kernels_.rank(problem_.method.policy, *call_.layout, problem_.cache.high_dtype, means, some, problem_.sm_scale,
-                      pages + block.first_visible, n, of_some, products);
-        for (int64_t p = 0; p < n; ++p) score[p] = std::max(score[p], of_some[p]);
-      }
+  // Scores pages before reading them.
+  void rank(std::span<const RankTask> tasks, int64_t first, int64_t end) const {
+    if (problem_.method.policy == Policy::recent) {
+      for (const RankTask& t : tasks)
+        for (int64_t p = first; p < end; ++p) t.score[p] = t.heads > 0 ? static_cast<float>(p) : kMinusInf;
+    } else {
+      kernels_.rank(problem_.method.policy, *call_.layout, problem_.cache.high_dtype, problem_.sm_scale, tasks, first,
+                    end);
     }
-    return q_norm;
   }
 
   // Log2 of what a query head's sink takes.
@@ -346,8 +334,15 @@ class Run {
         choose_forced(problem_.method, facts, pages, c);
       } else {
         const int head = g * group_ + first_head + h;
-        const float q_norm = scores_first(problem_) ? rank_by_mass(r, h * rows, rows, head, 1, last_page, facts, c)
-                                                    : rank(r, h * rows, rows, 1, pages, facts, c);
+        float q_norm = 0;
+        if (scores_first(problem_)) {
+          q_norm = rank_by_mass(r, h * rows, rows, head, 1, last_page, facts, c);
+        } else {
+          float mean[kMaxChannels];
+          const RankTask whole{mean, mean_row(r, h * rows, rows, mean), pages, c.score.data(), nullptr};
+          rank({&whole, 1}, facts.first_visible, facts.visible);
+          q_norm = norm(mean, problem_.d);
+        }
         choose(problem_, kernels_, facts, pages, q_norm, c);
       }
       count(facts, c, worker);
@@ -387,6 +382,15 @@ class Run {
     return {s, g, s.pages + g * s.page_stride, group_ * s.s_q, s.s_kv - s.s_q, end_page(s, s.s_kv - 1)};
   }
 
+  // KV heads of one sequence whose pages are read together: the units from `unit` on.
+  struct HeadsOfWalk {
+    int64_t sequence, unit, count;
+  };
+  HeadsOfWalk heads_of_walk(int64_t i) const {
+    const int64_t all = std::ssize(call_.kv_heads), groups = head_groups(all), first = i % groups * kMaxHeadsPerWalk;
+    return {i / groups, i / groups * all + first, std::min<int64_t>(kMaxHeadsPerWalk, all - first)};
+  }
+
   void load_unit(int64_t u, bool by_mass, int w) {
     const UnitPlace at = place(u);
     Unit& unit = scratch_.units[u];
@@ -416,18 +420,46 @@ class Run {
       }
       return;
     } else {
-      // With one row a head, its products with the means are where the scores of FP4 pages start.
-      const Policy policy = problem_.method.policy;
-      unit.starts_known = (policy == Policy::block_mean || policy == Policy::second_moment) && !unit.starts.empty() &&
-                          at.s.s_q == 1 && group_ <= kHeadsAtOnce &&
-                          std::count(unit.rows_.finite.begin(), unit.rows_.finite.begin() + group_, 1) == group_;
-      float* starts = unit.starts_known ? &unit.starts[unit.block.first_visible * round_up(at.rows, 4)] : nullptr;
-      const float q_norm = rank(unit.rows_, 0, at.s.s_q, group_, at.pages, unit.block, c, starts);
-      if (starts)
-        for (int64_t i = 0; i < unit.block.n() * round_up(at.rows, 4); ++i) starts[i] *= problem_.sm_scale * kLog2e;
-      choose(problem_, kernels_, unit.block, at.pages, q_norm, c);
+      mean_rows(at, unit);
+      return;
     }
     count(unit.block, c, scratch_.workers[w]);
+  }
+
+  // What ranks the pages of a unit: the mean row of each query head that has finite ones.
+  void mean_rows(const UnitPlace& at, Unit& unit) const {
+    unit.mean_heads = 0;
+    unit.q_norm = 0;
+    for (int h = 0; h < group_; ++h) {
+      float* mean = &unit.means[static_cast<int64_t>(unit.mean_heads) * problem_.d];
+      if (!mean_row(unit.rows_, h * at.s.s_q, at.s.s_q, mean)) continue;
+      unit.q_norm = std::max(unit.q_norm, norm(mean, problem_.d));
+      ++unit.mean_heads;
+    }
+    // With one row a head, its products with the means are where the scores of FP4 pages start.
+    const Policy policy = problem_.method.policy;
+    unit.starts_known = (policy == Policy::block_mean || policy == Policy::second_moment) && !unit.starts.empty() &&
+                        at.s.s_q == 1 && unit.mean_heads == group_;
+  }
+
+  // One range of pages of some KV heads of one sequence.
+  void rank_pages(int64_t i, int64_t split) {
+    const HeadsOfWalk heads = heads_of_walk(i);
+    if (call_.sequences[heads.sequence].s_q == 0) return;
+    RankTask tasks[kMaxHeadsPerWalk];
+    for (int64_t h = 0; h < heads.count; ++h) {
+      Unit& unit = scratch_.units[heads.unit + h];
+      tasks[h] = {unit.means.data(), unit.mean_heads, place(heads.unit + h).pages, unit.choice.score.data(),
+                  unit.starts_known ? unit.starts.data() : nullptr};
+    }
+    const BlockPages& block = scratch_.units[heads.unit].block;
+    const int64_t first = block.first_visible + block.n() * split / plan_.splits;
+    const int64_t end = block.first_visible + block.n() * (split + 1) / plan_.splits;
+    rank({tasks, static_cast<size_t>(heads.count)}, first, end);
+    const int64_t width = round_up(group_, 4);
+    for (int64_t h = 0; h < heads.count; ++h)
+      for (int64_t k = first * width; k < end * width && tasks[h].products; ++k)
+        tasks[h].products[k] *= problem_.sm_scale * kLog2e;
   }
 
   SoftmaxState state_of(Unit& unit, int split) const {
@@ -456,14 +488,13 @@ class Run {
     return t;
   }
 
-  // One range of pages of some KV heads of one sequence.
+  // The same.
   void walk(int64_t i, int split, bool scores_alone, int w) {
-    const int64_t all = std::ssize(call_.kv_heads), groups = head_groups(all), sequence = i / groups;
+    const auto [sequence, unit, count] = heads_of_walk(i);
     if (call_.sequences[sequence].s_q == 0) return;
     BlockTask tasks[kMaxHeadsPerWalk];
-    const int64_t first = i % groups * kMaxHeadsPerWalk, count = std::min<int64_t>(kMaxHeadsPerWalk, all - first);
     for (int64_t h = 0; h < count; ++h) {
-      const int64_t u = sequence * all + first + h;
+      const int64_t u = unit + h;
       BlockTask& t = tasks[h] = unit_task(u, split);
       if (scores_alone) {
         // Scored in FP4 even where the rest is dropped.
@@ -480,13 +511,13 @@ class Run {
     }
   }
 
-  void select_unit(int64_t u, int w) {
+  void select_unit(int64_t u, bool by_mass, int w) {
     const UnitPlace at = place(u);
     Unit& unit = scratch_.units[u];
     if (at.s.s_q == 0) return;
     Choice& c = unit.choice;
-    const float q_norm = rank_by_mass(unit.rows_, 0, at.s.s_q, at.g * group_, group_, at.end, unit.block, c);
-    choose(problem_, kernels_, unit.block, at.pages, q_norm, c);
+    if (by_mass) unit.q_norm = rank_by_mass(unit.rows_, 0, at.s.s_q, at.g * group_, group_, at.end, unit.block, c);
+    choose(problem_, kernels_, unit.block, at.pages, unit.q_norm, c);
     count(unit.block, c, scratch_.workers[w]);
     if (unit.exchanged.empty()) return;
     unit.exchanged_count = 0;

@@ -102,6 +102,7 @@ struct Unit {
         choice(max_pages(p)),
         exchanged(exchanges(p) ? max_pages(p) : 0),
         mass_before(exchanges(p) ? rows : 0),
+        means(scores_first(p) ? 0 : p.h_q / p.h_kv * p.d),
         q(mma4 ? 0 : rows * p.d),
         q_cells(mma4 ? 0 : cells_bytes(p, rows) / int64_t{sizeof(int32_t)}),
         q_unit(mma4 ? 0 : Rows::padded(rows)),
@@ -114,10 +115,13 @@ struct Unit {
   std::vector<Promoted> exchanged;  // promoted pages that were read in FP4 first
   int64_t exchanged_count = 0;
   std::vector<float> mass_before;  // [rows], log2 of the sum over all pages before the exchange
-  std::vector<float> q;            // [rows, d], times sm_scale log2 e
-  std::vector<int32_t> q_cells;    // the same as integers
-  std::vector<float> q_unit;       // [rows]
-  std::vector<float> starts;       // [max pages, rows rounded up to fours], as BlockTask says; or empty
+  std::vector<float> means;        // [mean_heads, d], of the query heads that rank pages
+  int mean_heads = 0;
+  float q_norm = 0;              // the largest of a mean row
+  std::vector<float> q;          // [rows, d], times sm_scale log2 e
+  std::vector<int32_t> q_cells;  // the same as integers
+  std::vector<float> q_unit;     // [rows]
+  std::vector<float> starts;     // [max pages, rows rounded up to fours], as BlockTask says; or empty
   bool starts_known = false;
   BlockPages block;
 };
