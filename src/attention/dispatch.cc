@@ -177,14 +177,19 @@ Status check_forms(const Problem& p, const AttendArgs& a, const AttentionCall& c
 // Where the records of every page of every sequence lie: pages [b, h_kv, stride].
 void resolve_pages(const CacheState& state, const AttendArgs& a, std::span<const SequenceCall> sequences,
                    int64_t stride, PageRef* pages, ThreadPool& pool) {
-  constexpr int64_t kPages = 256;  // of a task
+  constexpr int64_t kPages = 64;  // of a task
+  constexpr int64_t kAhead =
+      16;  // pages whose forms are asked for: they lie apart, where no prefetcher of hardware follows
   const int h_kv = state.config.h_kv;
   const int64_t tasks = (stride + kPages - 1) / kPages;
   pool.parallel_for(std::ssize(sequences) * tasks, [&](int64_t task, int) {
     const int64_t i = task / tasks, first = task % tasks * kPages;
     const std::vector<int32_t>& table = state.find(a.seqs[i])->pages;
     PageRef* of_sequence = pages + i * h_kv * stride;
-    for (int64_t p = first; p < std::min(first + kPages, pages_for(sequences[i].s_kv)); ++p) {
+    const int64_t end = std::min(first + kPages, pages_for(sequences[i].s_kv));
+    for (int64_t p = first; p < end; ++p) {
+      const auto* next = reinterpret_cast<const char*>(state.forms_of(table[std::min(p + kAhead, end - 1)], a.layer));
+      for (int64_t at = 0; at < h_kv * int64_t{sizeof(PageForms)}; at += 64) __builtin_prefetch(next + at);
       const PageForms* forms = state.forms_of(table[p], a.layer);
       for (int h = 0; h < h_kv; ++h)
         of_sequence[h * stride + p] = {state.fp4.at(forms[h].fp4), state.residual.at(forms[h].residual),

@@ -69,18 +69,22 @@ void plan(const Machine& machine, Plan& plan) {
                   : exchanges(p)                        ? "decode_exchange"
                                                         : "decode_score_first";
     plan.rows_per_tile = static_cast<int>(group * p.max_s_q);
-    // Four tasks per thread level out their lengths; a range shorter than 8 pages is not worth its merge. The constant
-    // p scale depends on the running maximum, so it must see the pages in one order.
+    // Four tasks per thread level out their lengths, if each has 32 pages: a state to merge, which is cold, and a first
+    // page that nobody asked for cost as much as two or three. Fewer only where threads would have nothing to do. The
+    // constant p scale depends on the running maximum, so it must see the pages in one order.
     const int64_t walks = p.b * head_groups(p.h_kv), units = int64_t{p.b} * p.h_kv;
+    const auto ranges = [&](int64_t tasks, int64_t of_pages) {
+      return std::min((tasks + walks - 1) / walks, std::max<int64_t>(1, pages / of_pages));
+    };
     if (p.method.p_quant != PQuant::constant)
-      plan.splits = static_cast<int>(
-          std::clamp<int64_t>((4 * machine.threads + walks - 1) / walks, 1, std::max<int64_t>(1, pages / 8)));
+      plan.splits = static_cast<int>(std::max(ranges(4 * machine.threads, 32), ranges(machine.threads, 8)));
     if (machine.threads == 1) plan.splits = 1;
     const int64_t rows = plan.rows_per_tile,
                   integers = on_integers(p) ? cells_bytes(p, rows) / 4 + Rows::padded(rows) + rows * p.d : 0;
     if (mma4) floats = machine.threads * (tiles + rows * 2 * kPageTokens);
     if (on_integers(p) && p.cache.centring) floats += units * pages * round_up(rows, 4);
-    floats += units * (row_floats(rows) + integers + pages * (exchanges(p) ? 11 : 9) +
+    const int64_t means = scores_first(p) ? 0 : int64_t{group} * p.d;
+    floats += units * (row_floats(rows) + integers + means + pages * (exchanges(p) ? 11 : 9) +
                        (plan.splits - 1) * rows * (p.d + p.d_v + 4));
   }
   plan.workspace_bytes = floats * int64_t{sizeof(float)} + machine.threads * matrix_bytes(plan.target, p);
