@@ -99,7 +99,7 @@ HWY_INLINE VI join_limbs(VI high, VI low) {
 // `rows_stride` cells lie between fours of rows.
 template <int R, int C>
 HWY_INLINE void multiply_cell(const uint8_t* codes, const int64_t (&at)[C], const Cell* x, int64_t rows_stride,
-                              const uint8_t* next, VI (&sum)[R][C]) {
+                              const uint8_t* next, const uint8_t* also, VI (&sum)[R][C]) {
   VI low[R][C];
   for (int r = 0; r < R; ++r) {
     const Cell& cell = x[r / kCellRows * rows_stride];
@@ -112,6 +112,7 @@ HWY_INLINE void multiply_cell(const uint8_t* codes, const int64_t (&at)[C], cons
     Unpacked u[C];
     for (int c = 0; c < C; ++c) {
       __builtin_prefetch(next + at[c] + half * 64, 0, 2);
+      if (also) __builtin_prefetch(also + at[c] + half * 64, 0, 2);
       u[c] = unpack(hn::LoadU(DU(), reinterpret_cast<const uint32_t*>(codes + at[c] + half * 64)));
     }
     for (int j = 0; j < 2; ++j) {
@@ -125,15 +126,6 @@ HWY_INLINE void multiply_cell(const uint8_t* codes, const int64_t (&at)[C], cons
   }
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) sum[r][c] = join_limbs(sum[r][c], low[r][c]);
-}
-
-// Puts x of one row and depth, |x| <= kMostX, into its cell, which was zero.
-inline void put(Cell& cell, int row, int depth, int x) {
-  const int high = (x + 128) >> 8, low = x - 256 * high;
-  cell.high[depth / 4][row][depth % 4] = static_cast<int8_t>(high);
-  cell.low[depth / 4][row][depth % 4] = static_cast<int8_t>(low);
-  cell.high_start[row] -= kBias * high;
-  cell.low_start[row] -= kBias * low;
 }
 
 // Four rows of some depths, from the first of a cell on: here a register of a row is all 16. |x| <= kMostX.
@@ -210,13 +202,14 @@ HWY_INLINE VI dot(VI sum, VI16 a, const int16_t (&x)[2]) {
 // As above.
 template <int R, int C>
 HWY_INLINE void multiply_cell(const uint8_t* codes, const int64_t (&at)[C], const Cell* x, int64_t rows_stride,
-                              const uint8_t* next, VI (&sum)[R][C]) {
+                              const uint8_t* next, const uint8_t* also, VI (&sum)[R][C]) {
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) sum[r][c] = hn::Zero(DI());
   for (int half = 0; half < 2; ++half) {
     Unpacked u[C];
     for (int c = 0; c < C; ++c) {
       __builtin_prefetch(next + at[c] + half * 64, 0, 2);
+      if (also) __builtin_prefetch(also + at[c] + half * 64, 0, 2);
       u[c] = unpack(hn::LoadU(DU(), reinterpret_cast<const uint32_t*>(codes + at[c] + half * 64)));
     }
     for (int j = 0; j < 4; ++j)
@@ -225,10 +218,6 @@ HWY_INLINE void multiply_cell(const uint8_t* codes, const int64_t (&at)[C], cons
           sum[r][c] = dot(sum[r][c], u[c].pair[j],
                           x[r / kCellRows * rows_stride].pair[j % 2 * 4 + half * 2 + j / 2][r % kCellRows]);
   }
-}
-
-inline void put(Cell& cell, int row, int depth, int x) {
-  cell.pair[depth % 2 * 4 + depth / 4][row][depth % 4 / 2] = static_cast<int16_t>(x);
 }
 
 // Four rows of some depths, from depth `first` of a cell on.
@@ -268,8 +257,8 @@ HWY_INLINE VF load_scale_units(Fp4Format format, const uint8_t* scales) {
 
 static_assert(sizeof(Cell) <= kCellBytes);
 
-// Rounds e[rows, 64], |e| <= 1, to cells, for up to four rows; those missing become the last one.
-HWY_INLINE void pack_rows(const float* e, int rows, Cell* cells) {
+// Rounds e[rows, columns], |e| <= 1, to cells, for up to four rows; those missing become the last one.
+HWY_INLINE void pack_rows(const float* e, int rows, int columns, Cell* cells) {
   const DF df;
   const DI di;
   const int64_t n = static_cast<int64_t>(hn::Lanes(df));
@@ -277,8 +266,8 @@ HWY_INLINE void pack_rows(const float* e, int rows, Cell* cells) {
   const VF unit = hn::Set(df, static_cast<float>(kMostX)), rounder = hn::Set(df, 0x1.8p23f);
   const VI rounder_bits = hn::BitCast(di, rounder);
   const float* row[kCellRows];
-  for (int r = 0; r < kCellRows; ++r) row[r] = e + std::min(r, rows - 1) * kPageTokens;
-  for (int64_t i = 0; i < kPageTokens; i += n) {
+  for (int r = 0; r < kCellRows; ++r) row[r] = e + std::min(r, rows - 1) * columns;
+  for (int64_t i = 0; i < columns; i += n) {
     VI x[kCellRows];
     for (int r = 0; r < kCellRows; ++r)
       x[r] = hn::Sub(hn::BitCast(di, hn::MulAdd(hn::LoadU(df, row[r] + i), unit, rounder)), rounder_bits);
@@ -295,7 +284,7 @@ inline constexpr int kMaxProductRows = 8;
 template <int R, int C>
 HWY_INLINE void add_product_lanes(const PlaneLayout& plane, Fp4Format format, const uint8_t* codes,
                                   const uint8_t* scales, int lane, const Cell* x, const float* factor,
-                                  const float* start, float* out, const uint8_t* next) {
+                                  const float* start, float* out, const uint8_t* next, const uint8_t* also) {
   const DF df;
   const int n = static_cast<int>(hn::Lanes(df));
   const int group_shift = plane.group == 16 ? 0 : 1;  // of cells of 16 depths
@@ -310,7 +299,7 @@ HWY_INLINE void add_product_lanes(const PlaneLayout& plane, Fp4Format format, co
   }
   for (int cell = 0; cell < cells; ++cell) {
     VI exact[R][C];
-    multiply_cell<R, C>(codes, code_at, x + cell, cells, next, exact);
+    multiply_cell<R, C>(codes, code_at, x + cell, cells, next, also, exact);
     for (int c = 0; c < C; ++c) {
       const VF scale = load_scale_units(format, scale_at[c] + (cell >> group_shift) * 16);
       for (int r = 0; r < R; ++r) sum[r][c] = hn::MulAdd(hn::ConvertTo(df, exact[r][c]), scale, sum[r][c]);
@@ -327,7 +316,8 @@ HWY_INLINE void add_product_lanes(const PlaneLayout& plane, Fp4Format format, co
 
 template <int R>
 void add_product_rows(const PlaneLayout& plane, Fp4Format format, const uint8_t* codes, const uint8_t* scales,
-                      const Cell* x, const float* factor, const float* start, float* out, const Ahead& ahead) {
+                      const Cell* x, const float* factor, const float* start, float* out, const Ahead& ahead,
+                      const uint8_t* also) {
   // As many registers of lanes as leave room for their sums: a broadcast pair of x then serves all of them.
   constexpr int kRegisters = HWY_MAX_BYTES >= 64 ? 8 : 4;
   constexpr int C = R >= kRegisters ? 1 : R * 4 <= kRegisters ? 4 : 2;
@@ -335,9 +325,9 @@ void add_product_rows(const PlaneLayout& plane, Fp4Format format, const uint8_t*
   const uint8_t* next = ahead.bytes > 0 ? ahead.at : codes;  // never fewer bytes than here
   int lane = 0;
   for (; lane + C * n <= plane.lanes; lane += C * n)
-    add_product_lanes<R, C>(plane, format, codes, scales, lane, x, factor, start, out, next);
+    add_product_lanes<R, C>(plane, format, codes, scales, lane, x, factor, start, out, next, also);
   for (; lane < plane.lanes; lane += n)
-    add_product_lanes<R, 1>(plane, format, codes, scales, lane, x, factor, start, out, next);
+    add_product_lanes<R, 1>(plane, format, codes, scales, lane, x, factor, start, out, next, also);
   for (int64_t at = plane.code_bytes(); at < ahead.bytes; at += 64) ahead.touch(at);
 }
 
@@ -346,19 +336,20 @@ inline int padded_rows(int rows) { return rows > 4 ? 8 : rows > 2 ? 4 : rows; }
 
 // out[r, lane] = base + factor[r] * sum over depth of code[depth, lane] * scale * x[r, depth], for padded_rows(rows)
 // rows of plane.depth values and plane.lanes floats; base is start[r], or what `out` holds where start is null. `codes`
-// are followed by their scales.
+// are followed by their scales. As many bytes from `also` on as there are codes are brought near besides `ahead`.
 inline void add_product(const PlaneLayout& plane, Fp4Format format, const uint8_t* codes, int rows, const Cell* x,
-                        const float* factor, const float* start, float* out, const Ahead& ahead) {
+                        const float* factor, const float* start, float* out, const Ahead& ahead,
+                        const uint8_t* also = nullptr) {
   const uint8_t* scales = codes + plane.code_bytes();
   switch (padded_rows(rows)) {
     case 1:
-      return add_product_rows<1>(plane, format, codes, scales, x, factor, start, out, ahead);
+      return add_product_rows<1>(plane, format, codes, scales, x, factor, start, out, ahead, also);
     case 2:
-      return add_product_rows<2>(plane, format, codes, scales, x, factor, start, out, ahead);
+      return add_product_rows<2>(plane, format, codes, scales, x, factor, start, out, ahead, also);
     case 4:
-      return add_product_rows<4>(plane, format, codes, scales, x, factor, start, out, ahead);
+      return add_product_rows<4>(plane, format, codes, scales, x, factor, start, out, ahead, also);
     default:
-      return add_product_rows<8>(plane, format, codes, scales, x, factor, start, out, ahead);
+      return add_product_rows<8>(plane, format, codes, scales, x, factor, start, out, ahead, also);
   }
 }
 

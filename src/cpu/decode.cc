@@ -39,9 +39,10 @@ constexpr int kRows = kMaxProductRows;
 const uint8_t* plane_of(const PageRef& page, int plane) { return plane == 0 ? page.fp4 : page.residual; }
 
 // What is brought near while a product works: K or V of a page, in each plane, or the 16-bit form in the place of the
-// first.
+// first. `also` is where a quarter of a 16-bit part lies that is read later.
 struct Part {
   Ahead plane[2];
+  const uint8_t* also = nullptr;
 };
 
 Part part_of(const BlockTask& t, int64_t p, Tier tier, bool values) {
@@ -65,19 +66,20 @@ Part part_of(const BlockTask& t, int64_t p, Tier tier, bool values) {
 // s[n, 64] = products of rows [first, first + n) with one plane of a page's keys, plus start[n], or plus s where start
 // is null.
 void add_plane_scores(const BlockTask& t, const PageRef& page, int plane, int first, int n, const float* start,
-                      const Ahead& ahead, float* s) {
+                      const Ahead& ahead, float* s, const uint8_t* also = nullptr) {
   const PageLayout& l = *t.layout;
   const float unit = scale_unit(t.format) / kCodeUnit * pow2(-summary_of(page).k_exponent[plane]);
   float factor[kRows];
   for (int r = 0; r < kRows; ++r) factor[r] = t.q_unit[first + r] * unit;
   const Cell* q = static_cast<const Cell*>(t.q_cells) + first / kCellRows * (l.k.depth / 16);
-  add_product(l.k, t.format, plane_of(page, plane) + l.k_codes, n, q, factor, start, s, ahead);
+  add_product(l.k, t.format, plane_of(page, plane) + l.k_codes, n, q, factor, start, s, ahead, also);
 }
 
 // s[n, 64] = scores of rows [first, first + n) by the first plane of page p's keys and their mean.
-void first_plane_scores(const BlockTask& t, int64_t p, int first, int n, const Ahead& ahead, float* s) {
+void first_plane_scores(const BlockTask& t, int64_t p, int first, int n, const Part& ahead, float* s) {
   static constexpr float kNone[kRows] = {};
-  add_plane_scores(t, t.pages[p], 0, first, n, t.starts ? t.starts + p * t.start_stride + first : kNone, ahead, s);
+  add_plane_scores(t, t.pages[p], 0, first, n, t.starts ? t.starts + p * t.start_stride + first : kNone, ahead.plane[0],
+                   s, ahead.also);
 }
 
 // s[n, 64] = scores of rows [first, first + n) with the keys of page p.
@@ -95,7 +97,7 @@ void score_rows(const BlockTask& t, int64_t p, Tier tier, int first, int n, cons
     }
     return;
   }
-  first_plane_scores(t, p, first, n, ahead.plane[0], s);
+  first_plane_scores(t, p, first, n, ahead, s);
   if (tier == Tier::fp4x2) {
     add_plane_scores(t, page, 1, first, n, nullptr, ahead.plane[1], s);
   } else {
@@ -191,7 +193,7 @@ void merge_sums(const BlockTask& t, int first, int n, std::span<PageSoftmax> pag
 
 // o[rows] += weight * e V of one plane of a page; |e| <= 1.
 void add_plane_values(const BlockTask& t, const PageRef& page, int plane, int first, int n, const float* e,
-                      const float* weight, const Ahead& ahead) {
+                      const float* weight, const Ahead& ahead, const uint8_t* also = nullptr) {
   const PageLayout& l = *t.layout;
   const float unit = scale_unit(t.format) / kCodeUnit / kMostX * pow2(-summary_of(page).v_exponent[plane]);
   constexpr int kCells = kPageTokens / 16;
@@ -199,9 +201,9 @@ void add_plane_values(const BlockTask& t, const PageRef& page, int plane, int fi
   float factor[kRows];
   for (int r = 0; r < padded_rows(n); ++r) factor[r] = r < n ? weight[r] * unit : 0.0f;
   for (int r = 0; r < n; r += kCellRows)
-    pack_rows(e + r * kPageTokens, std::min(n - r, kCellRows), cells + r / kCellRows * kCells);
+    pack_rows(e + r * kPageTokens, std::min(n - r, kCellRows), kPageTokens, cells + r / kCellRows * kCells);
   add_product(l.v, t.format, plane_of(page, plane) + l.v_codes, n, cells, factor, nullptr,
-              t.state.o + static_cast<int64_t>(first) * l.d_v, ahead);
+              t.state.o + static_cast<int64_t>(first) * l.d_v, ahead, also);
 }
 
 // o[rows] += weight * e V of page p.
@@ -222,7 +224,7 @@ void add_values(const BlockTask& t, int64_t p, Tier tier, int first, int n, floa
     }
     return;
   }
-  add_plane_values(t, page, 0, first, n, e, weight, ahead.plane[0]);
+  add_plane_values(t, page, 0, first, n, e, weight, ahead.plane[0], ahead.also);
   if (tier == Tier::fp4x2) {
     add_plane_values(t, page, 1, first, n, e, weight, ahead.plane[1]);
   } else {
@@ -237,10 +239,32 @@ struct Turn {
   const BlockTask* task = nullptr;
   int64_t first = 0, n = 0;
   Tier tier[kMost];
+  bool large = false;            // whether some page is read in more than one plane of codes
+  uint8_t asked[2][kMost] = {};  // pieces of keys and of values that were asked for before their turn
 
   bool in_fp4(int64_t i) const { return i < n && (tier[i] == Tier::fp4 || tier[i] == Tier::fp4x2); }
-  Part keys(int64_t i) const { return i < n ? part_of(*task, first + i, tier[i], false) : Part{}; }
-  Part values(int64_t i) const { return i < n ? part_of(*task, first + i, tier[i], true) : Part{}; }
+  Part part(int64_t i, bool values) const {
+    if (i >= n) return {};
+    Part whole = part_of(*task, first + i, tier[i], values);
+    if (asked[values][i] > 0) {
+      Ahead& most = whole.plane[tier[i] == Tier::fp16 ? 0 : 1];
+      const int64_t done = asked[values][i] * piece_bytes(i, values);
+      most = {most.at + done, most.bytes - done};
+    }
+    return whole;
+  }
+  // A part in 16 bit is four times as large as codes, one in two planes twice: what of it is asked for beforehand, by a
+  // product that asks for its own part too. Null where there is nothing.
+  const uint8_t* piece(int64_t i, bool values) {
+    if (i >= n || asked[values][i] == (tier[i] == Tier::fp16 ? 3 : tier[i] == Tier::fp4x2 ? 1 : 0)) return nullptr;
+    const Ahead most = part_of(*task, first + i, tier[i], values).plane[tier[i] == Tier::fp16 ? 0 : 1];
+    return most.at + asked[values][i]++ * piece_bytes(i, values);
+  }
+  int64_t piece_bytes(int64_t i, bool values) const {
+    const PageLayout& l = *task->layout;
+    if (tier[i] != Tier::fp16) return (values ? l.v : l.k).code_bytes();
+    return (values ? l.high_bytes - 2 * l.high_v : 2 * l.high_v) / 4;
+  }
   // What is wanted of the summary of page i: the exponents at its front and the mean that follows.
   Ahead summary(int64_t i) const {
     if (!in_fp4(i)) return {};
@@ -274,8 +298,24 @@ constexpr int64_t kLead = 3;
 
 // Adds the pages of a turn to its task's state; or fills page_m and page_l of them alone.
 template <bool kScoresAlone>
-void read_turn(const Turn& turn, const Turn& next) {
+void read_turn(Turn& turn, Turn& next) {
   const BlockTask& t = *turn.task;
+  // What the k-th product from the first of this turn on brings near: a later one's part, of what is larger than codes
+  // the last piece, and in FP4 an earlier piece of one that is read later still. All at once would be more than can be
+  // had in the time of a product.
+  constexpr int64_t kParts = kScoresAlone ? 1 : 2;
+  const bool large = turn.large || next.large;
+  const auto ahead_of = [&](int64_t k, bool in_fp4) HWY_ATTR {
+    const int64_t j = k + kLead;
+    const auto piece = [&](int64_t i) HWY_ATTR {
+      return i < kParts * turn.n ? turn.piece(i % turn.n, i >= turn.n) : next.piece(i - kParts * turn.n, false);
+    };
+    Part part = j < turn.n            ? turn.part(j, false)
+                : j < kParts * turn.n ? turn.part(j - turn.n, true)
+                                      : next.part(j - kParts * turn.n, false);
+    for (int64_t later = j + 1; large && in_fp4 && later <= j + 3 && !part.also; ++later) part.also = piece(later);
+    return part;
+  };
   HWY_ALIGN float s[Turn::kMost * kRows * kPageTokens];
   turn.make_starts();
   for (int first = 0; first < t.rows; first += kRows) {
@@ -284,8 +324,7 @@ void read_turn(const Turn& turn, const Turn& next) {
     PageSoftmax pages[Turn::kMost];
     for (int64_t i = 0; i < turn.n; ++i) {
       if (first == 0) next.summary(i).touch_all();
-      const int64_t j = i + kLead;
-      const Part ahead = j < turn.n ? turn.keys(j) : kScoresAlone ? next.keys(j - turn.n) : turn.values(j - turn.n);
+      const Part ahead = ahead_of(i, turn.in_fp4(i));
       pages[i].tier = turn.tier[i];
       if (turn.tier[i] != Tier::none) {
         score_rows(t, turn.first + i, turn.tier[i], first, n, ahead, s + i * of_page);
@@ -297,8 +336,7 @@ void read_turn(const Turn& turn, const Turn& next) {
     if (kScoresAlone) continue;
     merge_sums(t, first, n, {pages, static_cast<size_t>(turn.n)});
     for (int64_t i = 0; i < turn.n; ++i) {
-      const int64_t j = i + kLead;
-      const Part ahead = j < turn.n ? turn.values(j) : next.keys(j - turn.n);
+      const Part ahead = ahead_of(turn.n + i, turn.in_fp4(i));
       if (turn.tier[i] != Tier::none)
         add_values(t, turn.first + i, turn.tier[i], first, n, s + i * of_page, pages[i].weight, ahead);
     }
@@ -308,6 +346,7 @@ void read_turn(const Turn& turn, const Turn& next) {
 // Reads every page of the tasks, a turn of each after another. The tasks have one range of pages.
 template <bool kScoresAlone>
 void walk(std::span<const BlockTask> tasks) {
+  constexpr int64_t kReferences = Turn::kMost * static_cast<int64_t>(sizeof(PageRef));
   TierCursor cursors[kMaxHeadsPerWalk];
   for (size_t h = 0; h < tasks.size(); ++h) cursors[h].promoted = tasks[h].promoted[0];
   const int64_t end = tasks[0].end_page;
@@ -319,9 +358,14 @@ void walk(std::span<const BlockTask> tasks) {
     turn.task = &tasks[h];
     turn.first = first;
     turn.n = std::min(Turn::kMost, end - first);
-    for (int64_t p = first; p < first + turn.n; ++p)
-      turn.tier[p - first] = (p + 1) * kPageTokens > tasks[h].s_kv ? Tier::fp16 : cursors[h].at(p, tasks[h].rest);
+    for (int64_t i = 0; i < turn.n; ++i) {
+      const int64_t p = first + i;
+      turn.tier[i] = (p + 1) * kPageTokens > tasks[h].s_kv ? Tier::fp16 : cursors[h].at(p, tasks[h].rest);
+      turn.large |= turn.tier[i] > Tier::fp4;
+    }
     if (++h == tasks.size()) h = 0, first += Turn::kMost;
+    // Where the pages of the turn after lie is asked for a turn ahead too.
+    if (first < end) Ahead{reinterpret_cast<const uint8_t*>(tasks[h].pages + first), kReferences}.touch_all();
     return turn;
   };
   for (Turn turn = following(), next; turn.n > 0; turn = next) {
@@ -349,7 +393,6 @@ void exchange_turn(const BlockTask& t, std::span<const Promoted> pages, std::spa
     const Part other = part_of(t, from[i].page, from[i].tier, values);
     return Part{{first.plane[0], other.plane[from[i].tier == Tier::fp4x2 ? 1 : 0]}};
   };
-  const size_t lead = std::min(pages.size(), size_t{2});  // pages ahead, of two products each
   for (const Promoted& page : next.first(std::min(next.size(), kExchanged))) {
     Ahead{t.pages[page.page].summary, 64}.touch_all();
     if (t.starts) __builtin_prefetch(t.starts + page.page * t.start_stride, 0, 2);
@@ -363,7 +406,7 @@ void exchange_turn(const BlockTask& t, std::span<const Promoted> pages, std::spa
     for (size_t i = 0; i < pages.size(); ++i) {
       const auto [p, tier] = pages[i];
       float *low = s + 2 * i * of_page, *high = low + of_page;
-      const size_t j = i + lead;
+      const size_t j = i + 1;  // the next page is brought near: two products ahead
       const Part ahead = j < pages.size() ? part(j, false) : part(j - pages.size(), true);
       sums[2 * i].tier = Tier::fp4, sums[2 * i].sign = -1;
       sums[2 * i + 1].tier = tier;
@@ -382,7 +425,7 @@ void exchange_turn(const BlockTask& t, std::span<const Promoted> pages, std::spa
       const auto [p, tier] = pages[i];
       float *low = s + 2 * i * of_page, *high = low + of_page;
       float *out = sums[2 * i].weight, *in = sums[2 * i + 1].weight;
-      const size_t j = i + lead;
+      const size_t j = i + 1;  // the next page is brought near: two products ahead
       const Part ahead = part(j, j < pages.size());
       if (tier != Tier::fp4x2) {
         add_values(t, p, Tier::fp4, first, n, low, out, {{ahead.plane[0]}});
@@ -412,20 +455,24 @@ void exchange(const BlockTask& t) {
 }
 
 void quantize_q(const PageLayout& layout, int rows, const float* q, void* q_cells, float* q_unit) {
-  const int cells = layout.k.depth / 16;
-  const int padded = (rows + kRows - 1) / kRows * kRows;
+  const DF df;
+  const int lanes = static_cast<int>(hn::Lanes(df)), d = layout.d, depth = layout.k.depth;
   auto* to = static_cast<Cell*>(q_cells);
-  std::fill_n(to, static_cast<int64_t>(padded) / kCellRows * cells, Cell{});
-  std::fill_n(q_unit, padded, 0.0f);
-  for (int r = 0; r < rows; ++r) {
-    const float* x = q + static_cast<int64_t>(r) * layout.d;
-    float largest = 0;
-    for (int c = 0; c < layout.d; ++c) largest = std::max(largest, std::abs(x[c]));
-    if (largest < 1e-30f) continue;  // its reciprocal would overflow, its scores are zero in FP32
-    q_unit[r] = largest / kMostX;
-    for (int c = 0; c < layout.d; ++c)
-      put(to[r / kCellRows * cells + c / 16], r % kCellRows, c % 16,
-          static_cast<int>(std::lrintf(x[c] / largest * kMostX)));
+  for (int first = 0; first < (rows + kRows - 1) / kRows * kRows; first += kCellRows, to += depth / 16) {
+    HWY_ALIGN float e[kCellRows * (kMaxChannels + 16)] = {};
+    for (int r = 0; r < kCellRows; ++r) {
+      q_unit[first + r] = 0;
+      if (first + r >= rows) continue;
+      const float* x = q + static_cast<int64_t>(first + r) * d;
+      VF most = hn::Zero(df);
+      for (int c = 0; c < d; c += lanes) most = hn::Max(most, hn::Abs(hn::LoadU(df, x + c)));
+      const float largest = hn::GetLane(hn::MaxOfLanes(df, most));
+      if (largest < 1e-30f) continue;  // its reciprocal would overflow, its scores are zero in FP32
+      q_unit[first + r] = largest / kMostX;
+      for (int c = 0; c < d; c += lanes)
+        hn::StoreU(hn::Div(hn::LoadU(df, x + c), hn::Set(df, largest)), df, e + r * depth + c);
+    }
+    pack_rows(e, kCellRows, depth, to);
   }
 }
 
