@@ -178,8 +178,7 @@ Status check_forms(const Problem& p, const AttendArgs& a, const AttentionCall& c
 void resolve_pages(const CacheState& state, const AttendArgs& a, std::span<const SequenceCall> sequences,
                    int64_t stride, PageRef* pages, ThreadPool& pool) {
   constexpr int64_t kPages = 64;  // of a task
-  constexpr int64_t kAhead =
-      16;  // pages whose forms are asked for: they lie apart, where no prefetcher of hardware follows
+  constexpr int64_t kAhead = 16;  // pages: forms lie apart, where no prefetcher of hardware follows
   const int h_kv = state.config.h_kv;
   const int64_t tasks = (stride + kPages - 1) / kPages;
   pool.parallel_for(std::ssize(sequences) * tasks, [&](int64_t task, int) {

@@ -39,7 +39,7 @@ constexpr int kRows = kMaxProductRows;
 const uint8_t* plane_of(const PageRef& page, int plane) { return plane == 0 ? page.fp4 : page.residual; }
 
 // What is brought near while a product works: K or V of a page, in each plane, or the 16-bit form in the place of the
-// first. `also` is where a quarter of a 16-bit part lies that is read later.
+// first. `also`: a piece of what is read later still, as long as codes are.
 struct Part {
   Ahead plane[2];
   const uint8_t* also = nullptr;

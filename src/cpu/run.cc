@@ -442,7 +442,7 @@ class Run {
                         at.s.s_q == 1 && unit.mean_heads == group_;
   }
 
-  // One range of pages of some KV heads of one sequence.
+  // Scores one range of pages of some KV heads of one sequence.
   void rank_pages(int64_t i, int64_t split) {
     const HeadsOfWalk heads = heads_of_walk(i);
     if (call_.sequences[heads.sequence].s_q == 0) return;
@@ -488,7 +488,7 @@ class Run {
     return t;
   }
 
-  // The same.
+  // Reads one range of pages of some KV heads of one sequence.
   void walk(int64_t i, int split, bool scores_alone, int w) {
     const auto [sequence, unit, count] = heads_of_walk(i);
     if (call_.sequences[sequence].s_q == 0) return;
