@@ -316,8 +316,7 @@ HWY_INLINE void add_product_lanes(const PlaneLayout& plane, Fp4Format format, co
 
 template <int R>
 void add_product_rows(const PlaneLayout& plane, Fp4Format format, const uint8_t* codes, const uint8_t* scales,
-                      const Cell* x, const float* factor, const float* start, float* out, const Ahead& ahead,
-                      const uint8_t* also) {
+                      const Cell* x, const float* factor, const float* start, float* out, const Ahead& ahead) {
   // As many registers of lanes as leave room for their sums: a broadcast pair of x then serves all of them.
   constexpr int kRegisters = HWY_MAX_BYTES >= 64 ? 8 : 4;
   constexpr int C = R >= kRegisters ? 1 : R * 4 <= kRegisters ? 4 : 2;
@@ -325,9 +324,9 @@ void add_product_rows(const PlaneLayout& plane, Fp4Format format, const uint8_t*
   const uint8_t* next = ahead.bytes > 0 ? ahead.at : codes;  // never fewer bytes than here
   int lane = 0;
   for (; lane + C * n <= plane.lanes; lane += C * n)
-    add_product_lanes<R, C>(plane, format, codes, scales, lane, x, factor, start, out, next, also);
+    add_product_lanes<R, C>(plane, format, codes, scales, lane, x, factor, start, out, next, ahead.also);
   for (; lane < plane.lanes; lane += n)
-    add_product_lanes<R, 1>(plane, format, codes, scales, lane, x, factor, start, out, next, also);
+    add_product_lanes<R, 1>(plane, format, codes, scales, lane, x, factor, start, out, next, ahead.also);
   for (int64_t at = plane.code_bytes(); at < ahead.bytes; at += 64) ahead.touch(at);
 }
 
@@ -336,20 +335,19 @@ inline int padded_rows(int rows) { return rows > 4 ? 8 : rows > 2 ? 4 : rows; }
 
 // out[r, lane] = base + factor[r] * sum over depth of code[depth, lane] * scale * x[r, depth], for padded_rows(rows)
 // rows of plane.depth values and plane.lanes floats; base is start[r], or what `out` holds where start is null. `codes`
-// are followed by their scales. As many bytes from `also` on as there are codes are brought near besides `ahead`.
+// are followed by their scales.
 inline void add_product(const PlaneLayout& plane, Fp4Format format, const uint8_t* codes, int rows, const Cell* x,
-                        const float* factor, const float* start, float* out, const Ahead& ahead,
-                        const uint8_t* also = nullptr) {
+                        const float* factor, const float* start, float* out, const Ahead& ahead) {
   const uint8_t* scales = codes + plane.code_bytes();
   switch (padded_rows(rows)) {
     case 1:
-      return add_product_rows<1>(plane, format, codes, scales, x, factor, start, out, ahead, also);
+      return add_product_rows<1>(plane, format, codes, scales, x, factor, start, out, ahead);
     case 2:
-      return add_product_rows<2>(plane, format, codes, scales, x, factor, start, out, ahead, also);
+      return add_product_rows<2>(plane, format, codes, scales, x, factor, start, out, ahead);
     case 4:
-      return add_product_rows<4>(plane, format, codes, scales, x, factor, start, out, ahead, also);
+      return add_product_rows<4>(plane, format, codes, scales, x, factor, start, out, ahead);
     default:
-      return add_product_rows<8>(plane, format, codes, scales, x, factor, start, out, ahead, also);
+      return add_product_rows<8>(plane, format, codes, scales, x, factor, start, out, ahead);
   }
 }
 

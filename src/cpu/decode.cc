@@ -39,10 +39,9 @@ constexpr int kRows = kMaxProductRows;
 const uint8_t* plane_of(const PageRef& page, int plane) { return plane == 0 ? page.fp4 : page.residual; }
 
 // What is brought near while a product works: K or V of a page, in each plane, or the 16-bit form in the place of the
-// first. `also`: a piece of what is read later still, as long as codes are.
+// first.
 struct Part {
   Ahead plane[2];
-  const uint8_t* also = nullptr;
 };
 
 Part part_of(const BlockTask& t, int64_t p, Tier tier, bool values) {
@@ -66,20 +65,19 @@ Part part_of(const BlockTask& t, int64_t p, Tier tier, bool values) {
 // s[n, 64] = products of rows [first, first + n) with one plane of a page's keys, plus start[n], or plus s where start
 // is null.
 void add_plane_scores(const BlockTask& t, const PageRef& page, int plane, int first, int n, const float* start,
-                      const Ahead& ahead, float* s, const uint8_t* also = nullptr) {
+                      const Ahead& ahead, float* s) {
   const PageLayout& l = *t.layout;
   const float unit = scale_unit(t.format) / kCodeUnit * pow2(-summary_of(page).k_exponent[plane]);
   float factor[kRows];
   for (int r = 0; r < kRows; ++r) factor[r] = t.q_unit[first + r] * unit;
   const Cell* q = static_cast<const Cell*>(t.q_cells) + first / kCellRows * (l.k.depth / 16);
-  add_product(l.k, t.format, plane_of(page, plane) + l.k_codes, n, q, factor, start, s, ahead, also);
+  add_product(l.k, t.format, plane_of(page, plane) + l.k_codes, n, q, factor, start, s, ahead);
 }
 
 // s[n, 64] = scores of rows [first, first + n) by the first plane of page p's keys and their mean.
-void first_plane_scores(const BlockTask& t, int64_t p, int first, int n, const Part& ahead, float* s) {
+void first_plane_scores(const BlockTask& t, int64_t p, int first, int n, const Ahead& ahead, float* s) {
   static constexpr float kNone[kRows] = {};
-  add_plane_scores(t, t.pages[p], 0, first, n, t.starts ? t.starts + p * t.start_stride + first : kNone, ahead.plane[0],
-                   s, ahead.also);
+  add_plane_scores(t, t.pages[p], 0, first, n, t.starts ? t.starts + p * t.start_stride + first : kNone, ahead, s);
 }
 
 // s[n, 64] = scores of rows [first, first + n) with the keys of page p.
@@ -97,7 +95,7 @@ void score_rows(const BlockTask& t, int64_t p, Tier tier, int first, int n, cons
     }
     return;
   }
-  first_plane_scores(t, p, first, n, ahead, s);
+  first_plane_scores(t, p, first, n, ahead.plane[0], s);
   if (tier == Tier::fp4x2) {
     add_plane_scores(t, page, 1, first, n, nullptr, ahead.plane[1], s);
   } else {
@@ -193,7 +191,7 @@ void merge_sums(const BlockTask& t, int first, int n, std::span<PageSoftmax> pag
 
 // o[rows] += weight * e V of one plane of a page; |e| <= 1.
 void add_plane_values(const BlockTask& t, const PageRef& page, int plane, int first, int n, const float* e,
-                      const float* weight, const Ahead& ahead, const uint8_t* also = nullptr) {
+                      const float* weight, const Ahead& ahead) {
   const PageLayout& l = *t.layout;
   const float unit = scale_unit(t.format) / kCodeUnit / kMostX * pow2(-summary_of(page).v_exponent[plane]);
   constexpr int kCells = kPageTokens / 16;
@@ -203,7 +201,7 @@ void add_plane_values(const BlockTask& t, const PageRef& page, int plane, int fi
   for (int r = 0; r < n; r += kCellRows)
     pack_rows(e + r * kPageTokens, std::min(n - r, kCellRows), kPageTokens, cells + r / kCellRows * kCells);
   add_product(l.v, t.format, plane_of(page, plane) + l.v_codes, n, cells, factor, nullptr,
-              t.state.o + static_cast<int64_t>(first) * l.d_v, ahead, also);
+              t.state.o + static_cast<int64_t>(first) * l.d_v, ahead);
 }
 
 // o[rows] += weight * e V of page p.
@@ -224,7 +222,7 @@ void add_values(const BlockTask& t, int64_t p, Tier tier, int first, int n, floa
     }
     return;
   }
-  add_plane_values(t, page, 0, first, n, e, weight, ahead.plane[0], ahead.also);
+  add_plane_values(t, page, 0, first, n, e, weight, ahead.plane[0]);
   if (tier == Tier::fp4x2) {
     add_plane_values(t, page, 1, first, n, e, weight, ahead.plane[1]);
   } else {
@@ -239,7 +237,7 @@ struct Turn {
   const BlockTask* task = nullptr;
   int64_t first = 0, n = 0;
   Tier tier[kMost];
-  bool large = false;            // whether some page is read in more than one plane of codes
+  bool large = false;            // whether some page takes more memory than codes do
   uint8_t asked[2][kMost] = {};  // pieces of keys and of values that were asked for before their turn
 
   bool in_fp4(int64_t i) const { return i < n && (tier[i] == Tier::fp4 || tier[i] == Tier::fp4x2); }
@@ -247,7 +245,7 @@ struct Turn {
     if (i >= n) return {};
     Part whole = part_of(*task, first + i, tier[i], values);
     if (asked[values][i] > 0) {
-      Ahead& most = whole.plane[tier[i] == Tier::fp16 ? 0 : 1];
+      Ahead& most = whole.plane[large_plane(i)];
       const int64_t done = asked[values][i] * piece_bytes(i, values);
       most = {most.at + done, most.bytes - done};
     }
@@ -257,9 +255,10 @@ struct Turn {
   // product that asks for its own part too. Null where there is nothing.
   const uint8_t* piece(int64_t i, bool values) {
     if (i >= n || asked[values][i] == (tier[i] == Tier::fp16 ? 3 : tier[i] == Tier::fp4x2 ? 1 : 0)) return nullptr;
-    const Ahead most = part_of(*task, first + i, tier[i], values).plane[tier[i] == Tier::fp16 ? 0 : 1];
+    const Ahead most = part_of(*task, first + i, tier[i], values).plane[large_plane(i)];
     return most.at + asked[values][i]++ * piece_bytes(i, values);
   }
+  int large_plane(int64_t i) const { return tier[i] == Tier::fp16 ? 0 : 1; }
   int64_t piece_bytes(int64_t i, bool values) const {
     const PageLayout& l = *task->layout;
     if (tier[i] != Tier::fp16) return (values ? l.v : l.k).code_bytes();
@@ -313,7 +312,8 @@ void read_turn(Turn& turn, Turn& next) {
     Part part = j < turn.n            ? turn.part(j, false)
                 : j < kParts * turn.n ? turn.part(j - turn.n, true)
                                       : next.part(j - kParts * turn.n, false);
-    for (int64_t later = j + 1; large && in_fp4 && later <= j + 3 && !part.also; ++later) part.also = piece(later);
+    const uint8_t*& also = part.plane[0].also;
+    for (int64_t later = j + 1; large && in_fp4 && later <= j + 3 && !also; ++later) also = piece(later);
     return part;
   };
   HWY_ALIGN float s[Turn::kMost * kRows * kPageTokens];

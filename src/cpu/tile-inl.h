@@ -117,6 +117,7 @@ inline void decode_high(DType type, const uint16_t* from, int64_t n, float* to) 
 struct Ahead {
   const uint8_t* at = nullptr;
   int64_t bytes = 0;
+  const uint8_t* also = nullptr;  // for a product of codes: as many bytes from here on as it reads, besides
   HWY_INLINE void touch(int64_t offset) const {
     if (offset < bytes) __builtin_prefetch(at + offset, 0, 2);
   }
