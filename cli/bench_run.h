@@ -63,6 +63,7 @@ class BenchRow {
   double layer_bytes_ = 0;  // stored by one layer of all sequences, about
   std::vector<double> times_, fresh_times_;
   bool checked_ = false;
+  bool fresh_ = false;  // just filled, not yet read
   bool evict_ = false;  // a rotation reads less than what makes it cold, however much is stored
   int64_t turn_ = 0;    // repetitions so far: each reads the next layer
 

@@ -21,11 +21,14 @@ struct ThreadPool::Shared {
   Call call = nullptr;
   int64_t count = 0;
   std::atomic<int64_t> next{0};
-  std::atomic<uint64_t> generation{0};  // counts the parallel_for calls, so that a worker joins each once
-  std::atomic<int> busy{0};             // workers that have not finished the current call
+  std::atomic<uint64_t> generation{0};  // counts the parallel_for calls, so that a worker joins each once at most
+  // Workers in the current call, less kShut while none is open. A call does not wait for those that were still asleep:
+  // who comes when it is shut leaves again.
+  std::atomic<int> inside{-kShut};
   std::atomic<bool> stopping{false};
   std::atomic<int> watches{0};  // Watch objects that live
 
+  static constexpr int kShut = 1 << 30;
   static constexpr std::chrono::microseconds kWatch{500};
 
   void drain(int worker) {
@@ -33,16 +36,17 @@ struct ThreadPool::Shared {
   }
 
   void work(int worker) {
-    for (uint64_t seen = 0;; ++seen) {
+    for (uint64_t seen = 0;;) {
       const auto called = [&] { return generation.load(std::memory_order_acquire) != seen || stopping.load(); };
       if (!spin_until(called)) {
         std::unique_lock lock(mutex);
         start.wait(lock, called);
       }
       if (stopping) return;
-      drain(worker);
-      if (busy.fetch_sub(1, std::memory_order_acq_rel) > 1) continue;
-      std::lock_guard lock(mutex);  // the caller is either before its check of `busy` or waits already
+      seen = generation.load(std::memory_order_acquire);
+      if (inside.fetch_add(1, std::memory_order_acq_rel) >= 0) drain(worker);
+      if (inside.fetch_sub(1, std::memory_order_acq_rel) > 1 - kShut) continue;
+      std::lock_guard lock(mutex);  // the caller is either before its check of `inside` or waits already
       done.notify_one();
     }
   }
@@ -119,12 +123,13 @@ void ThreadPool::run(int64_t count, const void* task, Call call) {
     s.call = call;
     s.count = count;
     s.next.store(0);
-    s.busy = static_cast<int>(s.workers.size());
+    s.inside.fetch_add(Shared::kShut, std::memory_order_release);
     s.generation.fetch_add(1, std::memory_order_release);
   }
   s.start.notify_all();
   s.drain(0);
-  const auto finished = [&] { return s.busy.load(std::memory_order_acquire) == 0; };
+  s.inside.fetch_sub(Shared::kShut, std::memory_order_acq_rel);
+  const auto finished = [&] { return s.inside.load(std::memory_order_acquire) == -Shared::kShut; };
   if (s.spin_until(finished)) return;
   std::unique_lock lock(s.mutex);
   s.done.wait(lock, finished);
