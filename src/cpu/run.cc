@@ -93,8 +93,9 @@ class Run {
     start_stats(units);
     pool_.parallel_for(units, [&](int64_t u, int w) { load_unit(u, by_mass, w); });
     const auto walk_all = [&](bool scores_alone) {
+      // The last range has the tail and most pages that are forced: what takes longest begins first.
       pool_.parallel_for(walks * plan_.splits, [&](int64_t i, int w) {
-        walk(i / plan_.splits, static_cast<int>(i % plan_.splits), scores_alone, w);
+        walk(i % walks, static_cast<int>((i / walks + plan_.splits - 1) % plan_.splits), scores_alone, w);
       });
     };
     const auto select_all = [&] { pool_.parallel_for(units, [&](int64_t u, int w) { select_unit(u, by_mass, w); }); };
