@@ -51,6 +51,7 @@ class Run {
         group_(problem_.h_q / problem_.h_kv),
         mask_{problem_.causal, problem_.window},
         mma4_(problem_.method.arithmetic == Arithmetic::mma4),
+        estimates_error_(problem_.method.budget.kind == Budget::Kind::tolerance),
         details_(call.stats && (problem_.stats || call.select_only)) {}
 
   void prefill() {
@@ -215,7 +216,8 @@ class Run {
     std::fill_n(score, n, 0.0f);
     for (int h = 0; h < heads; ++h) {
       const float sink = sink_of(first_head + h);
-      if (mean_row(rows, first + h * count, count, mean)) q_norm = std::max(q_norm, norm(mean, problem_.d));
+      if (estimates_error_ && mean_row(rows, first + h * count, count, mean))
+        q_norm = std::max(q_norm, norm(mean, problem_.d));
       const auto begin = rows.finite.begin() + first + h * count;
       const auto seen = std::count(begin, begin + count, uint8_t{1});
       std::fill_n(share, all_pages, 0.0f);
@@ -342,7 +344,7 @@ class Run {
           float mean[kMaxChannels];
           const RankTask whole{mean, mean_row(r, h * rows, rows, mean), pages, c.score.data(), nullptr};
           rank({&whole, 1}, facts.first_visible, facts.visible);
-          q_norm = norm(mean, problem_.d);
+          if (estimates_error_) q_norm = norm(mean, problem_.d);
         }
         choose(problem_, kernels_, facts, pages, q_norm, c);
       }
@@ -434,7 +436,7 @@ class Run {
     for (int h = 0; h < group_; ++h) {
       float* mean = &unit.means[static_cast<int64_t>(unit.mean_heads) * problem_.d];
       if (!mean_row(unit.rows_, h * at.s.s_q, at.s.s_q, mean)) continue;
-      unit.q_norm = std::max(unit.q_norm, norm(mean, problem_.d));
+      if (estimates_error_) unit.q_norm = std::max(unit.q_norm, norm(mean, problem_.d));
       ++unit.mean_heads;
     }
     // With one row a head, its products with the means are where the scores of FP4 pages start.
@@ -695,6 +697,7 @@ class Run {
   const int group_;
   const Mask mask_;
   const bool mma4_;
+  const bool estimates_error_;         // which a choice by tolerance needs |q_mean| for
   const bool details_;                 // whether anybody asks for more than the counts
   std::vector<TaskStats> task_stats_;  // empty where nobody does
   std::vector<std::vector<Promoted>> selection_;

@@ -32,16 +32,14 @@ void collect(const Method& method, const BlockPages& block, Choice& c) {
 
 // Marks the forced pages; returns how many there are.
 int64_t mark_forced(const Method& method, const BlockPages& block, const PageRef* pages, Choice& c) {
-  int64_t forced = 0;
+  const ForcedPages forced = forced_pages(method.force, block);
   c.wanted_not_stored = 0;
-  for (int64_t p = block.first_visible; p < block.visible; ++p) {
-    c.tier[p] = method.rest;
-    if (!is_forced(method.force, block, p)) continue;
-    ++forced;
+  std::fill(c.tier.begin() + block.first_visible, c.tier.begin() + block.visible, method.rest);
+  forced.for_each(block, [&](int64_t p) {
     c.tier[p] = forced_tier(method.rest, pages[p].high != nullptr, pages[p].residual != nullptr);
     c.wanted_not_stored += c.tier[p] != Tier::fp16 && c.tier[p] == method.rest;
-  }
-  return forced;
+  });
+  return forced.count(block);
 }
 
 }  // namespace
@@ -92,8 +90,8 @@ void choose(const Problem& problem, const Kernels& kernels, const BlockPages& bl
     const bool one_k = problem.phase == Phase::prefill && problem.causal;
     const int64_t take = std::min(block.n() - forced, budget_pages(m.budget, block, forced, one_k) - forced);
     if (take > 0) {
-      for (int64_t p = first; p < end_page; ++p)  // forced ones are no candidates, and have no place above any
-        c.mass[p] = is_forced(m.force, block, p) ? -INFINITY : key[p];
+      std::copy(key + first, key + end_page, c.mass.begin() + first);
+      forced_pages(m.force, block).for_each(block, [&](int64_t p) { c.mass[p] = -INFINITY; });  // no candidates
       const float last = kernels.kth_largest(&c.mass[first], block.n(), take, c.order.data());
       int64_t equal = take;  // of those that equal the last one, what the larger ones leave
       for (int64_t p = first; p < end_page; ++p) equal -= c.mass[p] > last;

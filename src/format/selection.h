@@ -59,6 +59,11 @@ struct ForcedPages {
     const int64_t from = std::max(std::clamp(first, b.first_visible, b.visible), sink);
     return sink - b.first_visible + std::max<int64_t>(0, std::clamp(end, b.first_visible, b.visible) - from);
   }
+  template <class F>
+  void for_each(const BlockPages& b, const F& f) const {
+    for (int64_t p = b.first_visible; p < std::min(sink_end, b.visible); ++p) f(p);
+    for (int64_t p = std::max({first, sink_end, b.first_visible}); p < std::min(end, b.visible); ++p) f(p);
+  }
 };
 THRIFTATTN_HD inline ForcedPages forced_pages(const Force& force, const BlockPages& b) {
   return {force.sink, b.first_diagonal - force.previous, force.diagonal ? b.end_diagonal : b.first_diagonal};
