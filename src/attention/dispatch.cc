@@ -187,14 +187,16 @@ void resolve_pages(const CacheState& state, const AttendArgs& a, std::span<const
     PageRef* of_sequence = pages + i * h_kv * stride;
     const int64_t end = std::min(first + kPages, pages_for(sequences[i].s_kv));
     for (int64_t p = first; p < end; ++p) {
-      const auto* next = reinterpret_cast<const char*>(state.forms_of(table[std::min(p + kAhead, end - 1)], a.layer));
-      for (int64_t at = 0; at < h_kv * int64_t{sizeof(PageForms)}; at += 64) __builtin_prefetch(next + at);
-      const PageForms* forms = state.forms_of(table[p], a.layer);
-      for (int h = 0; h < h_kv; ++h)
-        of_sequence[h * stride + p] = {state.fp4.at(forms[h].fp4), state.residual.at(forms[h].residual),
-                                       reinterpret_cast<const uint16_t*>(state.high.at(forms[h].high)),
-                                       state.summary.at(forms[h].summary)};
+      const auto* forms = reinterpret_cast<const char*>(state.forms_of(table[p], a.layer));
+      for (int64_t at = 0; at < h_kv * int64_t{sizeof(PageForms)}; at += 64) __builtin_prefetch(forms + at);
     }
+    for (int h = 0; h < h_kv; ++h)
+      for (int64_t p = first; p < end; ++p) {
+        const PageForms& forms = state.forms_of(table[p], a.layer)[h];
+        of_sequence[h * stride + p] = {state.fp4.at(forms.fp4), state.residual.at(forms.residual),
+                                       reinterpret_cast<const uint16_t*>(state.high.at(forms.high)),
+                                       state.summary.at(forms.summary)};
+      }
   });
 }
 

@@ -314,16 +314,17 @@ float moment_score(const PageLayout& layout, const float* q, const uint8_t* summ
 
 void rank(Policy policy, const PageLayout& layout, DType high_dtype, float sm_scale, std::span<const RankTask> tasks,
           int64_t first, int64_t end) {
-  constexpr int64_t kAhead = 8;                        // pages
+  constexpr int64_t kAhead = 8, kAheadOfThat = 32;     // pages
   constexpr int kPages = HWY_MAX_BYTES >= 64 ? 4 : 2;  // read at once: one loading of q serves them
   const hn::CappedTag<float, 4> four;
   const auto scale = hn::Set(four, sm_scale);
-  // Summaries that are wanted next are asked for in the order in which they lie in memory.
+  // Summaries that are wanted next are asked for in the order in which they lie in memory; where they lie, before that.
   int64_t next = first + kAhead, of = 0;
   const auto ask = [&] {
     if (next >= end) return;
-    const uint8_t* summary = tasks[of].pages[next].summary;
-    for (int64_t at = 0; at < layout.summary_bytes; at += 64) __builtin_prefetch(summary + at, 0, 3);
+    const PageRef* page = tasks[of].pages + next;
+    __builtin_prefetch(page + kAheadOfThat, 0, 3);
+    Ahead{page->summary, layout.summary_bytes}.touch_all();
     if (++of == std::ssize(tasks)) of = 0, ++next;
   };
   for (int64_t p0 = first; p0 < end; p0 += kPages) {
