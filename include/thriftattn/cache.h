@@ -27,7 +27,7 @@ struct CacheState;  // src/attention/cache_state.h: what kernels see of a cache
 using SeqId = int32_t;
 
 struct CacheConfig {
-  int layers = 1;
+  int layers = 1;  // layers x h_kv: up to 2^20
   int h_kv = 1;
   int d = 128;                    // channels of a key head: a multiple of 16 up to 256
   int d_v = 128;                  // channels of a value head: the same

@@ -214,12 +214,18 @@ CacheConfig CacheConfig::for_method(const Method& m, int layers, int h_kv, int d
   return c;
 }
 
+// A page's forms are found by the number of its head, and all its heads come and go together.
+constexpr int64_t kMostHeads = int64_t{1} << 20;
+
 Result<KvCache> KvCache::create(const CacheConfig& c) {
   const auto refuse = [](const char* name, int64_t value, const char* supported) {
     return invalid_argument(fmt::format("{} {} is not supported: {}", name, value, supported));
   };
   if (c.layers < 1) return refuse("layers", c.layers, "1 or more");
   if (c.h_kv < 1) return refuse("h_kv", c.h_kv, "1 or more");
+  if (int64_t{c.layers} * c.h_kv > kMostHeads)
+    return invalid_argument(
+        fmt::format("{} layers of {} KV heads are not supported: {} heads in all are", c.layers, c.h_kv, kMostHeads));
   if (!is_head_dim(c.d)) return refuse("head_dim", c.d, "multiples of 16 from 16 to 256 are");
   if (!is_head_dim(c.d_v)) return refuse("value head_dim", c.d_v, "multiples of 16 from 16 to 256 are");
   if (c.high_dtype == DType::f32) return invalid_argument("the cache's 16-bit form is f16 or bf16, not f32");

@@ -178,7 +178,6 @@ Status check_forms(const Problem& p, const AttendArgs& a, const AttentionCall& c
 void resolve_pages(const CacheState& state, const AttendArgs& a, std::span<const SequenceCall> sequences,
                    int64_t stride, PageRef* pages, ThreadPool& pool) {
   constexpr int64_t kPages = 64;  // of a task
-  constexpr int64_t kAhead = 16;  // pages: forms lie apart, where no prefetcher of hardware follows
   const int h_kv = state.config.h_kv;
   const int64_t tasks = (stride + kPages - 1) / kPages;
   pool.parallel_for(std::ssize(sequences) * tasks, [&](int64_t task, int) {
@@ -186,6 +185,8 @@ void resolve_pages(const CacheState& state, const AttendArgs& a, std::span<const
     const std::vector<int32_t>& table = state.find(a.seqs[i])->pages;
     PageRef* of_sequence = pages + i * h_kv * stride;
     const int64_t end = std::min(first + kPages, pages_for(sequences[i].s_kv));
+    // Forms of pages lie apart, where no prefetcher of hardware follows; what they become is written a head at a time,
+    // in the order of memory.
     for (int64_t p = first; p < end; ++p) {
       const auto* forms = reinterpret_cast<const char*>(state.forms_of(table[p], a.layer));
       for (int64_t at = 0; at < h_kv * int64_t{sizeof(PageForms)}; at += 64) __builtin_prefetch(forms + at);

@@ -329,6 +329,7 @@ TEST(Cache, RefusesWrongConfigs) {
   refused([](CacheConfig& c) { c.d_v = 272; }, "272");
   refused([](CacheConfig& c) { c.layers = 0; }, "0");
   refused([](CacheConfig& c) { c.h_kv = 0; }, "0");
+  refused([](CacheConfig& c) { c.layers = c.h_kv = 1 << 11; }, "2048 layers of 2048 KV heads");
   refused([](CacheConfig& c) { c.high_dtype = DType::f32; }, "f32");
   refused([](CacheConfig& c) { c.storage = Storage::compact; }, "compact");
   refused([](CacheConfig& c) { c.storage = Storage::offload; }, "offload");

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <memory>
@@ -30,6 +31,24 @@ TEST_P(Threads, DoEveryTaskOnceAndReturnWhenAllAreDone) {
     if (call % 400 == 5) std::this_thread::sleep_for(std::chrono::milliseconds(2));
   }
 }
+// Far more threads than processors and tasks of nothing: most workers come when the call that woke them has returned
+// and another one, with another task, is open or shut.
+TEST_P(Threads, WhoComesLateTakesNoTaskOfAnotherCall) {
+  static constexpr int kThreads = 16;
+  ThreadPool pool(kThreads);
+  const auto watch = GetParam() ? std::make_unique<ThreadPool::Watch>(pool) : nullptr;
+  for (int call = 0; call < 3000; ++call) {
+    const int64_t count = 2 + call % 3;
+    std::array<std::atomic<int>, 4> done = {};
+    pool.parallel_for(count, [&done, call](int64_t i, int worker) {
+      ASSERT_LT(worker, kThreads);
+      done[i] += 1 + call;
+    });
+    for (int64_t i = 0; i < 4; ++i) ASSERT_EQ(done[i], i < count ? 1 + call : 0) << "call " << call << ", task " << i;
+    if (call % 100 == 7) std::this_thread::sleep_for(std::chrono::microseconds(200));
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Pool, Threads, ::testing::Bool(),
                          [](const auto& watched) { return watched.param ? "Watched" : "Plain"; });
 
