@@ -447,6 +447,8 @@ TEST_F(CudaCache, RefusesWhatItCannotServe) {
   refused(good, size, 99, Code::not_found, "GPU 99");
   c = good;
   c.layers = 1 << 30;
+  refused(c, size, 0, Code::invalid_argument, "1048576 heads in all");
+  c.layers = 1 << 19;
   refused(c, {1000, 1 << 30, INT32_MAX, 1}, 0, Code::invalid_argument, "bytes than can be counted");
   c.layers = 1 << 12;
   refused(c, {1000, 1 << 20, 0, 1}, 0, Code::out_of_memory, "bytes on GPU 0");
