@@ -408,6 +408,8 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
         raise NotImplementedError("thriftattn: attention weights as an output, and position biases, are not supported")
     if attention_mask is not None and attention_mask.ndim != 1:
         raise NotImplementedError("thriftattn: masks of one's own are not supported")
+    if query.requires_grad or key.requires_grad or value.requires_grad:
+        raise TypeError("thriftattn: attention has no gradient: call the model under torch.no_grad()")
     sinks = kwargs.get("s_aux")
     form = {
         "sm_scale": scaling,
