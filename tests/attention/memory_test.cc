@@ -41,11 +41,11 @@ class Memory : public ::testing::Test {
 };
 
 TEST_F(Memory, ThatEndsAtANewSequenceIsAnError) {
-  constexpr int kLayers = 1 << 27;  // tables of 1 GiB each
+  constexpr int kLayers = 1 << 20;  // tables of 8 MiB each
   auto cache = KvCache::create(CacheConfig::for_method(method("thrift"), kLayers, 1, 64, 64));
   ASSERT_TRUE(cache.ok());
   const auto run_out = [&] {
-    leave_memory(512 * 1024 * kKiB);
+    leave_memory(4 * 1024 * kKiB);
     const SeqId seq = cache->new_sequence();
     std::_Exit(seq == -1 && cache->length(0) == -1 && cache->free(0).code() == Code::not_found ? 0 : 1);
   };
