@@ -9,6 +9,7 @@
 
 #include "attention/backends.h"
 #include "attention/cache_state.h"
+#include "core/prefetch.h"
 #include "cpu/backend.h"
 #include "cuda/backend.h"
 #include "format/params.h"
@@ -187,10 +188,8 @@ void resolve_pages(const CacheState& state, const AttendArgs& a, std::span<const
     const int64_t end = std::min(first + kPages, pages_for(sequences[i].s_kv));
     // Forms of pages lie apart, where no prefetcher of hardware follows; what they become is written a head at a time,
     // in the order of memory.
-    for (int64_t p = first; p < end; ++p) {
-      const auto* forms = reinterpret_cast<const char*>(state.forms_of(table[p], a.layer));
-      for (int64_t at = 0; at < h_kv * int64_t{sizeof(PageForms)}; at += 64) __builtin_prefetch(forms + at);
-    }
+    for (int64_t p = first; p < end; ++p)
+      prefetch(state.forms_of(table[p], a.layer), h_kv * int64_t{sizeof(PageForms)});
     for (int h = 0; h < h_kv; ++h)
       for (int64_t p = first; p < end; ++p) {
         const PageForms& forms = state.forms_of(table[p], a.layer)[h];

@@ -19,6 +19,7 @@
 #include <limits>
 #include <new>
 
+#include "core/prefetch.h"
 #include "cpu/backend.h"
 #include "cpu/kernels.h"
 #include "cpu/scratch.h"
@@ -139,7 +140,7 @@ class Run {
         const int64_t i = h * count + r;
         float* q = &rows.q[i * d];
         if (r + kAhead < count)
-          fetch<0>(call_.q.at(s.first_row + first + r + kAhead, first_head + h), d * size_of(call_.q.dtype));
+          prefetch(call_.q.at(s.first_row + first + r + kAhead, first_head + h), d * size_of(call_.q.dtype));
         load_row(call_.q.dtype, call_.q.at(s.first_row + first + r, first_head + h), d, q);
         rows.finite[i] = all_finite(q, d);
         if (!rows.finite[i]) std::fill(q, q + d, 0.0f);  // NaN stays within its row
@@ -156,10 +157,6 @@ class Run {
 
   // Rows of q and out lie a page of memory or more apart, where no hardware prefetcher follows.
   static constexpr int64_t kAhead = 8;
-  template <int kWrite>
-  static void fetch(const void* row, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i, kWrite);
-  }
 
   // By bits and without a way out, so that the compiler makes it a loop over registers.
   static bool all_finite(const float* x, int n) {
@@ -357,7 +354,7 @@ class Run {
         for (int i = 0; i < rows; ++i) {
           const int head = g * group_ + first_head + h;
           if (i + kAhead < rows)
-            fetch<1>(call_.out.at(s.first_row + first + i + kAhead, head), problem_.d_v * size_of(call_.out.dtype));
+            prefetch<1>(call_.out.at(s.first_row + first + i + kAhead, head), problem_.d_v * size_of(call_.out.dtype));
           store_row_result(s, first + i, head, r, h * rows + i);
         }
     }
