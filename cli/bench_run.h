@@ -38,7 +38,7 @@ class BenchRow {
 
   double cache_bytes() const { return layer_bytes_ * layers(); }  // what filling will take, about
 
-  // Fills the caches and, the first time, checks the result; nothing where they are filled.
+  // Fills the caches, checks the result the first time, and reads them once; nothing where they are filled.
   Status prepare();
   // One round of --reps repetitions; in phase append one cache filled from nothing, freed and filled again.
   Status measure();
@@ -63,7 +63,6 @@ class BenchRow {
   double layer_bytes_ = 0;  // stored by one layer of all sequences, about
   std::vector<double> times_, fresh_times_;
   bool checked_ = false;
-  bool fresh_ = false;  // just filled, not yet read
   bool evict_ = false;  // a rotation reads less than what makes it cold, however much is stored
   int64_t turn_ = 0;    // repetitions so far: each reads the next layer
 

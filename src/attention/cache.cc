@@ -214,7 +214,7 @@ CacheConfig CacheConfig::for_method(const Method& m, int layers, int h_kv, int d
   return c;
 }
 
-// A page's forms are found by the number of its head, and all its heads come and go together.
+// All heads of a page come and go together: of more than these one page of tokens would take gigabytes.
 constexpr int64_t kMostHeads = int64_t{1} << 20;
 
 Result<KvCache> KvCache::create(const CacheConfig& c) {

@@ -31,6 +31,7 @@ TEST_P(Threads, DoEveryTaskOnceAndReturnWhenAllAreDone) {
     if (call % 400 == 5) std::this_thread::sleep_for(std::chrono::milliseconds(2));
   }
 }
+
 // Far more threads than processors and tasks of nothing: most workers come when the call that woke them has returned
 // and another one, with another task, is open or shut.
 TEST_P(Threads, WhoComesLateTakesNoTaskOfAnotherCall) {
