@@ -16,9 +16,9 @@ const std::map<std::string, std::set<std::string>> kMayInclude = {
     {"core", {}},
     {"format", {}},
     {"oracle", {}},
-    {"cpu", {"format"}},
+    {"cpu", {"core", "format"}},
     {"cuda", {"core", "format", "attention"}},
-    {"attention", {"format"}},
+    {"attention", {"core", "format"}},
     {"model", {"core", "format"}},
     {"c_api", {}},
 };
