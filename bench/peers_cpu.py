@@ -27,17 +27,26 @@ from peers import Refused, finish, positive, say
 
 PACKAGES = {"torch": ("numpy", "torch"), "ort": ("numpy", "onnxruntime", "onnx")}
 LIMITS = {"f32": 1e-3, "fp32": 1e-3, "fp16": 1e-2, "bf16": 5e-2, "int8": 0.1, "int4": 0.5}  # relative error
+LIMIT_TO = {"AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}}
 SECONDS = 3  # of one peer in one round: what takes longer is repeated less often
 
 
 def parse(arguments):
     parser = common.Parser(__doc__, peers=("torch", "ort"), s_kv=16384, methods=["fp16", "fp4", "thrift"])
     parser.add_argument("--target", help="instruction set of thriftattn; default the best")
+    parser.add_argument("--peers-target", choices=("AVX2",),
+                        help="hold PyTorch, with oneDNN and MKL below it, to these instructions too, as on a processor "
+                             "that has no more; ONNX Runtime knows no such limit")
     parser.add_argument("--compute", choices=("f32", "bf16"), default="f32",
                         help="what thriftattn may round a prefill's factors to; PyTorch's BF16 rounds them too")
     parser.add_argument("--threads", type=positive, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--reps", type=positive, default=5, help="repetitions in one round")
-    return parser.parse(arguments)
+    o = parser.parse(arguments)
+    if o.peers_target:
+        if o.peers != ["torch"]:
+            raise Refused(f"--peers-target {o.peers_target} holds PyTorch alone: --peers torch")
+        os.environ.update(LIMIT_TO[o.peers_target])  # read when these libraries are loaded
+    return o
 
 
 def load(name, package):

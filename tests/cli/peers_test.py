@@ -57,6 +57,7 @@ class Peers(program.Case):
         for words, arguments in ((["--h-q 7", "--h-kv 2"], ("--h-q", 7, "--h-kv", 2)),
                                  (["--s-q 4", "decode"], ("--s-q", 4)),
                                  (["none"], ("--peers", "none", "torch")),
+                                 (["--peers-target AVX2", "--peers torch"], ("--peers-target", "AVX2")),
                                  (["--peers", "tensorflow", "torch"], ("--peers", "tensorflow")),
                                  (["--phase", "append"], ("--phase", "append")),
                                  (["--rounds", "0"], ("--rounds", 0)),
