@@ -33,6 +33,12 @@ namespace {
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr float kNoSink = -1e30f;  // log2: a sink below it is none, as -inf is: no score of finite floats is as low
 
+// Part i of n things cut into `parts`.
+struct Range {
+  int64_t first, end;
+};
+Range range_of(int64_t n, int64_t i, int64_t parts) { return {n * i / parts, n * (i + 1) / parts}; }
+
 // Sums that Stats wants, of one task; added up in task order, so that they do not depend on threads either.
 struct TaskStats {
   double mass_above_fp4 = 0, error_estimate = 0;
@@ -453,8 +459,8 @@ class Run {
                   unit.starts_known ? unit.starts.data() : nullptr};
     }
     const BlockPages& block = scratch_.units[heads.unit].block;
-    const int64_t first = block.first_visible + block.n() * split / plan_.splits;
-    const int64_t end = block.first_visible + block.n() * (split + 1) / plan_.splits;
+    const Range range = range_of(block.n(), split, plan_.splits);
+    const int64_t first = block.first_visible + range.first, end = block.first_visible + range.end;
     rank({tasks, static_cast<size_t>(heads.count)}, first, end);
     const int64_t width = round_up(group_, 4);
     for (int64_t h = 0; h < heads.count; ++h)
@@ -469,10 +475,10 @@ class Run {
   BlockTask unit_task(int64_t u, int split) {
     const UnitPlace at = place(u);
     Unit& unit = scratch_.units[u];
-    const int64_t first = unit.block.first_visible, pages = at.end - first;
-    BlockTask t = block_task(at.s, at.pages, first + pages * split / plan_.splits,
-                             first + pages * (split + 1) / plan_.splits, at.offset, 1, static_cast<int>(at.rows),
-                             static_cast<int>(std::max<int64_t>(1, at.s.s_q)), unit.rows_);
+    const int64_t first = unit.block.first_visible;
+    const Range range = range_of(at.end - first, split, plan_.splits);
+    BlockTask t = block_task(at.s, at.pages, first + range.first, first + range.end, at.offset, 1,
+                             static_cast<int>(at.rows), static_cast<int>(std::max<int64_t>(1, at.s.s_q)), unit.rows_);
     t.promoted[0] = unit.choice.result();
     if (!mma4_) {  // scores are then in units of log2 as they are
       t.q = unit.q.data();
@@ -540,7 +546,7 @@ class Run {
   // One part of a unit's list, in the state of one split: whichever read those pages, the sum of all is the same.
   void exchange_unit(int64_t u, int64_t part, int64_t parts) {
     Unit& unit = scratch_.units[u];
-    const int64_t n = unit.exchanged_count, first = n * part / parts, end = n * (part + 1) / parts;
+    const auto [first, end] = range_of(unit.exchanged_count, part, parts);
     if (call_.sequences[u / std::ssize(call_.kv_heads)].s_q == 0) return;
     BlockTask t = unit_task(u, static_cast<int>(part));
     t.promoted[0] = {unit.exchanged.data() + first, static_cast<size_t>(end - first)};
