@@ -1,5 +1,5 @@
 // What fp4_mass says of a page: the share of a row's softmax that its FP4 scores give it, in the mean over the rows of
-// a head, the largest of a unit's heads. By one thread for some pages, from what attend has left.
+// a head, the largest of a unit's heads. By one thread for a page, from what attend has left.
 #pragma once
 
 #include "cuda/mma.cuh"
@@ -27,41 +27,33 @@ __device__ inline void load_row_shares(const float* state_ml, int rows, int s_q,
   }
 }
 
-// Of kPages pages at once, so that their loads are under way together. mass: of each, [parts, row_stride].
-template <int kPages>
-__device__ void mass_scores(const float* const (&mass)[kPages], int parts, int row_stride, const RowShare* row,
-                            int rows, int s_q, float (&best)[kPages]) {
-  float of_head[kPages] = {};
+// mass: of the page, [parts, row_stride].
+__device__ inline float mass_score(const float* mass, int parts, int row_stride, const RowShare* row, int rows,
+                                   int s_q) {
+  float of_head = 0, best = 0;
   int next_head = s_q;
-#pragma unroll
-  for (int k = 0; k < kPages; ++k) best[k] = 0;
 #pragma unroll 1
   for (int r = 0; r < rows; r += 4) {
-    float of_row[kPages][4] = {};
+    float of_row[4] = {};
 #pragma unroll 2
-    for (int part = 0; part < parts; ++part)
+    for (int part = 0; part < parts; ++part) {
+      const float4 x = *reinterpret_cast<const float4*>(mass + part * row_stride + r);
+      const float of_part[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
-      for (int k = 0; k < kPages; ++k) {
-        const float4 x = *reinterpret_cast<const float4*>(mass[k] + part * row_stride + r);
-        const float of_part[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          if (of_part[e] == of_part[e]) of_row[k][e] += exp2_fast(of_part[e] - row[r + e].m);
-      }
+      for (int e = 0; e < 4; ++e)
+        if (of_part[e] == of_part[e]) of_row[e] += exp2_fast(of_part[e] - row[r + e].m);
+    }
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       if (r + e >= rows) break;
-      const bool ends_head = r + e + 1 == next_head;
-#pragma unroll
-      for (int k = 0; k < kPages; ++k) {
-        if (row[r + e].factor > 0) of_head[k] = fmaf(row[r + e].factor, of_row[k][e], of_head[k]);
-        if (!ends_head) continue;
-        best[k] = fmaxf(best[k], of_head[k]);
-        of_head[k] = 0;
-      }
-      if (ends_head) next_head += s_q;
+      if (row[r + e].factor > 0) of_head = fmaf(row[r + e].factor, of_row[e], of_head);
+      if (r + e + 1 != next_head) continue;
+      best = fmaxf(best, of_head);
+      of_head = 0;
+      next_head += s_q;
     }
   }
+  return best;
 }
 
 }  // namespace thriftattn::cuda

@@ -13,6 +13,8 @@
 //
 // Binds on DRAM with many sequences (a summary is 272 bytes at d = 128, 3 % of what attend reads), with one on the
 // latency of the steps that follow from one another: q, products; then scores, range, bin, lists.
+#include <utility>
+
 #include "cuda/choose.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/mass_scores.cuh"
@@ -22,7 +24,7 @@
 namespace thriftattn::cuda {
 namespace {
 
-constexpr int kScoreThreads = 256, kChooseThreads = 512;
+constexpr int kScoreThreads = 256;
 constexpr int kScorePages = 128;  // that a CTA has at once
 constexpr int kMeans = 16;        // heads that a CTA has at once
 
@@ -244,9 +246,9 @@ struct ChooseArgs {
 
 // The scores of a unit's pages by their masses, each left by the thread of the page's number modulo all threads. `row`
 // has room for row_stride. A rehearsal has one blank row and page for a thread, and leaves nothing.
+template <int kThreads>
 __device__ void scores_by_mass(const ChooseArgs& args, const UnitPlace& at, const Candidates& pages, bool rehearsal,
                                const float* blank, RowShare* row, float* score) {
-  constexpr int kAtOnce = 2;
   const RankArgs& a = args.rank;
   const bool of_all = weighs_pages(a.how.budget);
   const int rows = rehearsal ? 1 : a.shape.group * at.s_q, s_q = rehearsal ? 1 : at.s_q;
@@ -257,31 +259,21 @@ __device__ void scores_by_mass(const ChooseArgs& args, const UnitPlace& at, cons
       rehearsal ? blank : args.masses.page_mass + (at.u * a.cache.max_pages + pages.first) * parts * a.row_stride;
   const int n = rehearsal ? t + 1 : pages.end - pages.first;
 #pragma unroll 1
-  for (int i0 = t; i0 < n; i0 += kAtOnce * kChooseThreads) {
-    const float* of_page[kAtOnce];
-    bool wanted[kAtOnce];
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
-      const int i = i0 + k * kChooseThreads;
-      wanted[k] = !rehearsal && i < n && (of_all || !pages.forced(pages.first + i));
-      // Forced pages may have no masses: what is read there is not used.
-      of_page[k] = mass + static_cast<int64_t>(rehearsal ? 0 : min(i, n - 1)) * parts * a.row_stride;
-    }
-    float share[kAtOnce];
-    mass_scores(of_page, parts, a.row_stride, row, rows, s_q, share);
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k)
-      if (wanted[k]) score[i0 + k * kChooseThreads] = share[k];
+  for (int i = t; i < n; i += kThreads) {
+    // Forced pages may have no masses: what is read there is not used.
+    const float* of_page = mass + static_cast<int64_t>(rehearsal ? 0 : i) * parts * a.row_stride;
+    const float share = mass_score(of_page, parts, a.row_stride, row, rows, s_q);
+    if (!rehearsal && (of_all || !pages.forced(pages.first + i))) score[i] = share;
   }
 }
 
 // Lengths are read before the wait, scores after it. A rehearsal would gain nothing here but for masses. An exchange
-// may start as soon as masses are there; attention to all pages not before the end, or it would take longer by more
+// may start as soon as masses are there; attention to all pages not before the cut, or it would take longer by more
 // than the launch does (docs/performance-gpu.md).
-template <bool kByMass, bool kMayWeigh>
-__global__ __launch_bounds__(kChooseThreads, 2) void choose_kernel(const __grid_constant__ ChooseArgs args) {
-  __shared__ ChooseShared<kChooseThreads> s;
-  __shared__ ListShared<kChooseThreads> lists;
+template <bool kByMass, bool kMayWeigh, int kThreads>
+__global__ __launch_bounds__(kThreads, 1024 / kThreads) void choose_kernel(const __grid_constant__ ChooseArgs args) {
+  __shared__ ChooseShared<kThreads> s;
+  __shared__ ListShared<kThreads> lists;
   __shared__ alignas(16) float blank[4];
   extern __shared__ __align__(16) uint8_t memory[];
   const RankArgs& a = args.rank;
@@ -302,7 +294,7 @@ __global__ __launch_bounds__(kChooseThreads, 2) void choose_kernel(const __grid_
         wait_for_previous_kernel();
         let_next_kernel_start();
       }
-      if (at.s_q > 0) scores_by_mass(args, at, pages, rehearsal, blank, row, score);
+      if (at.s_q > 0) scores_by_mass<kThreads>(args, at, pages, rehearsal, blank, row, score);
     }
   } else {
     wait_for_previous_kernel();
@@ -310,6 +302,7 @@ __global__ __launch_bounds__(kChooseThreads, 2) void choose_kernel(const __grid_
   if (at.s_q > 0) {
     const Cut cut =
         choose<kMayWeigh>(a.how, pages, score, keys, bins, a.q_norm[at.u], summaries_of(a.cache, at.slot, at.g), s);
+    if constexpr (!kByMass) let_next_kernel_start();
     write_lists(a.how, pages, cut, keys, a.lists, at.u, lists);
   } else if (threadIdx.x < 8) {
     a.lists.counts[at.u * 8 + threadIdx.x] = 0;
@@ -328,15 +321,27 @@ int64_t most_seen(const RankParams& p) {
   return std::min<int64_t>(in_window, p.cache.max_pages);
 }
 
+using ChooseKernel = void (*)(ChooseArgs);
+
+// By masses, which take longest, a thread has few pages; where there are few pages, threads are few, since barriers
+// wait for all of them (docs/performance-gpu.md).
+template <bool kByMass, bool kMayWeigh>
+std::pair<ChooseKernel, int> choose_kernel_for(int64_t pages) {
+  constexpr int kFew = 256, kMany = kByMass ? 1024 : 512;
+  if (pages <= (kByMass ? 256 : 128)) return {choose_kernel<kByMass, kMayWeigh, kFew>, kFew};
+  return {choose_kernel<kByMass, kMayWeigh, kMany>, kMany};
+}
+
 cudaError_t launch_choose(const RankParams& p, const Masses& masses, cudaStream_t stream) {
   const dim3 grid(1, static_cast<unsigned>(p.shape.h_kv), static_cast<unsigned>(p.batch.b));
   const bool by_mass = masses.page_mass != nullptr;
   const int64_t rows = by_mass ? p.row_stride : 0;
   const int64_t bytes = rows * static_cast<int64_t>(sizeof(RowShare)) + round_up(most_seen(p), 4) * 5;
   const bool weighs = weighs_pages(p.method.budget);
-  const auto kernel = by_mass ? (weighs ? choose_kernel<true, true> : choose_kernel<true, false>)
-                              : (weighs ? choose_kernel<false, true> : choose_kernel<false, false>);
-  return launch_early(kernel, grid, kChooseThreads, static_cast<int>(bytes), stream, ChooseArgs{rank_args(p), masses});
+  const auto kernel_for = by_mass ? (weighs ? choose_kernel_for<true, true> : choose_kernel_for<true, false>)
+                                  : (weighs ? choose_kernel_for<false, true> : choose_kernel_for<false, false>);
+  const auto [kernel, threads] = kernel_for(most_seen(p));
+  return launch_early(kernel, grid, threads, static_cast<int>(bytes), stream, ChooseArgs{rank_args(p), masses});
 }
 
 }  // namespace
