@@ -45,7 +45,11 @@ def parse(arguments):
     if o.peers_target:
         if o.peers != ["torch"]:
             raise Refused(f"--peers-target {o.peers_target} holds PyTorch alone: --peers torch")
-        os.environ.update(LIMIT_TO[o.peers_target])  # read when these libraries are loaded
+        if o.target != o.peers_target:
+            raise Refused(f"--peers-target {o.peers_target} goes with --target {o.peers_target}: shares of the peak refer "
+                          "to products of these instructions")
+        # Read when these libraries are loaded, by thriftattn too, whose oneDNN measures that peak.
+        os.environ.update(LIMIT_TO[o.peers_target])
     return o
 
 

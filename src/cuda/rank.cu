@@ -267,9 +267,9 @@ __device__ void scores_by_mass(const ChooseArgs& args, const UnitPlace& at, cons
   }
 }
 
-// Lengths are read before the wait, scores after it. A rehearsal would gain nothing here but for masses. An exchange
-// may start as soon as masses are there; attention to all pages not before the cut, or it would take longer by more
-// than the launch does (docs/performance-gpu.md).
+// Lengths are read before the wait, scores after it. A rehearsal would gain nothing here but for masses. What reads the
+// lists may start once the cut is known; attention that starts sooner takes longer by more than the launch does
+// (docs/performance-gpu.md).
 template <bool kByMass, bool kMayWeigh, int kThreads>
 __global__ __launch_bounds__(kThreads, 1024 / kThreads) void choose_kernel(const __grid_constant__ ChooseArgs args) {
   __shared__ ChooseShared<kThreads> s;
@@ -290,10 +290,7 @@ __global__ __launch_bounds__(kThreads, 1024 / kThreads) void choose_kernel(const
     for (int take = 0; take < 2; ++take) {
       const bool rehearsal = take == 0;
       __syncthreads();
-      if (!rehearsal) {
-        wait_for_previous_kernel();
-        let_next_kernel_start();
-      }
+      if (!rehearsal) wait_for_previous_kernel();
       if (at.s_q > 0) scores_by_mass<kThreads>(args, at, pages, rehearsal, blank, row, score);
     }
   } else {
@@ -302,7 +299,7 @@ __global__ __launch_bounds__(kThreads, 1024 / kThreads) void choose_kernel(const
   if (at.s_q > 0) {
     const Cut cut =
         choose<kMayWeigh>(a.how, pages, score, keys, bins, a.q_norm[at.u], summaries_of(a.cache, at.slot, at.g), s);
-    if constexpr (!kByMass) let_next_kernel_start();
+    let_next_kernel_start();
     write_lists(a.how, pages, cut, keys, a.lists, at.u, lists);
   } else if (threadIdx.x < 8) {
     a.lists.counts[at.u * 8 + threadIdx.x] = 0;
@@ -335,12 +332,12 @@ std::pair<ChooseKernel, int> choose_kernel_for(int64_t pages) {
 cudaError_t launch_choose(const RankParams& p, const Masses& masses, cudaStream_t stream) {
   const dim3 grid(1, static_cast<unsigned>(p.shape.h_kv), static_cast<unsigned>(p.batch.b));
   const bool by_mass = masses.page_mass != nullptr;
-  const int64_t rows = by_mass ? p.row_stride : 0;
-  const int64_t bytes = rows * static_cast<int64_t>(sizeof(RowShare)) + round_up(most_seen(p), 4) * 5;
+  const int64_t rows = by_mass ? p.row_stride : 0, pages = most_seen(p);
+  const int64_t bytes = rows * static_cast<int64_t>(sizeof(RowShare)) + round_up(pages, 4) * 5;
   const bool weighs = weighs_pages(p.method.budget);
   const auto kernel_for = by_mass ? (weighs ? choose_kernel_for<true, true> : choose_kernel_for<true, false>)
                                   : (weighs ? choose_kernel_for<false, true> : choose_kernel_for<false, false>);
-  const auto [kernel, threads] = kernel_for(most_seen(p));
+  const auto [kernel, threads] = kernel_for(pages);
   return launch_early(kernel, grid, threads, static_cast<int>(bytes), stream, ChooseArgs{rank_args(p), masses});
 }
 

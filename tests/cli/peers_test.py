@@ -58,6 +58,8 @@ class Peers(program.Case):
                                  (["--s-q 4", "decode"], ("--s-q", 4)),
                                  (["none"], ("--peers", "none", "torch")),
                                  (["--peers-target AVX2", "--peers torch"], ("--peers-target", "AVX2")),
+                                 (["--peers-target AVX2", "--target AVX2"],
+                                  ("--peers-target", "AVX2", "--peers", "torch")),
                                  (["--peers", "tensorflow", "torch"], ("--peers", "tensorflow")),
                                  (["--phase", "append"], ("--phase", "append")),
                                  (["--rounds", "0"], ("--rounds", 0)),
